@@ -1,0 +1,42 @@
+"""Which device to compute on, and in which precision."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from common.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one.
+
+    Raises: UserError where the named device is unknown or absent.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {name}: this machine has no usable CUDA GPU; use --device cpu or auto")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+    """A factory of autocast contexts. amp `auto`: bf16 on GPUs that have it, off elsewhere; `bf16`; `off`."""
+    wanted = amp == "bf16" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls the device: the GPU's own name, or the CPU with its thread count."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"

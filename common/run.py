@@ -1,0 +1,155 @@
+"""The run folder: flags, log, metrics, TensorBoard events and checkpoints of one run."""
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from common.errors import UserError
+from common.files import load_tensors, published_epoch, save_tensors, write_json
+from common.flags import Flags
+
+# Flags that do not change what a run computes: a run may go on under other values of these.
+_FREE = frozenset(
+    "overwrite dry_run num_worker log_root download_data device compile local_rank save_step error_step"
+    " test_batch_size".split()
+)
+
+
+class Run:
+    """One folder. Looking at it changes nothing; `open()` creates it (or replaces it, with --overwrite).
+
+    weights: name of the file of weights that other commands read ("last.model").
+    resume: name of the file from which an interrupted run goes on ("last.resume").
+    """
+
+    def __init__(self, folder: Path, flags: Flags, *, weights: str, resume: str):
+        self.folder = folder
+        self.weights = folder / weights
+        self.flags = flags
+        self._resume = folder / resume
+        self._log: TextIO | None = None
+        self._metrics: TextIO | None = None
+        self._board: Any = None
+        self.state: dict[str, Any] | None = None
+        self._replace = False
+        if folder.exists():
+            self._look()
+
+    def _look(self) -> None:
+        config = self.folder / "args.json"
+        if not config.is_file():
+            if any(self.folder.iterdir()):
+                raise UserError(
+                    f"--log_root: {self.folder} exists and is no run folder of this program; choose another --suffix"
+                )
+            return
+        if self.flags.overwrite:
+            self._replace = True
+            return
+        try:
+            before = json.loads(config.read_text())["flags"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
+        changed = _differences(before, self.flags.as_dict())
+        if changed:
+            raise UserError(
+                f"--overwrite: {self.folder} holds a run with another configuration ({', '.join(changed)});"
+                " choose another --suffix, or --overwrite to replace it"
+            )
+        if self._resume.is_file():
+            self.state = load_tensors(self._resume, flag="overwrite")
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very run has been carried out already."""
+        return self.state is not None and self.state["epoch"] >= self.flags.epochs
+
+    def open(self) -> None:
+        """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read."""
+        if self._replace:
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "args.json", {"flags": self.flags.as_dict(), **describe_program()})
+        self._log = (self.folder / "log.txt").open("a", buffering=1)
+        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        for name in self.flags.unread():
+            self.say(f"note: --{name} has no effect in --mode {self.flags.mode}")
+
+    def say(self, text: str) -> None:
+        """A line for the screen and for log.txt."""
+        print(text, flush=True)
+        if self._log:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def record(self, epoch: int, values: dict[str, float]) -> None:
+        """One row of metrics.jsonl and one point of each TensorBoard curve; keys are tags ("train/loss_sim")."""
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only training needs
+
+            self._board = SummaryWriter(str(self.folder))
+        if self._metrics:
+            self._metrics.write(json.dumps({"epoch": epoch, **values}) + "\n")
+        for tag, value in values.items():
+            self._board.add_scalar(tag, value, epoch)
+
+    def save(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
+        """Write both checkpoint files; `state["epoch"]` says how far the run is."""
+        save_tensors(self._resume, state)
+        save_tensors(self.weights, weights)
+
+    def close(self) -> None:
+        for stream in (self._log, self._metrics, self._board):
+            if stream is not None:
+                stream.close()
+        self._log = self._metrics = self._board = None
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    def shown(name: str) -> bool:
+        # Only for folders does the path say which data set it is; the others may be moved about.
+        counts = name not in _FREE and (name != "data_path" or now["dataset"] == "folder")
+        return counts and before.get(name) != now[name]
+
+    return [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if shown(name)]
+
+
+def describe_program() -> dict[str, Any]:
+    """What a result depends on besides its flags: command, code version, library versions, machine."""
+    return {
+        "command": " ".join(sys.argv),
+        "git": _git_commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": platform.processor() or platform.machine(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        here = Path(__file__).parent
+        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() if out.returncode == 0 else None
+
+
+def start_epoch(weights: Path) -> int:
+    """The epoch at which the stage-1 run that wrote `weights` stands: its last.resume, or a published last.config.
+
+    Weights on their own count as epoch 0, and a line says so.
+    """
+    resume = weights.parent / "last.resume"
+    if resume.is_file():
+        return int(load_tensors(resume, flag="resume_path")["epoch"])
+    epoch = published_epoch(weights.parent / "last.config")
+    if epoch is None:
+        print(f"note: nothing beside {weights} tells its epoch; counting on from 0")
+        return 0
+    return epoch

@@ -1,0 +1,179 @@
+"""Aligned (SimCLR) augmentation of image batches on their device: draw the parameters, then apply them.
+
+Letters: V views. Images are (V, 3, H, W) floats in [0, 1]. Drawing and applying are apart so that the draws of a whole
+data set can be made once and sliced by index: no view depends on the batch it is computed in.
+Source: SimCLR (Chen et al. 2020), as CSI (Tack et al. 2020) runs it on the device.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from common.errors import UserError
+
+GRAY_WEIGHTS = (0.299, 0.587, 0.114)
+_TRIES = 10
+
+
+@dataclass(frozen=True)
+class AlignedSpec:
+    """Strength of the augmentation; field names are flag names.
+
+    color_jitter_strength: s >= 0; 0 switches the jitter off.
+    resize_factor: smallest share of the area that a crop keeps, in (0, 1].
+    resize_fix: every crop keeps exactly that share.
+    """
+
+    color_jitter_strength: float = 1.0
+    resize_factor: float = 0.08
+    resize_fix: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.resize_factor <= 1:
+            raise UserError(f"--resize_factor must lie in (0, 1], got {self.resize_factor}")
+        if not 0 <= self.color_jitter_strength:
+            raise UserError(f"--color_jitter_strength must be >= 0, got {self.color_jitter_strength}")
+
+
+@dataclass(frozen=True)
+class AlignedDraw:
+    """Drawn parameters of V views; `draw[index]` takes some of them."""
+
+    jitter: Tensor  # (V,) bool: whether colours change at all
+    hsv_first: Tensor  # (V,) bool: HSV jitter before contrast
+    contrast: Tensor  # (V,) factor about the image's mean
+    hue: Tensor  # (V,) times 255 / 360 is added to a hue in [0, 1)
+    saturation: Tensor  # (V,) factor
+    value: Tensor  # (V,) factor
+    gray: Tensor  # (V,) bool
+    box: Tensor  # (V, 4): width, height, centre x, centre y of the crop in half images
+
+    def __getitem__(self, index: Tensor) -> "AlignedDraw":
+        return AlignedDraw(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+
+
+def draw_aligned(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Generator) -> AlignedDraw:
+    """Parameters of `n` views of (H, W) = `size`, on the generator's device."""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(n, device=generator.device).uniform_(low, high, generator=generator)
+
+    s = spec.color_jitter_strength
+    low, high = max(0.0, 1 - 0.4 * s), 1 + 0.4 * s
+    return AlignedDraw(
+        jitter=uniform(0, 1) < (0.8 if s else 0.0),
+        hsv_first=uniform(0, 1) < 0.5,
+        contrast=uniform(low, high),
+        hue=uniform(-0.1 * s, 0.1 * s),
+        saturation=uniform(low, high),
+        value=uniform(low, high),
+        gray=uniform(0, 1) < 0.2,
+        box=draw_boxes(n, size, spec, generator),
+    )
+
+
+def draw_boxes(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Generator) -> Tensor:
+    """Random resized crops (n, 4): width and height as a share of the image, centre in half images.
+
+    Area uniform in [resize_factor, 1] (or fixed), log ratio uniform in 3/4 .. 4/3, whole-pixel sizes, half-pixel
+    offsets; the first of ten tries that fits, else the whole image.
+    """
+    height, width = size
+    area, ratio, right, down = torch.rand(4, n, _TRIES, device=generator.device, generator=generator)
+    scale = torch.full_like(area, spec.resize_factor) if spec.resize_fix else spec.resize_factor + area * (
+        1 - spec.resize_factor
+    )
+    root = (scale * (height * width)).sqrt()
+    stretch = torch.exp((ratio - 0.5) * math.log(4 / 3))  # the root of a log-uniform ratio in 3/4 .. 4/3
+    w, h = (root * stretch).round(), (root / stretch).round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+
+    def chosen(values: Tensor, fallback: float) -> Tensor:
+        return torch.where(fits.any(1), values.gather(1, first).squeeze(1), fallback)
+
+    w, h = chosen(w, width), chosen(h, height)
+    right, down = chosen(right, 0.5), chosen(down, 0.5)
+    # A centre between -(W - w) and W - w half pixels, each equally likely.
+    x = (right * (2 * (width - w) + 1)).floor().clamp(max=2 * (width - w)) - (width - w)
+    y = (down * (2 * (height - h) + 1)).floor().clamp(max=2 * (height - h)) - (height - h)
+    return torch.stack([w / width, h / height, x / width, y / height], 1)
+
+
+def aligned(x: Tensor, draw: AlignedDraw) -> Tensor:
+    """Jitter, grey and crop the views (V, 3, H, W) by their draws. Flips come before the shift, hence not here."""
+    return crop(gray(jitter(x, draw), draw.gray), draw.box)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+def hflip(x: Tensor, flip: Tensor) -> Tensor:
+    """Mirror the images where `flip` (V,) is true."""
+    return torch.where(_per_image(flip), x.flip(-1), x)
+
+
+def jitter(x: Tensor, draw: AlignedDraw) -> Tensor:
+    """Contrast and HSV jitter in the drawn order; images whose `jitter` is false stay as they are."""
+    one = torch.ones_like(draw.contrast)
+    y = contrast(x, torch.where(draw.hsv_first, one, draw.contrast))
+    y = hsv_jitter(y, draw.hue, draw.saturation, draw.value)
+    y = contrast(y, torch.where(draw.hsv_first, draw.contrast, one))
+    return torch.where(_per_image(draw.jitter), y, x)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale each image about the mean of each of its channels by `factor` (V,); clamped to [0, 1]."""
+    mean = x.mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, _per_image(factor)).clamp_(0, 1)
+
+
+def rgb_to_hsv(x: Tensor) -> Tensor:
+    """(V, 3, H, W) RGB in [0, 1] to hue in [0, 1), saturation and value in [0, 1].
+
+    The hue is the angle in the colour circle, as published, not in the hexagon that `hsv_to_rgb` inverts: there and
+    back moves a hue by up to 1.1 degrees.
+    """
+    r, g, b = x.unbind(1)
+    value = x.amax(1)
+    chroma = value - x.amin(1)
+    hue = torch.atan2(math.sqrt(3) * (g - b), 2 * r - g - b) / (2 * math.pi)
+    saturation = chroma / torch.where(value > 0, value, 1.0)
+    return torch.stack([hue % 1, saturation, value], 1)
+
+
+def hsv_to_rgb(hsv: Tensor) -> Tensor:
+    """Hexagonal HSV to RGB: channel n is v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1."""
+    hue, saturation, value = hsv.split(1, 1)
+    n = torch.tensor([5.0, 3.0, 1.0], device=hsv.device, dtype=hsv.dtype).view(3, 1, 1)
+    k = (n + 6 * hue) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+def hsv_jitter(x: Tensor, hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Add `hue` * 255 / 360 to the hue, scale saturation and value, each (V,); clamped to [0, 1]."""
+    h, s, v = rgb_to_hsv(x).split(1, 1)
+    h = (h + _per_image(hue * (255 / 360))) % 1
+    s = (s * _per_image(saturation)).clamp_(0, 1)
+    v = (v * _per_image(value)).clamp_(0, 1)
+    return hsv_to_rgb(torch.cat([h, s, v], 1)).clamp_(0, 1)
+
+
+def gray(x: Tensor, chosen: Tensor) -> Tensor:
+    """Replace the images where `chosen` (V,) is true by their luminance in three equal channels."""
+    weights = torch.tensor(GRAY_WEIGHTS, device=x.device, dtype=x.dtype).view(3, 1, 1)
+    return torch.where(_per_image(chosen), (x * weights).sum(1, keepdim=True), x)
+
+
+def crop(x: Tensor, box: Tensor) -> Tensor:
+    """Crop each image to its box (V, 4) and resize to full size: bilinear sampling with reflection at the border."""
+    theta = x.new_zeros(len(x), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = box[:, 0], box[:, 1]
+    theta[:, 0, 2], theta[:, 1, 2] = box[:, 2], box[:, 3]
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

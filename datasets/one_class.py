@@ -1,0 +1,70 @@
+"""The one-class split: train on one class, test on all; without a class, all training classes, unlabelled."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from datasets.catalog import DATASETS, DatasetSpec, DataSource, ImageSet
+from datasets.folder import n_train_classes
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set under a choice of the normal class.
+
+    n_classes: outputs of the linear head (fine classes). class_names: of the classes one chooses from.
+    one_class_idx None: all training classes are normal.
+    """
+
+    spec: DatasetSpec
+    source: DataSource
+    name: str
+    one_class_idx: int | None
+    n_classes: int
+    class_names: list[str]
+
+    def train(self) -> ImageSet:
+        """The normal training images."""
+        # A coarse class is several labels, so it is chosen after loading.
+        label = self.one_class_idx if self.spec.groups is None else None
+        data = self._relabelled(self.spec.load(self.source, "train", label))
+        return data if self.one_class_idx is None else data.where(data.labels == self.one_class_idx)
+
+    def test(self) -> ImageSet:
+        """All test images; `normal(labels)` tells which are normal."""
+        return self._relabelled(self.spec.load(self.source, "test", None))
+
+    def normal(self, labels: Tensor) -> Tensor:
+        """(N,) bool."""
+        return labels < self.n_classes if self.one_class_idx is None else labels == self.one_class_idx
+
+    def _relabelled(self, data: ImageSet) -> ImageSet:
+        if self.spec.groups is None or self.one_class_idx is None:
+            return data
+        group_of = torch.empty(sum(map(len, self.spec.groups)), dtype=torch.long)
+        for group, members in enumerate(self.spec.groups):
+            group_of[list(members)] = group
+        return replace(data, labels=group_of[data.labels])
+
+
+def split_one_class(dataset: str, source: DataSource, one_class_idx: int | None, model_size: int) -> Split:
+    """Look the data set up and check the class. model_size: pixels the model is for, where nothing else says.
+
+    Raises: UserError for a class out of range, or a folder that holds no classes.
+    """
+    spec = DATASETS[dataset]
+    source = replace(source, image_size=source.image_size or spec.image_size or model_size)
+    names = spec.classes(source)
+    n_classes = n_train_classes(Path(source.data_path)) if dataset == "folder" else len(names)
+    # A folder that only test/ has is never normal.
+    choices = n_classes
+    if spec.groups is not None and one_class_idx is not None:
+        names, choices = [f"superclass {i}" for i in range(len(spec.groups))], len(spec.groups)
+    if one_class_idx is not None and not 0 <= one_class_idx < choices:
+        raise UserError(
+            f"--one_class_idx must lie in 0..{choices - 1} for {dataset}, got {one_class_idx}"
+        )
+    return Split(spec, source, dataset, one_class_idx, n_classes, names)

@@ -1,0 +1,128 @@
+"""Scores: fitted on training features, applied to test features. Higher = more normal, everywhere.
+
+Letters: N images, T test draws, K shifts, F feature size, P projection size, M atoms. All arrays are (N, T, K, .), numpy
+or torch, and what comes back is of the kind that went in. Features, codes and logits are averaged over the draws
+first; then comes the score. Statistics of the training images are taken with batch-mix partners from the training set
+even where test images mix with a reference image: the published choice, kept.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Array = np.ndarray | Tensor
+
+# Test images per block of the similarity matrix, to bound its memory.
+_BLOCK = 1024
+
+
+def _mean_draws(x: Array) -> Tensor:
+    """(N, T, K, .) -> (K, N, .)"""
+    return torch.as_tensor(x).mean(1).transpose(0, 1)
+
+
+def _own_logit(shift: Array) -> Tensor:
+    """(N, T, K, K) -> (K, N): the mean logit of each shift for the view that bears it."""
+    return _mean_draws(shift).diagonal(dim1=0, dim2=2).T
+
+
+def _like(x: Array, value: Tensor) -> Any:
+    return value.numpy() if isinstance(x, np.ndarray) else value
+
+
+@dataclass(frozen=True)
+class CsiScore:
+    """mean over shifts of w_k max_m <z_k, axis_mk> + v_k logit_k[k]. axes (K, N, P) of unit norm; w, v (K,)."""
+
+    axes: Tensor
+    similarity_weight: Tensor
+    shift_weight: Tensor
+
+    def __call__(self, z: Array, shift: Array) -> Any:
+        """z (N, T, K, P) projections, shift (N, T, K, K) logits -> (N,)."""
+        z_KNP = _mean_draws(z)[: len(self.axes)]
+        nearest = torch.cat([(part @ self.axes.mT).amax(2) for part in z_KNP.split(_BLOCK, dim=1)], 1)
+        parts = nearest * self.similarity_weight[:, None]
+        parts = parts + _own_logit(shift)[: len(self.axes)] * self.shift_weight[:, None]
+        return _like(z, parts.mean(0))
+
+
+@dataclass(frozen=True)
+class CsiSparseScore:
+    """mean over shifts of - w_k |s_k - D_k a_k|^2 + v_k logit_k[k]. D (K, F, M); w, v (K,)."""
+
+    D: Tensor
+    error_weight: Tensor
+    shift_weight: Tensor
+
+    def __call__(self, s: Array, codes: Array, shift: Array) -> Any:
+        """s (N, T, K, F), codes (N, T, K, M), shift (N, T, K, K) -> (N,)."""
+        error = _reconstruction_error(self.D, s, codes)
+        parts = _own_logit(shift)[: len(self.D)] * self.shift_weight[:, None] - error * self.error_weight[:, None]
+        return _like(s, parts.mean(0))
+
+
+def _reconstruction_error(D_KFM: Tensor, s: Array, codes: Array) -> Tensor:
+    """(K, N) squared error of the mean feature under the mean code."""
+    k = len(D_KFM)
+    s_KNF, a_KNM = _mean_draws(s)[:k], _mean_draws(codes)[:k]
+    return (s_KNF - a_KNM @ D_KFM.mT).square().sum(2)
+
+
+def fit_csi(
+    z_train: Array, shift_train: Array, *, first_shift_only: bool = False, similarity: bool = True, shift: bool = True
+) -> CsiScore:
+    """The `CSI` score: z_train (N, T, K, P) projections, shift_train (N, T, K, K) logits of training images.
+
+    w_k = 1 / mean |z_mk|, v_k = 1 / mean logit_mk[k]. first_shift_only: the `simclr` score, only k = 0, with w = 1 and
+    no shift term. similarity, shift: False leaves that part out. Source: CSI (Tack et al. 2020), section 2.3.
+    """
+    z_KNP = _mean_draws(z_train)[: 1 if first_shift_only else None]
+    w = torch.ones(1, dtype=z_KNP.dtype) if first_shift_only else 1 / z_KNP.norm(dim=2).mean(1)
+    v = 1 / _own_logit(shift_train)[: len(z_KNP)].mean(1)
+    return CsiScore(F.normalize(z_KNP, dim=2), w * similarity, v * (shift and not first_shift_only))
+
+
+def fit_csi_sr(
+    D: Array,
+    s_train: Array,
+    codes_train: Array,
+    shift_train: Array,
+    *,
+    first_shift_only: bool = False,
+    similarity: bool = True,
+    shift: bool = True,
+) -> CsiSparseScore:
+    """The `CSI_sr` score: D (K, F, M), s_train (N, T, K, F), codes_train (N, T, K, M), shift_train (N, T, K, K).
+
+    w_k = 1 / mean training error, v_k = 1 / mean logit_mk[k]. first_shift_only: the `simclr_sr` score, only k = 0, with
+    w = 1 and no shift term. similarity, shift: False leaves that part out. Source: ADMM-SRNet (Chiou et al. 2023).
+    """
+    D_KFM = torch.as_tensor(D)[: 1 if first_shift_only else None]
+    w = 1 / _reconstruction_error(D_KFM, s_train, codes_train).mean(1)
+    if first_shift_only:
+        w = torch.ones_like(w)
+    v = 1 / _own_logit(shift_train)[: len(D_KFM)].mean(1)
+    return CsiSparseScore(D_KFM, w * similarity, v * (shift and not first_shift_only))
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """One row: whether the score needs a dictionary (stage 2), and whether it looks at the first shift only."""
+
+    sparse: bool
+    first_shift_only: bool
+
+
+SCORES: dict[str, ScoreSpec] = {
+    "simclr": ScoreSpec(sparse=False, first_shift_only=True),
+    "CSI": ScoreSpec(sparse=False, first_shift_only=False),
+    "simclr_sr": ScoreSpec(sparse=True, first_shift_only=True),
+    "CSI_sr": ScoreSpec(sparse=True, first_shift_only=False),
+}
+

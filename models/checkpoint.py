@@ -1,0 +1,121 @@
+"""Networks from files of weights: what a file fixes is read off it, what the flags say differently is told."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from models import BACKBONES
+from models.feature_net import CocsrNet, FeatureNet, FeatureTransform
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+
+State = dict[str, Tensor]
+
+
+def build_net(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int, seed: int) -> FeatureNet:
+    """A stage-1 network with fresh weights that depend on `seed` alone."""
+    # Layers draw their weights from torch's global generator; it is put back as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = BACKBONES[model].make()
+        return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+
+
+def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
+    """The file `path`, or where it is a folder the first of `names` in it.
+
+    Raises: UserError that names `flag` where there is none.
+    """
+    place = Path(path)
+    if place.is_dir():
+        for name in names:
+            if (place / name).is_file():
+                return place / name
+        raise UserError(f"--{flag}: no {' or '.join(names)} in {place}")
+    if not place.is_file():
+        raise UserError(f"--{flag}: no checkpoint at {place}")
+    return place
+
+
+def net_from_state(
+    state: State,
+    *,
+    model: str,
+    n_shifts: int,
+    path: Path,
+    flag: str,
+    strict: bool = True,
+    simclr_dim: int | None = None,
+) -> FeatureNet:
+    """A stage-1 network as the file has it: classes and projection size are read off the weights.
+
+    simclr_dim: what the user asked for; a line says so where the file differs.
+    Raises: UserError where the file holds another model or another number of shifts.
+    """
+    try:
+        n_classes, dim_there = len(state["linear.weight"]), len(state["simclr_layer.2.weight"])
+        shifts_there = len(state["shift_cls_layer.weight"])
+    except KeyError as error:
+        raise UserError(f"--{flag}: {path} holds no weights of a stage-1 network (no {error})") from None
+    if shifts_there != n_shifts:
+        raise UserError(
+            f"--shift_trans_type: it has {n_shifts} shifts, but {path} was trained with {shifts_there}"
+        )
+    if simclr_dim not in (None, dim_there):
+        print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
+    net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=n_shifts, seed=0)
+    own = net.state_dict()
+    if strict and (own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own)):
+        raise UserError(f"--model: {path} does not hold a {model}{_guess(state)}; or --no_strict loads what fits")
+    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    net.load_state_dict(fitting, strict=strict)
+    return net
+
+
+def _guess(state: State) -> str:
+    for name in BACKBONES:
+        other = build_net(name, n_classes=1, simclr_dim=1, n_shifts=1, seed=0).backbone.state_dict()
+        if all(k in state and state[k].shape == v.shape for k, v in other.items()):
+            return f" but a {name}"
+    return ""
+
+
+def cocsr_from_state(
+    state: State,
+    *,
+    model: str,
+    n_shifts: int,
+    transform: FeatureTransform,
+    steps: int,
+    path: Path,
+    strict: bool = True,
+    simclr_dim: int | None = None,
+) -> CocsrNet:
+    """A stage-2 network as the file has it; rho, lambda and the number of atoms are the file's.
+
+    Raises: UserError where the file is of stage 1, or its dictionaries are not for this network and these shifts.
+    """
+    if "sr_nets.dictionary" not in state:
+        raise UserError(f"--load_path: {path} holds no dictionaries; give a last.cocsr_model, made by train_cocsr.py")
+    feature_state = {k.removeprefix("feature_net."): v for k, v in state.items() if k.startswith("feature_net.")}
+    net = net_from_state(
+        feature_state,
+        model=model,
+        n_shifts=n_shifts,
+        path=path,
+        flag="load_path",
+        strict=strict,
+        simclr_dim=simclr_dim,
+    )
+    dictionary = state["sr_nets.dictionary"]
+    size = net.feature_dim if transform.sr_layer == "penultimate" else net.projection_dim
+    if dictionary.ndim != 3 or dictionary.shape[:2] != (n_shifts, size):
+        raise UserError(
+            f"--load_path: dictionaries of {path} have shape {tuple(dictionary.shape)}, not ({n_shifts}, {size}, atoms)"
+        )
+    coding = CodingSpec(lam=float(state["sr_nets.lambdaV"]), rho=float(state["sr_nets.rho"]), steps=steps)
+    bank = DictionaryBank(*dictionary.shape, coding)
+    bank.load_state_dict({k.removeprefix("sr_nets."): v for k, v in state.items() if k.startswith("sr_nets.")})
+    return CocsrNet(net, bank, transform)
+

@@ -1,0 +1,109 @@
+"""The stage-1 network (a backbone with four heads) and the stage-2 network (that one frozen, with dictionaries).
+
+Letters: N images, F feature size, P projection size, K shifts, C classes, M atoms.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.sparse.dictionary import DictionaryBank
+
+_HEADS = ("linear", "simclr_layer", "shift_cls_layer", "joint_distribution_layer")
+
+
+class Features(NamedTuple):
+    """h (N, F) pooled features; z (N, P) projections, not normalised; shift (N, K) logits of the shift. float32."""
+
+    h: Tensor
+    z: Tensor
+    shift: Tensor
+
+
+class FeatureNet(nn.Module):
+    """A backbone (normalised images -> (N, F), with attribute `feature_dim`) and four heads on its features.
+
+    The state dict has the published keys: the backbone's own, without a prefix, beside the heads'.
+    """
+
+    def __init__(self, backbone: nn.Module, *, n_classes: int, simclr_dim: int, n_shifts: int):
+        super().__init__()
+        self.backbone = backbone
+        self.feature_dim: int = backbone.feature_dim  # type: ignore[assignment]
+        self.projection_dim = simclr_dim
+        f = self.feature_dim
+        self.linear = nn.Linear(f, n_classes)
+        self.simclr_layer = nn.Sequential(nn.Linear(f, f), nn.ReLU(), nn.Linear(f, simclr_dim))
+        self.shift_cls_layer = nn.Linear(f, n_shifts)
+        self.joint_distribution_layer = nn.Linear(f, 4 * n_classes)
+        # Convolutions want channels last on CPUs (2.2 times here, resnet8) and on tensor cores alike.
+        self.to(memory_format=torch.channels_last)
+        self.register_state_dict_post_hook(_drop_backbone_prefix)
+        self.register_load_state_dict_pre_hook(_add_backbone_prefix)
+
+    def forward(self, images: Tensor) -> Features:
+        """images (N, 3, H, W) in [0, 1]; normalised here."""
+        x = ((images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        h = self.backbone(x)
+        return Features(h.float(), self.simclr_layer(h).float(), self.shift_cls_layer(h).float())
+
+
+def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [k for k in state if k.startswith(f"{prefix}backbone.")]:
+        state[prefix + key.removeprefix(f"{prefix}backbone.")] = state.pop(key)
+
+
+def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for key in [k for k in state if k.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if name.split(".")[0] not in _HEADS:
+            state[f"{prefix}backbone.{name}"] = state.pop(key)
+
+
+class SparseFeatures(NamedTuple):
+    """s (N, F) features as they are coded; z (N, P) projections; shift (N, K) logits."""
+
+    s: Tensor
+    z: Tensor
+    shift: Tensor
+
+
+class FeatureTransform(NamedTuple):
+    """How a network's output becomes the feature that is coded.
+
+    sr_layer: `penultimate` (h) or `simclr` (z). invert_norm: divide by the squared norm. unit_norm: then scale to 1.
+    """
+
+    sr_layer: str = "penultimate"
+    invert_norm: bool = False
+    unit_norm: bool = False
+
+    def __call__(self, features: Features) -> Tensor:
+        s = features.h if self.sr_layer == "penultimate" else features.z
+        if self.invert_norm:
+            # The published help text names another power; the published program divides by the square.
+            s = s / s.square().sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
+        return F.normalize(s, dim=1) if self.unit_norm else s
+
+
+class CocsrNet(nn.Module):
+    """Stage 2: a frozen `feature_net`, always in eval mode, and one dictionary per shift, `sr_nets`."""
+
+    def __init__(self, feature_net: FeatureNet, sr_nets: DictionaryBank, transform: FeatureTransform):
+        super().__init__()
+        self.feature_net = feature_net.requires_grad_(False).eval()
+        self.sr_nets = sr_nets
+        self.transform = transform
+
+    def train(self, mode: bool = True) -> "CocsrNet":
+        super().train(mode)
+        self.feature_net.eval()
+        return self
+
+    def forward(self, images: Tensor) -> SparseFeatures:
+        """images (N, 3, H, W) in [0, 1]. Builds no graph: the network is frozen."""
+        with torch.no_grad():
+            features = self.feature_net(images)
+            return SparseFeatures(self.transform(features), features.z, features.shift)

@@ -1,0 +1,1 @@
+"""Sparse coding: shrinkage, ADMM, dictionaries. Imports torch only."""

@@ -1,0 +1,51 @@
+"""The dictionaries of stage 2: one per shift, with the settings their codes depend on.
+
+Letters: K dictionaries, F feature size, M atoms, N samples.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.sparse.admm import SparseCode, admm_lasso
+
+
+@dataclass(frozen=True)
+class CodingSpec:
+    """lam: l1 weight; rho: ADMM penalty; steps: unrolled ADMM steps."""
+
+    lam: float
+    rho: float
+    steps: int
+
+
+class DictionaryBank(nn.Module):
+    """K dictionaries of M atoms for features of size F; parameter `dictionary` (K, F, M).
+
+    Starts from atoms uniform in [0, 1), scaled to unit norm. `rho` and `lambdaV` are kept in the state dict, under
+    their published names, since codes mean nothing without them.
+    """
+
+    rho: Tensor
+    lambdaV: Tensor
+
+    def __init__(self, dictionaries: int, features: int, atoms: int, coding: CodingSpec, generator: torch.Generator | None = None):
+        super().__init__()
+        self.coding = coding
+        atoms_KFM = torch.rand(dictionaries, features, atoms, generator=generator)
+        self.dictionary = nn.Parameter(F.normalize(atoms_KFM, dim=1))
+        self.register_buffer("rho", torch.tensor(float(coding.rho)))
+        self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
+
+    def code(self, s_KFN: Tensor) -> SparseCode:
+        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N)."""
+        return admm_lasso(
+            self.dictionary, s_KFN, lam=self.coding.lam, rho=self.coding.rho, steps=self.coding.steps
+        )
+
+    @torch.no_grad()
+    def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:
+        """Copy atoms into the live parameter (an optimiser keeps training it), scaled to `norm`; a zero atom stays."""
+        self.dictionary.copy_(F.normalize(atoms_KFM, dim=1) * norm)

@@ -1,0 +1,21 @@
+"""Proximal operators."""
+
+import torch
+from torch import Tensor
+
+
+def soft(v: Tensor, threshold: float) -> Tensor:
+    """Shrink each entry towards 0 by `threshold` >= 0: argmin_p 0.5 |p - v|^2 + threshold |p|_1."""
+    return v - v.clamp(-threshold, threshold)
+
+
+def lasso_gap(D_KFM: Tensor, S: Tensor, codes_KMN: Tensor, lam: float) -> Tensor:
+    """How far codes are from optimal, (K, N): the largest breach over atoms of the lasso's optimality conditions.
+
+    With correlation c = d'(s - D a) the breach is max(|c| - lam, 0) where a is 0 and |c - lam sign(a)| elsewhere.
+    D (K, F, M); S (K, F, N) or (F, N); codes (K, M, N). 0 for exact codes; in units of lam.
+    """
+    correlation = D_KFM.mT @ (S - D_KFM @ codes_KMN)
+    inactive = (correlation.abs() - lam).clamp_(min=0)
+    active = (correlation - lam * codes_KMN.sign()).abs()
+    return torch.where(codes_KMN == 0, inactive, active).amax(1)

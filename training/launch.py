@@ -1,0 +1,43 @@
+"""From flags to a finished run: what the training scripts do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.flags import Flags, pick, print_dry_run, run_name
+from common.run import Run
+from datasets import DataSource, split_one_class
+from models import BACKBONES
+from training import Mode
+from training.loop import fit
+
+
+def launch(flags: Flags, *, script: str, modes: Mapping[str, Mode], weights: str, resume: str) -> None:
+    """Carry out the run that the flags describe: look at its folder, read the data, build the recipe, train.
+
+    weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
+    Raises: UserError before anything is written, RunStopped while training.
+    """
+    mode = modes[flags.mode]
+    shifts = mode.shifts(flags)
+    folder = Path(flags.log_root) / run_name(flags)
+    if flags.dry_run:
+        views = mode.copies * shifts.count * flags.batch_size
+        print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
+        return
+    run = Run(folder, flags, weights=weights, resume=resume)
+    if run.finished:
+        print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
+        return
+    split = split_one_class(
+        flags.dataset, pick(DataSource, flags), flags.one_class_idx, BACKBONES[flags.model].image_size
+    )
+    recipe = mode.build(flags, split, shifts)
+    settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}
+    settings["save_step"] = flags.save_step
+    run.open()
+    try:
+        run.say(f"{folder.name}: {len(recipe.data)} images, {shifts.count} shifts, epochs up to {flags.epochs}")
+        fit(recipe, run, **settings)
+        run.say(f"wrote {run.weights}")
+    finally:
+        run.close()

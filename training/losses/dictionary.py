@@ -1,0 +1,25 @@
+"""The dictionary loss of stage 2.
+
+Letters: K dictionaries, F feature size, M atoms, N samples per dictionary.
+"""
+
+from torch import Tensor
+
+
+def dictionary_terms(
+    D: Tensor, codes: Tensor, S: Tensor, *, constraint_mode: int, constraint: float = 1.0
+) -> dict[str, Tensor]:
+    """Unweighted sums (not means) over samples and atoms: `fit`, `l1`, `atom_norm`.
+
+    D (K, F, M); codes (K, M, N); S (K, F, N), or (F, N) for the same samples in every dictionary.
+    fit: |s - D a|^2. l1: |a|_1. atom_norm: | |d| - c | in mode 0 (equal), max(|d| - c, 0) in mode 1 (at most), with
+    c = `constraint`. Raises: ValueError for another mode. Source: ADMM-SRNet (Chiou et al. 2023).
+    """
+    excess = D.norm(dim=1) - constraint
+    if constraint_mode == 0:
+        atom_norm = excess.abs().sum()
+    elif constraint_mode == 1:
+        atom_norm = excess.clamp(min=0).sum()
+    else:
+        raise ValueError(f"constraint_mode must be 0 (equal) or 1 (at most), got {constraint_mode}")
+    return {"fit": (S - D @ codes).square().sum(), "l1": codes.abs().sum(), "atom_norm": atom_norm}

@@ -1,0 +1,213 @@
+"""Stage 2: one sparse dictionary per shift on the frozen features of stage 1.
+
+Letters: N images, B of a batch, K shifts, F feature size, M atoms.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.device import autocast, pick_device
+from common.errors import UserError
+from common.files import load_state_dict, load_tensors, save_tensors
+from common.flags import Flags, pick, positive
+from common.run import Run, start_epoch
+from common.seed import generator, seed_of
+from datasets import ImageSet, ShiftSpec, Split
+from datasets.augment import AlignedSpec
+from datasets.views import DrawSpec, draw_views, train_views
+from models.checkpoint import find_weights, net_from_state
+from models.feature_net import CocsrNet, FeatureTransform
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+from training.losses.dictionary import dictionary_terms
+from training.modes.simclr import training_images
+from training.recipe import Batch, Recipe, Step
+
+START = "start.cocsr_model"
+_MOVED = 1e-3
+
+
+@dataclass(frozen=True)
+class SparseSpec:
+    """Dictionaries and their coding; field names are flag names."""
+
+    sr_dict_size: int
+    sr_lambda: float
+    sr_rho: float
+    sr_admm_stage: int
+
+    def __post_init__(self) -> None:
+        positive(
+            sr_dict_size=self.sr_dict_size,
+            sr_lambda=self.sr_lambda,
+            sr_rho=self.sr_rho,
+            sr_admm_stage=self.sr_admm_stage,
+        )
+
+    @property
+    def coding(self) -> CodingSpec:
+        return CodingSpec(lam=self.sr_lambda, rho=self.sr_rho, steps=self.sr_admm_stage)
+
+
+@dataclass(frozen=True)
+class DictionaryLossSpec:
+    """Weights and constraint of the dictionary loss; field names are flag names."""
+
+    loss_lambda_sr: float
+    loss_lambda_sr_l1: float
+    loss_lambda_dict_constr: float
+    loss_dict_constr_mode: int
+    loss_dict_constr_value: float
+
+    def __post_init__(self) -> None:
+        positive(loss_dict_constr_value=self.loss_dict_constr_value)
+
+
+def transform_of(flags: Flags) -> FeatureTransform:
+    """The feature that is coded. Training and evaluation named the unit-norm flag differently; both act in both."""
+    unit_norm = flags.normalize_sr_dict_feature | flags.normalize_sr_feature
+    return FeatureTransform(flags.sr_layer, flags.invert_sr_feature_norm, unit_norm)
+
+
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+    """The recipe of `cocsr_dict`."""
+    sparse, loss_spec, aligned = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
+    device = pick_device(flags.device)
+    if not flags.resume_path:
+        raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
+    file = find_weights(flags.resume_path, ("last.model",), flag="resume_path")
+    state = load_state_dict(file, flag="resume_path")
+    net = net_from_state(
+        state,
+        model=flags.model,
+        n_shifts=shift_spec.count,
+        path=file,
+        flag="resume_path",
+        strict=not flags.no_strict,
+        simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
+    )
+    first_epoch = start_epoch(file)
+    if flags.epochs <= first_epoch:
+        raise UserError(
+            f"--epochs {flags.epochs}: stage 1 ended at epoch {first_epoch} and stage 2 counts on from there;"
+            f" for n epochs of stage 2 give {first_epoch} + n"
+        )
+    transform = transform_of(flags)
+    size = net.feature_dim if transform.sr_layer == "penultimate" else net.projection_dim
+    bank = DictionaryBank(
+        shift_spec.count,
+        size,
+        sparse.sr_dict_size,
+        sparse.coding,
+        generator(flags.seed, "dictionary"),
+    )
+    model = CocsrNet(net, bank, transform).to(device).train()
+    data = training_images(split, shift_spec, device)
+    frozen = {k: v.clone() for k, v in model.feature_net.state_dict().items()}
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    if flags.freeze_sr_dict:
+        bank.requires_grad_(False)
+    else:
+        optimizers = (torch.optim.Adam(bank.parameters(), flags.sr_lr, weight_decay=flags.sr_decay_lr),)
+    shifts, amp, lr = shift_spec.functions(), autocast(flags.amp, device), flags.sr_lr
+    draws = DrawSpec(shifts, aligned, flags.seed, "k-means draw", flags.ood_batch_size)
+    from_kmeans, norm, detach = flags.ini_sr_dict_train, flags.loss_dict_constr_value, flags.loss_dict_detach_sr_coef
+    if flags.compile:
+        model.feature_net.compile()
+
+    def begin(run: Run) -> None:
+        if from_kmeans:
+            run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
+            with amp():
+                s_KNF = training_features(model, data, draws, at_least=2 * sparse.sr_dict_size)
+            centres = kmeans(s_KNF, sparse.sr_dict_size, seed=flags.seed)
+            bank.set_atoms(centres.mT.to(device), norm)
+        save_tensors(run.folder / START, model.state_dict())
+
+    def losses(batch: Batch) -> Step:
+        gen = generator(flags.seed, "augment", batch.epoch, batch.step, device=device)
+        views = train_views(batch.images, shifts, aligned, gen, copies=1)
+        with amp():
+            s = model(views).s
+        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, detach_codes=detach)
+
+    def finish(run: Run) -> None:
+        check_frozen(frozen, model.feature_net.state_dict())
+        start = load_tensors(run.folder / START, flag="resume_path")["sr_nets.dictionary"]
+        run.say(moved(start, bank.dictionary.detach().cpu(), trained=bool(optimizers)))
+
+    return Recipe(model, data, losses, optimizers, lambda epoch: lr, begin, finish=finish, first_epoch=first_epoch)
+
+
+def dictionary_step(bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, *, detach_codes: bool) -> Step:
+    """The losses of one batch of features, each coded in its own shift's dictionary only. s (K, F, B).
+
+    Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
+    unrolled steps, unless `detach_codes`. Watched: mean optimality gap relative to lambda, mean norm of the atoms,
+    share of zero codes.
+    """
+    codes, gap = bank.code(s_KFB)
+    terms = dictionary_terms(
+        bank.dictionary,
+        codes.detach() if detach_codes else codes,
+        s_KFB,
+        constraint_mode=spec.loss_dict_constr_mode,
+        constraint=spec.loss_dict_constr_value,
+    )
+    losses = {
+        "sr": spec.loss_lambda_sr * terms["fit"],
+        "sr_l1": spec.loss_lambda_sr_l1 * terms["l1"],
+        "sr_dict": spec.loss_lambda_dict_constr * terms["atom_norm"],
+    }
+    watch = {
+        "sr/gap": gap.mean() / bank.coding.lam,
+        "sr/atom_norm": bank.dictionary.detach().norm(dim=1).mean(),
+        "sr/sparsity": (codes.detach() == 0).float().mean(),
+    }
+    return Step(losses, watch)
+
+
+def training_features(model: CocsrNet, data: ImageSet, draws: DrawSpec, *, at_least: int) -> Tensor:
+    """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`."""
+    passes = -(-at_least // len(data))
+    rows = [s for t in range(passes) for s in _one_pass(model, data, draws, t)]
+    return torch.cat(rows).transpose(0, 1)
+
+
+def _one_pass(model: CocsrNet, data: ImageSet, draws: DrawSpec, t: int) -> Iterator[Tensor]:
+    for index, views in draw_views(data, draws, t):
+        yield model(views).s.unflatten(0, (len(index), -1))
+
+
+def kmeans(x_KNF: Tensor, centres: int, *, seed: int) -> Tensor:
+    """k-means++ and Lloyd in each of K sets of N points: centres (K, M, F), on the CPU."""
+    from sklearn.cluster import KMeans
+
+    found = [
+        KMeans(centres, n_init=1, random_state=seed_of(seed, "k-means", k) % 2**32).fit(x.cpu().numpy())
+        for k, x in enumerate(x_KNF)
+    ]
+    return torch.from_numpy(np.stack([f.cluster_centers_ for f in found])).to(x_KNF.dtype)
+
+
+def check_frozen(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    """Raises: RuntimeError where a tensor of the frozen network changed by a single bit."""
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    if changed:
+        raise RuntimeError(f"the frozen network changed in stage 2: {', '.join(changed)}")
+
+
+def moved(start: Tensor, end: Tensor, *, trained: bool) -> str:
+    """A line on how far the dictionary is from its start, relative to the start's norm, and why if it hardly moved."""
+    change = float((end - start).norm() / start.norm())
+    line = f"frozen network unchanged, bit for bit; dictionary changed by {change:.2e} (relative)"
+    if not trained:
+        return f"{line}: --freeze_sr_dict keeps the starting atoms"
+    if change < _MOVED:
+        return f"{line}: hardly trained. More --epochs or a larger --sr_lr moves it; with features far smaller than 1 the loss is flat"
+    return line
+
+

@@ -1,0 +1,61 @@
+"""What a mode hands to the training loop."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from common.run import Run
+from datasets.catalog import ImageSet
+
+
+class Batch(NamedTuple):
+    """images (B, 3, H, W) floats in [0, 1]; labels (B,); epoch counts from 1, step from 0."""
+
+    images: Tensor
+    labels: Tensor
+    epoch: int
+    step: int
+
+
+class Step(NamedTuple):
+    """losses: named terms, already weighted, to be summed and descended. watch: values worth a curve, by tag."""
+
+    losses: dict[str, Tensor]
+    watch: dict[str, Tensor]
+
+
+def do_nothing(run: Run) -> None:
+    """A hook for modes that need none."""
+
+
+def no_values(epoch: int) -> dict[str, float]:
+    """An `end_epoch` for modes that have nothing more to record."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A mode, ready to train.
+
+    model: every tensor that must survive a restart is a parameter or buffer of it.
+    losses: batch -> Step.
+    optimizers: all of them step on each batch; each has parameters of its own.
+    begin: once, on a fresh start only, before the first epoch.
+    before_step: (fractional epochs) -> learning rate to report.
+    end_epoch: (epoch) -> further values to record, by tag.
+    finish: once, after the last epoch.
+    first_epoch: epochs that came before, in the run this one starts from.
+    """
+
+    model: nn.Module
+    data: ImageSet
+    losses: Callable[[Batch], Step]
+    optimizers: tuple[Optimizer, ...]
+    before_step: Callable[[float], float]
+    begin: Callable[[Run], None] = do_nothing
+    end_epoch: Callable[[int], dict[str, float]] = no_values
+    finish: Callable[[Run], None] = do_nothing
+    first_epoch: int = 0
