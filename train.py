@@ -4,19 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import command
-from common.flags import parse
-from datasets import DATASETS, SHIFTS
-from evals.scores import SCORES
-from models import BACKBONES
 from training import STAGE1
 from training.launch import launch
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    tables = {"datasets": DATASETS, "models": BACKBONES, "shifts": SHIFTS, "scores": SCORES}
-    flags = parse(argv, script="train.py", modes=STAGE1, default_mode="simclr", **tables)
-    launch(flags, script="train.py", modes=STAGE1, weights="last.model", resume="last.resume")
+    launch(argv, script="train.py", modes=STAGE1, default_mode="simclr", weights="last.model", resume="last.resume")
 
 
 if __name__ == "__main__":

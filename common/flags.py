@@ -7,6 +7,7 @@ A flag that was given and that nothing read is told to the user, once (`Flags.un
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,10 @@ class Flags:
         """Flags that were given and that nothing has read so far: they have no effect."""
         return sorted(self._given - self._read)
 
+    def tell_unread(self) -> list[str]:
+        """A line for each flag that has no effect."""
+        return [f"note: --{name} has no effect in --mode {self._values['mode']}" for name in self.unread()]
+
     def as_dict(self) -> dict[str, Any]:
         """All values, without counting as a reading."""
         return dict(self._values)
@@ -76,20 +81,19 @@ def positive(**values: float) -> None:
 
 def parse(
     argv: Sequence[str] | None,
-    *,
     script: str,
     modes: Iterable[str],
     default_mode: str,
+    *,
     datasets: Iterable[str],
     models: Iterable[str],
     shifts: Iterable[str],
-    scores: Iterable[str],
 ) -> Flags:
     """Parse `argv` (default: the command line).
 
     Raises: UserError for a refused flag; SystemExit(2) with one line for one that argparse refuses.
     """
-    parser = build_parser(script, modes, default_mode, datasets, models, shifts, scores)
+    parser = build_parser(script, modes, default_mode, datasets, models, shifts)
     argv = sys.argv[1:] if argv is None else list(argv)
     values = vars(parser.parse_args(argv))
     nothing = object()
@@ -98,6 +102,8 @@ def parse(
     for name in sorted(given & REFUSED.keys()):
         raise UserError(f"--{name} is refused: {REFUSED[name]}")
     positive(**{name: values[name] for name in _POSITIVE})
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun: several processes are not supported yet; start one, or one per class")
     flags = Flags(values, given)
     # Read by every script, or a launcher's business: never worth a word.
     for name in ("local_rank", "log_root", "overwrite", "dry_run", "suffix", "dataset", "model", "mode"):
@@ -126,14 +132,13 @@ def build_parser(
     datasets: Iterable[str],
     models: Iterable[str],
     shifts: Iterable[str],
-    scores: Iterable[str],
 ) -> argparse.ArgumentParser:
     """The parser of one script. Tables reach it as arguments, since `common` knows no other package."""
     # allow_abbrev off: `--epoch` is an alias, not a prefix that a later `--epochs_x` would break.
     parser = _Parser(
         prog=script, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=None
     )
-    on = {"action": "store_true"}
+    on: dict[str, Any] = {"action": "store_true"}
 
     g = parser.add_argument_group("what to run")
     g.add_argument("--mode", choices=sorted(modes), default=default_mode, help="what to train or evaluate")
@@ -216,7 +221,7 @@ def build_parser(
     g.add_argument("--invert_sr_coef_DNT", **on, help=argparse.SUPPRESS)
 
     g = parser.add_argument_group("evaluation")
-    g.add_argument("--ood_score", nargs="+", choices=sorted(scores), help="scores (default: the mode's own)")
+    g.add_argument("--ood_score", nargs="+", help="scores (default: the mode's own)")
     g.add_argument("--ood_dataset", nargs="+", choices=sorted(datasets), help="other data sets to tell apart")
     g.add_argument("--ood_layer", nargs="+", default=["penultimate"], help="t-SNE: penultimate or simclr")
     g.add_argument("--ood_samples", type=int, default=1, help="augmented draws per test image")

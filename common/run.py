@@ -79,8 +79,8 @@ class Run:
         write_json(self.folder / "args.json", {"flags": self.flags.as_dict(), **describe_program()})
         self._log = (self.folder / "log.txt").open("a", buffering=1)
         self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
-        for name in self.flags.unread():
-            self.say(f"note: --{name} has no effect in --mode {self.flags.mode}")
+        for line in self.flags.tell_unread():
+            self.say(line)
 
     def say(self, text: str) -> None:
         """A line for the screen and for log.txt."""

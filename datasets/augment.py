@@ -84,8 +84,10 @@ def draw_boxes(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Gene
     """
     height, width = size
     area, ratio, right, down = torch.rand(4, n, _TRIES, device=generator.device, generator=generator)
-    scale = torch.full_like(area, spec.resize_factor) if spec.resize_fix else spec.resize_factor + area * (
-        1 - spec.resize_factor
+    scale = (
+        torch.full_like(area, spec.resize_factor)
+        if spec.resize_fix
+        else spec.resize_factor + area * (1 - spec.resize_factor)
     )
     root = (scale * (height * width)).sqrt()
     stretch = torch.exp((ratio - 0.5) * math.log(4 / 3))  # the root of a log-uniform ratio in 3/4 .. 4/3

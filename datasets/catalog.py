@@ -99,14 +99,16 @@ class DatasetSpec:
     groups: tuple[tuple[int, ...], ...] | None = None
 
 
-def image_set(images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int], paths: list[str] | None = None) -> ImageSet:
+def image_set(
+    images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int], paths: list[str] | None = None
+) -> ImageSet:
     """An ImageSet from (N, 3, H, W) uint8 images."""
     x, y = torch.as_tensor(images), torch.as_tensor(labels).long()
     return ImageSet(x, y, torch.arange(len(x)), tuple(paths) if paths is not None else None)
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """(N, C, H, W) uint8 images to (N, 3, size, size) by bilinear interpolation; one channel becomes three equal ones."""
+    """(N, C, H, W) uint8 images to (N, 3, size, size), bilinear; one channel becomes three equal ones."""
     if size is not None and images.shape[2:] != (size, size):
         shrinks = size < images.shape[2]
         floats = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=shrinks, align_corners=False)

@@ -64,7 +64,5 @@ def split_one_class(dataset: str, source: DataSource, one_class_idx: int | None,
     if spec.groups is not None and one_class_idx is not None:
         names, choices = [f"superclass {i}" for i in range(len(spec.groups))], len(spec.groups)
     if one_class_idx is not None and not 0 <= one_class_idx < choices:
-        raise UserError(
-            f"--one_class_idx must lie in 0..{choices - 1} for {dataset}, got {one_class_idx}"
-        )
+        raise UserError(f"--one_class_idx must lie in 0..{choices - 1} for {dataset}, got {one_class_idx}")
     return Split(spec, source, dataset, one_class_idx, n_classes, names)

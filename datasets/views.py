@@ -51,7 +51,9 @@ class DrawSpec:
     batch_size: int = 100
 
 
-def draw_views(images: ImageSet, spec: DrawSpec, t: int, reference: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def draw_views(
+    images: ImageSet, spec: DrawSpec, t: int, reference: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw t of every image: yields (index (b,), views (b * K, 3, H, W), image-major) until all N are seen.
 
     Each shift gets its own flip with probability 0.5 before it (none at all for K = 1), then the aligned augmentation.

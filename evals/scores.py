@@ -1,12 +1,11 @@
 """Scores: fitted on training features, applied to test features. Higher = more normal, everywhere.
 
-Letters: N images, T test draws, K shifts, F feature size, P projection size, M atoms. All arrays are (N, T, K, .), numpy
-or torch, and what comes back is of the kind that went in. Features, codes and logits are averaged over the draws
+Letters: N images, T test draws, K shifts, F feature size, P projection size, M atoms. All arrays are (N, T, K, .),
+numpy or torch, and what comes back is of the kind that went in. Features, codes and logits are averaged over the draws
 first; then comes the score. Statistics of the training images are taken with batch-mix partners from the training set
 even where test images mix with a reference image: the published choice, kept.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,4 +124,3 @@ SCORES: dict[str, ScoreSpec] = {
     "simclr_sr": ScoreSpec(sparse=True, first_shift_only=True),
     "CSI_sr": ScoreSpec(sparse=True, first_shift_only=False),
 }
-

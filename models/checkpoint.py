@@ -59,9 +59,7 @@ def net_from_state(
     except KeyError as error:
         raise UserError(f"--{flag}: {path} holds no weights of a stage-1 network (no {error})") from None
     if shifts_there != n_shifts:
-        raise UserError(
-            f"--shift_trans_type: it has {n_shifts} shifts, but {path} was trained with {shifts_there}"
-        )
+        raise UserError(f"--shift_trans_type: it has {n_shifts} shifts, but {path} was trained with {shifts_there}")
     if simclr_dim not in (None, dim_there):
         print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
     net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=n_shifts, seed=0)
@@ -115,7 +113,6 @@ def cocsr_from_state(
             f"--load_path: dictionaries of {path} have shape {tuple(dictionary.shape)}, not ({n_shifts}, {size}, atoms)"
         )
     coding = CodingSpec(lam=float(state["sr_nets.lambdaV"]), rho=float(state["sr_nets.rho"]), steps=steps)
-    bank = DictionaryBank(*dictionary.shape, coding)
+    bank = DictionaryBank(n_shifts, size, dictionary.shape[2], coding)
     bank.load_state_dict({k.removeprefix("sr_nets."): v for k, v in state.items() if k.startswith("sr_nets.")})
     return CocsrNet(net, bank, transform)
-

@@ -1,22 +1,31 @@
 """From flags to a finished run: what the training scripts do."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.flags import Flags, pick, print_dry_run, run_name
+from common.flags import parse, pick, print_dry_run, run_name
 from common.run import Run
-from datasets import DataSource, split_one_class
+from datasets import DATASETS, SHIFTS, DataSource, split_one_class
 from models import BACKBONES
 from training import Mode
 from training.loop import fit
 
 
-def launch(flags: Flags, *, script: str, modes: Mapping[str, Mode], weights: str, resume: str) -> None:
+def launch(
+    argv: Sequence[str] | None,
+    *,
+    script: str,
+    modes: Mapping[str, Mode],
+    default_mode: str,
+    weights: str,
+    resume: str,
+) -> None:
     """Carry out the run that the flags describe: look at its folder, read the data, build the recipe, train.
 
     weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
     Raises: UserError before anything is written, RunStopped while training.
     """
+    flags = parse(argv, script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
     mode = modes[flags.mode]
     shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)

@@ -31,7 +31,9 @@ class DictionaryBank(nn.Module):
     rho: Tensor
     lambdaV: Tensor
 
-    def __init__(self, dictionaries: int, features: int, atoms: int, coding: CodingSpec, generator: torch.Generator | None = None):
+    def __init__(
+        self, dictionaries: int, features: int, atoms: int, coding: CodingSpec, generator: torch.Generator | None = None
+    ):
         super().__init__()
         self.coding = coding
         atoms_KFM = torch.rand(dictionaries, features, atoms, generator=generator)
@@ -41,9 +43,7 @@ class DictionaryBank(nn.Module):
 
     def code(self, s_KFN: Tensor) -> SparseCode:
         """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N)."""
-        return admm_lasso(
-            self.dictionary, s_KFN, lam=self.coding.lam, rho=self.coding.rho, steps=self.coding.steps
-        )
+        return admm_lasso(self.dictionary, s_KFN, lam=self.coding.lam, rho=self.coding.rho, steps=self.coding.steps)
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:

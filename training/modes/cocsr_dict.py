@@ -207,7 +207,5 @@ def moved(start: Tensor, end: Tensor, *, trained: bool) -> str:
     if not trained:
         return f"{line}: --freeze_sr_dict keeps the starting atoms"
     if change < _MOVED:
-        return f"{line}: hardly trained. More --epochs or a larger --sr_lr moves it; with features far smaller than 1 the loss is flat"
+        return f"{line}: hardly trained; more --epochs or a larger --sr_lr moves it"
     return line
-
-

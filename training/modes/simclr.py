@@ -129,7 +129,7 @@ def contrastive_step(
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     `sim`: NT-Xent over all views; positives are the same image under the same shift, so that another shift of the same
-    image is a negative. `shift`: cross-entropy of the shift, absent for K = 1. `cls`: the probe's, on detached features.
+    image is a negative. `shift`: cross-entropy of the shift, absent for K = 1. `cls`: the probe's, on detached features
     Source: CSI (Tack et al. 2020), eqs. 1 and 6.
     """
     with amp():

@@ -1,0 +1,17 @@
+"""Score test images under a trained network and report AUROC; results are written beside the checkpoint."""
+
+import sys
+from collections.abc import Sequence
+
+from common.errors import command
+from evals import EVALS
+from evals.launch import launch
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    launch(argv, script="eval.py", modes=EVALS, default_mode="ood_pre")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""How well scores tell normal images from others. Higher scores mean more normal."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+QUANTILES = np.linspace(0, 1, 11)
+
+
+def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
+    """Chance in [0, 1] that a normal image scores above an anomalous one, ties counted half. Scores (n,) and (m,)."""
+    from sklearn.metrics import roc_auc_score
+
+    labels = np.concatenate([np.ones(len(normal)), np.zeros(len(anomalous))])
+    return float(roc_auc_score(labels, np.concatenate([normal, anomalous])))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """aurocs: by name of the anomalous set; mean: of those; pooled: against all anomalous images together."""
+
+    aurocs: dict[str, float]
+    mean: float
+    pooled: float
+    n_in: int
+    n_out: int
+
+
+def detect(normal: np.ndarray, anomalous: dict[str, np.ndarray]) -> Detection:
+    """AUROC of the scores of normal images (n,) against each named set of others."""
+    aurocs = {name: auroc(normal, scores) for name, scores in anomalous.items()}
+    everything = np.concatenate(list(anomalous.values()))
+    mean = float(np.mean(list(aurocs.values())))
+    return Detection(aurocs, mean, auroc(normal, everything), len(normal), len(everything))
+
+
+def quantile_line(scores: np.ndarray) -> str:
+    """Quantiles 0, 10, ... 100 % of the scores, and their mean."""
+    return " ".join(f"{q:.4g}" for q in np.quantile(scores, QUANTILES)) + f"  mean {scores.mean():.4g}"

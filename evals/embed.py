@@ -1,0 +1,97 @@
+"""t-SNE pictures: where test images lie among the training images and, after stage 2, among the atoms.
+
+Letters: N images, K shifts, F feature size, M atoms.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError
+from common.files import write_whole
+from common.flags import Flags
+from common.seed import seed_of
+from evals.subject import load_subject
+from models.feature_net import CocsrNet
+
+# Okabe and Ito's palette, which most colour-blind readers can tell apart; drawn in this order, atoms on top.
+_STYLE: dict[str, dict[str, Any]] = {
+    "anomalous test": {"c": "#E69F00", "marker": ".", "s": 14, "alpha": 0.55},
+    "normal training": {"c": "#999999", "marker": ".", "s": 14, "alpha": 0.7},
+    "normal test": {"c": "#0072B2", "marker": ".", "s": 22, "alpha": 0.9},
+    "atoms": {"c": "#D55E00", "marker": "*", "s": 45, "alpha": 1.0, "edgecolors": "black", "linewidths": 0.4},
+}
+_LAYERS = {"penultimate": "h", "simclr": "z"}
+
+
+def run_tsne(flags: Flags, *, sparse: bool, reference: bool) -> None:
+    """Draw one picture per shift (and layer) beside the checkpoint.
+
+    sparse: show the features that are coded, with the atoms, scaled to the mean norm of the features.
+    Raises: UserError as `load_subject`; for an unknown layer.
+    """
+    if sparse:
+        outputs_by_layer = {flags.sr_layer: "s"}
+        if flags.ood_layer != [flags.sr_layer] and flags.given("ood_layer"):
+            raise UserError(f"--ood_layer: atoms live among the coded features; give {flags.sr_layer} (--sr_layer)")
+    else:
+        unknown = [layer for layer in flags.ood_layer if layer not in _LAYERS]
+        if unknown:
+            raise UserError(f"--ood_layer {unknown[0]}: known are {', '.join(_LAYERS)}")
+        outputs_by_layer = {layer: _LAYERS[layer] for layer in flags.ood_layer}
+    limit = flags.tsne_points
+    subject = load_subject(flags, sparse=sparse, reference=reference)
+    test = subject.split.test().to(subject.device)
+    train, outputs = subject.outputs_of_sets({flags.dataset: test})
+    test_outputs = outputs[flags.dataset]
+    normal = subject.split.normal(test.labels).cpu().numpy()
+    idx = flags.one_class_idx
+    of = "all classes" if idx is None else f"{subject.split.class_names[idx]} ({idx})"
+    for layer, name in outputs_by_layer.items():
+        for k in range(len(subject.draws.shifts)):
+            test_x = test_outputs[name][:, 0, k].numpy()
+            groups = {
+                "anomalous test": test_x[~normal],
+                "normal training": train[name][:, 0, k].numpy(),
+                "normal test": test_x[normal],
+            }
+            groups = {title: _some(x, limit, flags.seed) for title, x in groups.items() if len(x)}
+            if isinstance(subject.net, CocsrNet):
+                atoms = subject.net.sr_nets.dictionary[k].detach().cpu().numpy().T
+                mean_norm = np.linalg.norm(np.concatenate(list(groups.values())), axis=1).mean()
+                norms = np.linalg.norm(atoms, axis=1, keepdims=True)
+                groups["atoms"] = atoms * (mean_norm / np.maximum(norms, 1e-12))
+            title = f"{flags.dataset}, normal: {of}, shift {k} of {flags.shift_trans_type}, layer {layer}"
+            path = subject.folder / f"{flags.mode}_{layer}_shift{k}.png"
+            draw_tsne(groups, path, title=title)
+            print(f"wrote {path}", flush=True)
+
+
+def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:
+    """At most `limit` rows, chosen by the seed."""
+    if len(x) <= limit:
+        return x
+    return x[np.random.default_rng(seed_of(seed, "t-SNE points")).choice(len(x), limit, replace=False)]
+
+
+def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str) -> None:
+    """Embed all groups together, t-SNE with seed 0, and write a scatter plot. groups: name in `_STYLE` -> (n, F)."""
+    from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
+
+    everything = np.concatenate(list(groups.values()))
+    perplexity = min(30.0, (len(everything) - 1) / 3)
+    points = TSNE(random_state=0, perplexity=perplexity, init="pca").fit_transform(everything)
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.add_subplot()
+    start = 0
+    for name, x in groups.items():
+        part = points[start : start + len(x)]
+        start += len(x)
+        axes.scatter(part[:, 0], part[:, 1], label=f"{name} ({len(x)})", **_STYLE[name])
+    axes.set_title(title, fontsize=11)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(groups), frameon=False, markerscale=1.6)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))

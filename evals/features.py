@@ -1,0 +1,84 @@
+"""From images to draw-averaged network outputs.
+
+Letters: N images, b of a batch, T draws, K shifts, F feature size, P projection size, M atoms.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from common.progress import progress
+from common.seed import generator
+from datasets import ImageSet
+from datasets.views import DrawSpec, draw_views
+from models.feature_net import CocsrNet, FeatureNet
+
+Outputs = dict[str, Tensor]
+
+
+def net_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
+    """Views (b, K, 3, H, W) -> h (b, K, F), z (b, K, P), shift (b, K, K) of a stage-1 network."""
+
+    def outputs(views: Tensor) -> Outputs:
+        features = net(views.flatten(0, 1))
+        return {name: value.unflatten(0, views.shape[:2]) for name, value in features._asdict().items()}
+
+    return outputs
+
+
+def cocsr_outputs(net: CocsrNet) -> Callable[[Tensor], Outputs]:
+    """Views (b, K, 3, H, W) -> s (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
+
+    Each feature is coded in the dictionary of its own shift only.
+    """
+
+    def outputs(views: Tensor) -> Outputs:
+        features = net(views.flatten(0, 1))
+        s, shift = (x.unflatten(0, views.shape[:2]) for x in (features.s, features.shift))
+        codes, gap = net.sr_nets.code(s.permute(1, 2, 0))
+        return {"s": s, "codes": codes.permute(2, 0, 1), "shift": shift, "gap": gap.T[..., None]}
+
+    return outputs
+
+
+@torch.inference_mode()
+def draw_means(
+    outputs: Callable[[Tensor], Outputs],
+    images: ImageSet,
+    spec: DrawSpec,
+    draws: int,
+    *,
+    label: str,
+    references: Tensor | None = None,
+) -> Outputs:
+    """Every output averaged over `draws` draws of every image: (N, 1, K, .) each, on the images' device.
+
+    references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
+    its neighbour by index. Only the means stay, so memory does not grow with the draws.
+    """
+    means: Outputs = {}
+    n, n_shifts = len(images), len(spec.shifts)
+    steps = draws * -(-n // spec.batch_size)
+    everything = (
+        step for t in range(draws) for step in draw_views(images, spec, t, _reference(references, spec.seed, t))
+    )
+    for index, views in progress(everything, total=steps, label=label):
+        for name, value in outputs(views.unflatten(0, (-1, n_shifts))).items():
+            if name not in means:
+                means[name] = value.new_zeros(n, 1, n_shifts, value.shape[-1])
+            means[name][index, 0] += value / draws
+    return means
+
+
+def _reference(references: Tensor | None, seed: int, t: int) -> Tensor | None:
+    if references is None:
+        return None
+    choice = int(torch.randint(len(references), (), generator=generator(seed, "reference", t)))
+    return references[choice : choice + 1]
+
+
+def reference_pool(train: ImageSet, size: int, seed: int) -> Tensor:
+    """`size` training images (or all there are), chosen by the seed: (R, 3, H, W) in [0, 1]."""
+    order = torch.randperm(len(train), generator=generator(seed, "reference pool"))
+    return train.batch(order[:size].to(train.device))

@@ -1,0 +1,110 @@
+"""Collect the results of many runs into one table: `python -m scripts.results logs`.
+
+Rows are the normal classes and their mean, columns the scores. Published means, where there are any, stand below.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from common.errors import UserError, command
+from common.files import write_text
+
+# Mean AUROC in percent as published (Chiou et al. 2023; Tack et al. 2020), by data set and score.
+PUBLISHED = {
+    "cifar10": {"simclr": 87.9, "CSI": 94.3, "CSI_sr": 95.4},
+    "cifar100": {"CSI": 89.6, "CSI_sr": 91.6},
+}
+
+
+def read_results(roots: Sequence[Path]) -> list[dict[str, Any]]:
+    """Every result_*.json below the folders. Raises: UserError where there is none, or one cannot be read."""
+    paths = sorted(path for root in roots for path in root.rglob("result_*.json"))
+    if not paths:
+        raise UserError(f"no result_*.json below {', '.join(map(str, roots))}; eval.py writes them")
+    results = []
+    for path in paths:
+        try:
+            result = json.loads(path.read_text())
+            results.append({**result, "run": path.parent.name} | {"mean": float(result["mean"])})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a result of eval.py") from None
+    return results
+
+
+def tabulate(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of one table: mean AUROC in percent by normal class (rows) and mode and score (columns).
+
+    Several runs of one cell (seeds, epochs) are averaged and their number is shown.
+    """
+    cells: dict[tuple[str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        column = f"{result['score']} ({result['mode']})"
+        cells[result["dataset"], result["one_class_idx"]][column].append(100 * result["mean"])
+    columns = sorted({column for row in cells.values() for column in row})
+    rows = []
+    for dataset in sorted({dataset for dataset, _ in cells}):
+        keys = sorted((key for key in cells if key[0] == dataset), key=lambda k: (k[1] is None, k[1] or 0))
+        for key in keys:
+            title = "all classes" if key[1] is None else f"class {key[1]}"
+            rows.append([dataset, title, *(_cell(cells[key].get(column, [])) for column in columns)])
+        classes = [cells[key] for key in keys if key[1] is not None]
+        if len(classes) > 1:
+            means = [[fmean(row[column]) for row in classes if column in row] for column in columns]
+            rows.append([dataset, f"mean of {len(classes)}", *(_mean(m, len(classes)) for m in means)])
+        published = PUBLISHED.get(dataset)
+        if published:
+            rows.append([dataset, "published mean", *(str(published.get(c.split()[0], "")) for c in columns)])
+    return ["data set", "normal", *columns], rows
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.1f}" + (f" ({len(values)} runs)" if len(values) > 1 else "")
+
+
+def _mean(values: list[float], classes: int) -> str:
+    if not values:
+        return ""
+    return f"{fmean(values):.1f}" + (f" ({len(values)} of {classes})" if len(values) < classes else "")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)]) + "\n"
+
+
+def comma_separated(header: list[str], rows: list[list[str]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([header, *rows])
+    return out.getvalue()
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.results", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders to search for result_*.json")
+    parser.add_argument("--format", choices=("markdown", "csv"), default="markdown")
+    parser.add_argument("--out", type=Path, help="write the table to this file as well")
+    args = parser.parse_args(argv)
+    render = {"markdown": markdown, "csv": comma_separated}[args.format]
+    text = render(*tabulate(read_results(args.folders)))
+    print(text, end="")
+    if args.out:
+        write_text(args.out, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
