@@ -4,6 +4,8 @@ Letters: N images. Images are (N, 3, H, W) uint8, labels (N,) int64. A set is he
 there, else in host memory, and only batches become floats.
 """
 
+import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +160,33 @@ def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str
     return load
 
 
+def _mnist(name: str) -> Callable[[DataSource, str, int | None], ImageSet]:
+    """A loader of MNIST or a set of its format: the packed files where they lie, else through torchvision."""
+    through_torchvision = _torchvision(name)
+
+    def load(source: DataSource, split: str, label: int | None) -> ImageSet:
+        stem = Path(source.data_path) / name / "raw" / ("train" if split == "train" else "t10k")
+        files = [stem.with_name(f"{stem.name}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
+        if not all(file.is_file() for file in files):
+            return through_torchvision(source, split, label)
+        # torchvision takes packed files only with its own checksums and unpacks them beside; data may be read-only.
+        images, labels = (_read_idx(file) for file in files)
+        return _keep(image_set(resize(torch.from_numpy(images)[:, None], source.image_size), labels), label)
+
+    return load
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """A packed file of unsigned bytes in MNIST's format: two zeros, type 8, the number of axes, their sizes, data."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+        axes = np.frombuffer(data, ">i4", data[3], offset=4)
+        return np.frombuffer(data, np.uint8, offset=4 + 4 * len(axes)).reshape(axes).copy()
+    except (OSError, EOFError, ValueError, IndexError, zlib.error):
+        raise UserError(f"--data_path: {path} is damaged; remove it and add --download_data") from None
+
+
 def _names(*names: str) -> Callable[[DataSource], list[str]]:
     return lambda source: list(names)
 
@@ -206,8 +235,8 @@ DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(_digits, _TEN),
     "cifar10": DatasetSpec(_torchvision("CIFAR10"), _CIFAR10),
     "cifar100": DatasetSpec(_torchvision("CIFAR100"), _names(*map(str, range(100))), groups=CIFAR100_GROUPS),
-    "mnist": DatasetSpec(_torchvision("MNIST"), _TEN),
-    "fashion_mnist": DatasetSpec(_torchvision("FashionMNIST"), _FASHION),
+    "mnist": DatasetSpec(_mnist("MNIST"), _TEN),
+    "fashion_mnist": DatasetSpec(_mnist("FashionMNIST"), _FASHION),
     "svhn": DatasetSpec(_torchvision("SVHN", by_split=True), _TEN),
     "folder": DatasetSpec(_folder, lambda source: folder_class_names(Path(source.data_path)), image_size=None),
 }

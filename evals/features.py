@@ -42,7 +42,7 @@ def cocsr_outputs(net: CocsrNet) -> Callable[[Tensor], Outputs]:
     return outputs
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw_means(
     outputs: Callable[[Tensor], Outputs],
     images: ImageSet,

@@ -1,0 +1,71 @@
+"""Shared fixtures. Known answers and real images live beside the project on the team's machines; tests skip without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+
+# Tiny runs: small pictures, few steps, nothing that waits for a second core.
+TINY = "--dataset digits --image_size 8 --model resnet8 --batch_size 61 --one_class_idx 3".split()
+SHIFT = ["--shift_trans_type", "rot_bmix", "--mix_alpha", "0.2"]
+
+
+@pytest.fixture
+def golden():
+    """Load a file of known answers as float64 or float32 tensors, numbers for scalars."""
+
+    def load(name: str) -> dict:
+        path = SHARED / "golden" / f"{name}.npz"
+        if not path.is_file():
+            pytest.skip(f"known answers {path} are not on this machine")
+        return {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in np.load(path).items()}
+
+    return load
+
+
+@pytest.fixture
+def shell():
+    """Run a script of the project as a user would, in a process of its own without a terminal."""
+
+    def run(*args: object, **env: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *map(str, args)]
+        return subprocess.run(
+            command,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **env},
+            timeout=300,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory) -> Path:
+    """A stage-1 run folder of two epochs on digits."""
+    import train
+
+    logs = tmp_path_factory.mktemp("logs")
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--simclr_dim", "32", "--epochs", "2", "--log_root", str(logs)]
+    assert train.main(args) == 0
+    return logs / "digits_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_3"
+
+
+@pytest.fixture(scope="session")
+def stage2(stage1) -> Path:
+    """A stage-2 run folder of two more epochs, from `stage1`."""
+    import train_cocsr
+
+    args = [*TINY, *SHIFT, "--resume_path", str(stage1), "--epoch", "4", "--log_root", str(stage1.parent)]
+    args += "--sr_dict_size 24 --sr_lambda 1e-3 --loss_lambda_sr_l1 1e-3 --invert_sr_feature_norm".split()
+    assert train_cocsr.main([*args, "--ini_sr_dict_train", "--loss_dict_constr_mode", "1"]) == 0
+    return stage1.parent / "digits_resnet8_unsup_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_one_class_3"

@@ -1,0 +1,118 @@
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+from common.errors import UserError
+from datasets import DATASETS, DataSource, split_one_class
+from datasets.catalog import CIFAR100_GROUPS, resize
+from tests.conftest import SHARED
+
+
+def test_digits_are_split_by_class_two_to_one():
+    split = split_one_class("digits", DataSource(image_size=8), 3, 32)
+    train, test = split.train(), split.test()
+    assert train.images.shape == (122, 3, 8, 8) and (train.labels == 3).all()
+    assert len(test) == 599 and split.normal(test.labels).sum() == 61
+    assert len(split_one_class("digits", DataSource(), None, 32).train()) == 1198
+    # 0..16 becomes 0..255, in three equal channels.
+    assert train.images.max() == 255 and torch.equal(train.images[:, 0], train.images[:, 2])
+
+
+def test_resizing_is_bilinear_in_three_equal_channels():
+    x = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    out = resize(x, 32)
+    expected = torch.nn.functional.interpolate(x.float(), (32, 32), mode="bilinear", align_corners=False)
+    assert out.shape == (2, 3, 32, 32) and torch.equal(out, expected.round().to(torch.uint8).expand(-1, 3, -1, -1))
+
+
+def test_batches_are_floats_between_0_and_1():
+    data = split_one_class("digits", DataSource(image_size=8), 0, 32).train()
+    x = data.batch(torch.tensor([5, 2]))
+    assert x.dtype == torch.float32 and torch.equal((x * 255).round().to(torch.uint8), data.images[[5, 2]])
+
+
+@pytest.mark.parametrize("idx", [-1, 10])
+def test_a_class_out_of_range_is_told(idx):
+    with pytest.raises(UserError, match=r"--one_class_idx must lie in 0\.\.9"):
+        split_one_class("digits", DataSource(), idx, 32)
+
+
+def test_superclasses_partition_the_fine_classes():
+    assert sorted(sum(CIFAR100_GROUPS, ())) == list(range(100)) and len(CIFAR100_GROUPS) == 20
+
+
+class FakeTorchvision:
+    """Arrays in torchvision's layout: (N, H, W, 3), labels of all 100 classes."""
+
+    def __init__(self, root, download, train):
+        self.data = np.arange(200, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+        self.targets = list(range(100)) * 2
+
+
+def test_cifar100_takes_superclasses_in_one_class_training_and_fine_ones_without(monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeTorchvision)
+    split = split_one_class("cifar100", DataSource(), 1, 32)
+    train, test = split.train(), split.test()
+    assert split.n_classes == 100 and len(split.class_names) == 20
+    assert set(train.images[:, 0, 0, 0].tolist()) == {v + w for v in CIFAR100_GROUPS[1] for w in (0, 100)}
+    assert set(train.labels.tolist()) == {1} and split.normal(test.labels).sum() == 10
+    assert set(test.labels.tolist()) == set(range(20))
+    everything = split_one_class("cifar100", DataSource(), None, 32)
+    assert set(everything.train().labels.tolist()) == set(range(100))
+    with pytest.raises(UserError, match=r"0\.\.19"):
+        split_one_class("cifar100", DataSource(), 20, 32)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn"])
+def test_absent_data_is_told_with_the_remedy(tmp_path, name):
+    with pytest.raises(UserError, match="--data_path.*--download_data"):
+        DATASETS[name].load(DataSource(str(tmp_path)), "train", None)
+
+
+def test_mnist_is_read_from_packed_files_in_place():
+    if not (SHARED / "data/MNIST/raw").is_dir():
+        pytest.skip("MNIST is not on this machine")
+    test = split_one_class("mnist", DataSource(str(SHARED / "data")), 7, 32).test()
+    assert test.images.shape == (10_000, 3, 32, 32)
+    # Facts about the original test set: its first labels, and how many sevens there are.
+    assert test.labels[:10].tolist() == [7, 2, 1, 0, 4, 1, 4, 9, 5, 9] and (test.labels == 7).sum() == 1028
+
+
+def write_idx(path, array: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def test_packed_files_of_mnists_format(tmp_path):
+    raw = tmp_path / "FashionMNIST/raw"
+    images = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    write_idx(raw / "train-images-idx3-ubyte.gz", images)
+    write_idx(raw / "train-labels-idx1-ubyte.gz", np.array([1, 0, 1, 2, 9], np.uint8))
+    train = split_one_class("fashion_mnist", DataSource(str(tmp_path), image_size=28), 1, 32).train()
+    assert torch.equal(train.images[:, 0], torch.from_numpy(images[[0, 2]])) and train.indices.tolist() == [0, 2]
+    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"junk")
+    with pytest.raises(UserError, match="--data_path: .*train-images.* is damaged"):
+        split_one_class("fashion_mnist", DataSource(str(tmp_path)), 1, 32).train()
+
+
+def test_folder_classes_that_only_test_has_are_outliers(tmp_path):
+    from tests.datasets.test_folder import fill
+
+    fill(tmp_path, {"train/good": 2, "test/good": 1, "test/crack": 2})
+    source = DataSource(str(tmp_path), image_size=8)
+    for idx in (0, None):
+        split = split_one_class("folder", source, idx, 32)
+        test = split.test()
+        assert split.n_classes == 1 and split.normal(test.labels).tolist() == [True, False, False]
+        assert test.paths is not None and test.paths[1].endswith("crack/0.png")
+    with pytest.raises(UserError, match=r"0\.\.0"):
+        split_one_class("folder", source, 1, 32)
+
+
+def test_indices_are_places_in_the_whole_set():
+    data = split_one_class("digits", DataSource(image_size=8), None, 32).test()
+    some = data.where(data.labels == 2)
+    assert torch.equal(data.images[some.indices], some.images)

@@ -1,0 +1,67 @@
+import torch
+
+from datasets.augment import AlignedSpec
+from datasets.catalog import image_set
+from datasets.shifts import ShiftSpec
+from datasets.views import DrawSpec, draw_views
+from evals.features import cocsr_outputs, draw_means, net_outputs, reference_pool
+from models.checkpoint import build_net
+from models.feature_net import CocsrNet, FeatureTransform
+from models.sparse.admm import admm_lasso
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+
+SHIFTS = ShiftSpec("rot_bmix", 0.2).functions()
+
+
+def images(n: int = 7):
+    generator = torch.Generator().manual_seed(0)
+    return image_set(torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.zeros(n))
+
+
+def network():
+    return build_net("resnet8", n_classes=2, simclr_dim=6, n_shifts=5, seed=0).eval()
+
+
+def spec(batch_size: int) -> DrawSpec:
+    return DrawSpec(SHIFTS, AlignedSpec(), seed=3, batch_size=batch_size)
+
+
+def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
+    net, data = network(), images()
+    found = draw_means(net_outputs(net), data, spec(3), 4, label="test")
+    whole = draw_means(net_outputs(net), data, spec(7), 4, label="test")
+    draws = []
+    with torch.inference_mode():
+        for t in range(4):
+            ((_, views),) = draw_views(data, spec(7), t)
+            draws.append(net(views).z.unflatten(0, (7, 5)))
+    assert found["z"].shape == (7, 1, 5, 6) and found["shift"].shape == (7, 1, 5, 5)
+    torch.testing.assert_close(found["z"][:, 0], torch.stack(draws).mean(0), atol=1e-5, rtol=1e-5)
+    for name in found:
+        torch.testing.assert_close(found[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_each_feature_is_coded_in_its_own_shifts_dictionary():
+    bank = DictionaryBank(5, 64, 9, CodingSpec(0.01, 1.0, 40), torch.Generator().manual_seed(0))
+    model, data = CocsrNet(network(), bank, FeatureTransform()).eval(), images()
+    found = draw_means(cocsr_outputs(model), data, spec(3), 1, label="test")
+    s = found["s"][:, 0]
+    for k in range(5):
+        alone = admm_lasso(bank.dictionary[k : k + 1], s[:, k].T, lam=0.01).codes[0].T
+        torch.testing.assert_close(found["codes"][:, 0, k], alone.detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_references_are_training_images_chosen_by_the_seed():
+    data = images()
+    pool = reference_pool(data, 3, seed=0)
+    everything = data.batch(torch.arange(7))
+    assert pool.shape == (3, 3, 8, 8) and all(any(torch.equal(p, x) for x in everything) for p in pool)
+    assert torch.equal(pool, reference_pool(data, 3, seed=0)) and len(reference_pool(data, 99, seed=0)) == 7
+
+
+def test_references_take_the_place_of_neighbours_in_the_mixed_view_only():
+    net, data, pool = network(), images(), torch.rand(4, 3, 8, 8)
+    found = draw_means(net_outputs(net), data, spec(2), 2, label="test", references=pool)
+    plain = draw_means(net_outputs(net), data, spec(2), 2, label="test")
+    torch.testing.assert_close(found["z"][:, 0, :4], plain["z"][:, 0, :4], atol=1e-6, rtol=1e-5)
+    assert (found["z"][:, 0, 4] - plain["z"][:, 0, 4]).abs().amax(1).min() > 1e-4

@@ -1,0 +1,38 @@
+import torch
+
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+
+
+def bank(seed: int = 0) -> DictionaryBank:
+    return DictionaryBank(2, 6, 9, CodingSpec(0.1, 1.0, 10), torch.Generator().manual_seed(seed))
+
+
+def test_starts_from_nonnegative_atoms_of_unit_norm_that_the_seed_fixes():
+    d = bank().dictionary
+    torch.testing.assert_close(d.norm(dim=1), torch.ones(2, 9))
+    assert d.min() >= 0 and torch.equal(d, bank().dictionary) and not torch.equal(d, bank(1).dictionary)
+
+
+def test_state_dict_has_the_published_names():
+    state = bank().state_dict()
+    assert set(state) == {"dictionary", "rho", "lambdaV"}
+    assert state["rho"].shape == state["lambdaV"].shape == ()
+
+
+def test_k_means_atoms_land_in_the_parameter_that_the_optimiser_trains():
+    """Trap 1: the published program put the atoms into a new parameter, which its optimiser never saw."""
+    b = bank()
+    adam = torch.optim.Adam(b.parameters(), 0.01)
+    atoms = torch.randn(2, 6, 9)
+    b.set_atoms(atoms, norm=2.0)
+    torch.testing.assert_close(b.dictionary.detach(), 2 * atoms / atoms.norm(dim=1, keepdim=True))
+    before = b.dictionary.detach().clone()
+    b.code(torch.randn(2, 6, 5)).codes.square().sum().backward()
+    adam.step()
+    assert (b.dictionary - before).abs().max() > 1e-3
+
+
+def test_a_zero_atom_stays_zero():
+    b = bank()
+    b.set_atoms(torch.zeros(2, 6, 9), norm=1.0)
+    assert (b.dictionary == 0).all()

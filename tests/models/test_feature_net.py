@@ -1,0 +1,121 @@
+import pytest
+import torch
+
+from models import BACKBONES
+from models.checkpoint import build_net
+from models.feature_net import CocsrNet, Features, FeatureTransform
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+
+
+def net(model: str = "resnet8", **changes):
+    return build_net(model, **{"n_classes": 10, "simclr_dim": 128, "n_shifts": 5, "seed": 0, **changes})
+
+
+def published_resnet18_shapes(n_classes: int, n_shifts: int) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the CIFAR ResNet-18 as the specification lists them (section 5)."""
+
+    def norm(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+        names = ("weight", "bias", "running_mean", "running_var")
+        return {f"{prefix}.{n}": (width,) for n in names} | {f"{prefix}.num_batches_tracked": ()}
+
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 3, 3), **norm("bn1", 64)}
+    before = 64
+    for layer, width in enumerate((64, 128, 256, 512), 1):
+        for block in range(2):
+            at = f"layer{layer}.{block}"
+            shapes[f"{at}.conv1.weight"] = (width, before, 3, 3)
+            shapes[f"{at}.conv2.weight"] = (width, width, 3, 3)
+            shapes |= norm(f"{at}.bn1", width) | norm(f"{at}.bn2", width)
+            if layer > 1 and block == 0:
+                shapes[f"{at}.shortcut.0.weight"] = (width, before, 1, 1)
+                shapes |= norm(f"{at}.shortcut.1", width)
+            before = width
+    heads = {"linear": (n_classes, 512), "shift_cls_layer": (n_shifts, 512)}
+    heads |= {"joint_distribution_layer": (4 * n_classes, 512)}
+    heads |= {"simclr_layer.0": (512, 512), "simclr_layer.2": (128, 512)}
+    for name, shape in heads.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def test_resnet18_has_the_published_keys_and_shapes():
+    state = net("resnet18").state_dict()
+    assert {k: tuple(v.shape) for k, v in state.items()} == published_resnet18_shapes(10, 5)
+    assert len(state) == 130
+
+
+@pytest.mark.parametrize("model, tensors, features", [("resnet50", 328, 2048), ("resnet18_imagenet", 130, 512)])
+def test_other_published_networks_have_as_many_tensors(model, tensors, features):
+    n = net(model)
+    assert len(n.state_dict()) == tensors and n.feature_dim == features
+    if model == "resnet18_imagenet":
+        assert n.state_dict()["conv1.weight"].shape == (64, 3, 7, 7)
+        assert "layer2.0.downsample.0.weight" in n.state_dict()
+
+
+@pytest.mark.parametrize("model", BACKBONES)
+def test_every_backbone_gives_features_of_the_stated_shapes(model):
+    n = net(model, n_shifts=4).eval()
+    with torch.inference_mode():
+        h, z, shift = n(torch.rand(2, 3, 32, 32))
+        assert h.shape == (2, n.feature_dim) and z.shape == (2, 128) and shift.shape == (2, 4)
+        assert n.linear(h).shape == (2, 10) and n.joint_distribution_layer(h).shape == (2, 40)
+
+
+def test_resnet8_is_the_classic_6n_plus_2_network():
+    n = net()
+    assert n.feature_dim == 64
+    convs = [m for m in n.backbone.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert [c.out_channels for c in convs] == [16, 16, 16, 32, 32, 64, 64]
+
+
+def test_state_dict_makes_the_round_trip_and_weights_follow_the_seed():
+    a, b = net(seed=1), net(seed=2)
+    assert not torch.equal(a.linear.weight, b.linear.weight) and torch.equal(a.linear.weight, net(seed=1).linear.weight)
+    b.load_state_dict(a.state_dict())
+    x = torch.rand(3, 3, 16, 16)
+    assert torch.equal(a.eval()(x).z, b.eval()(x).z)
+
+
+def test_building_a_network_leaves_the_global_generator_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    net()
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_images_are_normalised_inside():
+    n = net().eval()
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(n(x).h, n.backbone((x - 0.5) / 0.5))
+
+
+def test_transform_divides_by_the_square_of_the_norm():
+    """Trap 5: the published help text names another power; the published program divides by the square."""
+    f = Features(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
+    torch.testing.assert_close(FeatureTransform()(f), f.h)
+    torch.testing.assert_close(FeatureTransform(invert_norm=True)(f), f.h / torch.tensor([[25.0], [1.0]]))
+    torch.testing.assert_close(FeatureTransform("penultimate", True, True)(f)[0], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(FeatureTransform("simclr")(f), f.z)
+
+
+def test_stage_2_network_stays_frozen_in_eval_mode_and_builds_no_graph():
+    """Trap 4: in the published program gradients of the frozen network were computed and piled up."""
+    bank = DictionaryBank(5, 64, 8, CodingSpec(0.1, 1.0, 5))
+    model = CocsrNet(net(), bank, FeatureTransform())
+    model.train()
+    assert model.sr_nets.training and not any(m.training for m in model.feature_net.modules())
+    before = {k: v.clone() for k, v in model.feature_net.state_dict().items()}
+    s = model(torch.rand(4, 3, 16, 16)).s
+    assert not s.requires_grad and s.shape == (4, 64)
+    assert all(torch.equal(v, before[k]) for k, v in model.feature_net.state_dict().items())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["sr_nets.dictionary"]
+
+
+def test_stage_2_state_dict_has_the_published_keys():
+    model = CocsrNet(net("resnet18"), DictionaryBank(5, 512, 4, CodingSpec(0.1, 1.0, 5)), FeatureTransform())
+    state = model.state_dict()
+    inner = {k.removeprefix("feature_net.") for k in state if k.startswith("feature_net.")}
+    assert inner == set(published_resnet18_shapes(10, 5)) and len(state) == 133
+    assert {k for k in state if k.startswith("sr_nets.")} == {f"sr_nets.{n}" for n in ("dictionary", "rho", "lambdaV")}
