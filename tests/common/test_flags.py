@@ -1,0 +1,97 @@
+from dataclasses import dataclass
+
+import pytest
+
+from common.errors import UserError
+from common.flags import REFUSED, Flags, build_parser, parse, pick, run_name
+
+TABLES = {"datasets": ["cifar10", "digits"], "models": ["resnet18"], "shifts": ["none", "rot_bmix"]}
+
+
+def flags(*argv: str, mode: str = "simclr_CSI") -> Flags:
+    return parse(list(argv), "x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, **TABLES)
+
+
+def test_published_defaults():
+    f = flags(mode="simclr")
+    expected = {"dataset": "cifar10", "data_path": "../Data/", "num_worker": 4, "one_class_idx": None}
+    expected |= {"model": "resnet18", "mode": "simclr", "simclr_dim": 128, "shift_trans_type": "none", "mix_alpha": 0.5}
+    expected |= {"color_jitter_strength": 1, "error_step": 5, "save_step": 10, "epochs": 1000, "optimizer": "lars"}
+    expected |= {"lr_scheduler": "cosine", "warmup": 10, "lr_init": 0.1, "weight_decay": 1e-6, "batch_size": 128}
+    expected |= {"test_batch_size": 100, "sim_lambda": 1, "temperature": 0.5, "ood_samples": 1, "ood_batch_size": 100}
+    expected |= {"resize_factor": 0.08, "resize_fix": False, "refmix_batch_size": 128, "sr_lambda": 0.01}
+    expected |= {"sr_dict_size": 512, "sr_layer": "penultimate", "sr_rho": 1, "sr_admm_stage": 40, "sr_lr": 1e-3}
+    expected |= {"sr_decay_lr": 1e-6, "loss_lambda_sr": 1, "loss_lambda_sr_l1": 0.01, "loss_lambda_dict_constr": 0.1}
+    expected |= {"loss_dict_constr_mode": 0, "loss_dict_constr_value": 1, "seed": 0, "device": "auto", "amp": "auto"}
+    assert {k: f.as_dict()[k] for k in expected} == expected
+
+
+def test_aliases_of_the_readme_and_of_launchers():
+    assert flags("--epoch", "1300").epochs == 1300 and flags("--epochs", "7").epochs == 7
+    assert flags("--local-rank", "2").local_rank == flags("--local_rank", "2").local_rank == 2
+    with pytest.raises(SystemExit):
+        flags("--epo", "3")  # no other abbreviation
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (
+            "--mode simclr_CSI --shift_trans_type rot_bmix --one_class_idx 3 --suffix f512_mix82",
+            "cifar10_resnet18_unsup_simclr_CSI_shift_rot_bmix_one_class_3_f512_mix82",
+        ),
+        ("--mode simclr --shift_trans_type rot_bmix", "cifar10_resnet18_unsup_simclr"),
+        (
+            "--mode cocsr_dict --shift_trans_type rot_bmix --sr_lambda 1e-3 --sr_lr 1e-3 --invert_sr_feature_norm"
+            " --one_class_idx 0 --suffix f512_mix82_dm1_init",
+            "cifar10_resnet18_unsup_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_one_class_0_f512_mix82_dm1_init",
+        ),
+        ("--mode cocsr_dict", "cifar10_resnet18_unsup_cocsr_dict_shift_none_cocsr_ld0.01_lr0.001"),
+    ],
+)
+def test_run_names_are_the_published_ones(argv, name):
+    assert run_name(flags(*argv.split())) == name
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_refused_flags_parse_and_are_refused_by_name(name):
+    actions = {a.dest: a for a in build_parser("x", ["m"], "m", **TABLES)._actions}
+    argv = [f"--{name}"] + ([] if actions[name].nargs == 0 else ["1"])
+    with pytest.raises(UserError, match=f"--{name} is refused"):
+        flags(*argv)
+
+
+@pytest.mark.parametrize("argv", ["--dataset nosuch", "--model nosuch", "--shift_trans_type nosuch", "--mode nosuch"])
+def test_unknown_names_are_told_in_one_line_with_the_known_ones(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        flags(*argv.split())
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == 1 and argv.split()[0] in told and "choose from" in told
+
+
+@pytest.mark.parametrize("argv", ["--batch_size 0", "--epochs -1", "--temperature 0", "--ood_samples 0"])
+def test_numbers_that_must_be_positive(argv):
+    with pytest.raises(UserError, match=argv.split()[0]):
+        flags(*argv.split())
+
+
+def test_flags_that_nothing_read_are_told():
+    f = flags("--sr_rho", "2", "--suffix", "a", "--warmup", "3")
+    assert f.unread() == ["sr_rho", "warmup"] and f.given("warmup") and not f.given("lr_init")
+    assert f.sr_rho == 2 and f.unread() == ["warmup"]
+    assert f.tell_unread() == ["note: --warmup has no effect in --mode simclr_CSI"]
+
+
+def test_pick_fills_a_dataclass_by_field_names():
+    @dataclass(frozen=True)
+    class Spec:
+        sr_rho: float
+        warmup: int
+
+    assert pick(Spec, flags("--warmup", "3")) == Spec(1.0, 3)
+
+
+def test_several_processes_are_refused_for_now(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="torchrun"):
+        flags()

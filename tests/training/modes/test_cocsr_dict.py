@@ -1,0 +1,64 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+
+from models.sparse.dictionary import CodingSpec, DictionaryBank
+from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, kmeans, moved
+
+WEIGHTS = DictionaryLossSpec(2.0, 0.3, 0.7, 1, 0.5)
+
+
+def test_step_weighs_the_terms_and_sums_over_the_batch():
+    bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 40), torch.Generator().manual_seed(0))
+    s = torch.randn(2, 6, 5)
+    step = dictionary_step(bank, s, WEIGHTS, detach_codes=False)
+    codes = bank.code(s).codes
+    expected = {"sr": 2.0 * (s - bank.dictionary @ codes).square().sum(), "sr_l1": 0.3 * codes.abs().sum()}
+    expected["sr_dict"] = 0.7 * (bank.dictionary.norm(dim=1) - 0.5).clamp(min=0).sum()
+    for name, value in expected.items():
+        torch.testing.assert_close(step.losses[name], value)
+    assert step.watch["sr/sparsity"].item() == pytest.approx((codes == 0).float().mean().item())
+    assert step.watch["sr/atom_norm"].item() == pytest.approx(1.0)
+    # Twice the batch, twice the fit: sums, as published.
+    twice = dictionary_step(bank, s.repeat(1, 1, 2), WEIGHTS, detach_codes=False)
+    torch.testing.assert_close(twice.losses["sr"], 2 * step.losses["sr"])
+
+
+def test_detached_codes_leave_the_direct_gradient_only():
+    bank = DictionaryBank(1, 6, 8, CodingSpec(0.05, 1.0, 40), torch.Generator().manual_seed(0))
+    s = torch.randn(1, 6, 5)
+    only_fit = DictionaryLossSpec(1.0, 1.0, 0.0, 0, 1.0)
+    sum(dictionary_step(bank, s, only_fit, detach_codes=True).losses.values()).backward()
+    codes = bank.code(s).codes.detach()
+    direct = -2 * (s - bank.dictionary.detach() @ codes) @ codes.mT
+    torch.testing.assert_close(bank.dictionary.grad, direct, atol=1e-4, rtol=1e-4)
+
+
+def test_k_means_finds_separated_clusters_in_each_shift():
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(2, 4, 3)) * 10
+    x = torch.from_numpy(np.repeat(centres, 25, axis=1) + 0.01 * rng.normal(size=(2, 100, 3))).float()
+    found = kmeans(x, 4, seed=0)
+    assert found.shape == (2, 4, 3)
+    for k in range(2):
+        distance = np.linalg.norm(found[k].numpy()[:, None] - centres[k][None], axis=2)
+        assert sorted(distance.argmin(1)) == [0, 1, 2, 3] and distance.min(1).max() < 0.02
+    inertia = KMeans(4, n_init=10, random_state=0).fit(x[0].numpy()).inertia_
+    own = ((x[0][:, None] - found[0][None]) ** 2).sum(2).min(1).values.sum().item()
+    assert own <= 1.01 * inertia
+
+
+def test_a_single_changed_bit_of_the_frozen_network_is_told():
+    before = {"w": torch.ones(3), "n": torch.tensor(0)}
+    check_frozen(before, {k: v.clone() for k, v in before.items()})
+    after = {**before, "w": torch.nextafter(before["w"], torch.tensor(2.0))}
+    with pytest.raises(RuntimeError, match="frozen network changed.*w"):
+        check_frozen(before, after)
+
+
+def test_how_far_the_dictionary_moved_is_told_with_the_reason():
+    start = torch.ones(1, 2, 2)
+    assert "changed by 1.00e-01" in moved(start, 1.1 * start, trained=True)
+    assert "hardly trained" in moved(start, 1.0001 * start, trained=True)
+    assert "--freeze_sr_dict" in moved(start, start, trained=False)

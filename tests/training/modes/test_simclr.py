@@ -1,0 +1,41 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.checkpoint import build_net
+from training.losses.contrastive import nt_xent
+from training.modes.simclr import contrastive_step, probe_error
+
+
+def test_step_adds_contrastive_shift_and_probe_terms():
+    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=2, seed=0).eval()
+    views, labels = torch.rand(12, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 2 shifts, 3 images
+    terms = contrastive_step(net, views, labels, n_shifts=2, temperature=0.3, sim_lambda=2.0).losses
+    features = net(views)
+    expected = 2 * nt_xent(features.z[:6], features.z[6:], 0.3)
+    torch.testing.assert_close(terms["sim"], expected)
+    shift = F.cross_entropy(features.shift, torch.tensor([0, 0, 0, 1, 1, 1] * 2))
+    torch.testing.assert_close(terms["shift"], shift)
+    rows = [0, 1, 2, 6, 7, 8]  # shift 0 of both copies
+    torch.testing.assert_close(terms["cls"], F.cross_entropy(net.linear(features.h[rows]), labels.repeat(2)))
+    terms["cls"].backward()
+    assert net.linear.weight.grad is not None and net.backbone.conv1.weight.grad is None
+
+
+def test_plain_simclr_has_no_shift_term():
+    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=1, seed=0)
+    step = contrastive_step(
+        net, torch.rand(6, 3, 8, 8), torch.zeros(3).long(), n_shifts=1, temperature=0.5, sim_lambda=1
+    )
+    assert set(step.losses) == {"sim", "cls"}
+
+
+def test_probe_error_counts_wrong_guesses_and_restores_the_mode():
+    from datasets.catalog import image_set
+
+    net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
+    with torch.no_grad():
+        net.linear.weight.zero_()
+        net.linear.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+    data = image_set(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([1, 1, 0, 2, 1]))
+    assert probe_error(net, data, 2) == pytest.approx(0.4) and net.training

@@ -1,0 +1,82 @@
+import pytest
+import torch
+
+from common.errors import RunStopped
+from common.flags import Flags
+from common.run import Run
+from datasets.catalog import image_set
+from training.loop import batches, fit, steps_per_epoch
+from training.recipe import Recipe, Step
+
+
+@pytest.mark.parametrize(
+    "n, batch_size, sizes",
+    [(7, 3, [3, 4]), (6, 3, [3, 3]), (8, 3, [3, 3, 2]), (2, 5, [2]), (1, 5, [1]), (3, 1, [1, 1, 1]), (3, 2, [3])],
+)
+def test_a_last_batch_of_one_joins_the_batch_before(n, batch_size, sizes):
+    data = image_set(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.arange(n))
+    found = list(batches(data, batch_size, seed=0, epoch=1))
+    assert [len(b.images) for b in found] == sizes and steps_per_epoch(n, batch_size) == len(sizes)
+    assert sorted(torch.cat([b.labels for b in found]).tolist()) == list(range(n))
+    for b in found:
+        assert torch.equal((b.images[:, 0, 0, 0] * 255).round().long(), b.labels)
+
+
+def test_order_follows_seed_and_epoch():
+    data = image_set(torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.arange(50))
+
+    def order(seed, epoch):
+        return torch.cat([b.labels for b in batches(data, 8, seed=seed, epoch=epoch)]).tolist()
+
+    assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2)
+
+
+def make(folder, epochs, fail_at=None):
+    """A linear model under a plain loss; every draw is a function of (epoch, step)."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    data = image_set(torch.randint(0, 256, (10, 3, 2, 2), dtype=torch.uint8), torch.zeros(10))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    begun = []
+
+    def losses(batch):
+        loss = model(batch.images.mean((2, 3))).square().mean()
+        if (batch.epoch, batch.step) == fail_at:
+            loss = loss * torch.nan
+        return Step({"fit": loss}, {"sr/gap": loss.detach()})
+
+    def before_step(epoch):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1 / (1 + epoch)
+        return group["lr"]
+
+    run = Run(folder, Flags({"mode": "m", "epochs": epochs, "overwrite": False}), weights="w", resume="r")
+    recipe = Recipe(model, data, losses, (optimizer,), before_step, begin=lambda run: begun.append(run))
+    return recipe, run, begun
+
+
+def go(recipe, run, epochs, save_step=1):
+    run.open()
+    fit(recipe, run, epochs=epochs, batch_size=4, seed=0, save_step=save_step)
+    run.close()
+    return [p.detach().clone() for p in recipe.model.parameters()]
+
+
+def test_an_interrupted_run_ends_bitwise_where_an_uninterrupted_one_does(tmp_path):
+    recipe, run, begun = make(tmp_path / "whole", 6)
+    whole = go(recipe, run, 6)
+    assert len(begun) == 1
+    recipe, run, _ = make(tmp_path / "parts", 6)
+    go(recipe, run, 3)  # as if killed after epoch 3
+    recipe, run, begun = make(tmp_path / "parts", 6)
+    assert run.state["epoch"] == 3
+    parts = go(recipe, run, 6)
+    assert not begun and all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def test_a_non_finite_loss_stops_with_epoch_and_step_and_keeps_the_checkpoint_before(tmp_path):
+    recipe, run, _ = make(tmp_path / "run", 5, fail_at=(3, 1))
+    with pytest.raises(RunStopped, match="epoch 3, step 1"):
+        go(recipe, run, 5)
+    state = torch.load(tmp_path / "run" / "r", weights_only=True)
+    assert state["epoch"] == 2 and all(v.isfinite().all() for v in state["model"].values())
