@@ -63,14 +63,26 @@ def load_tensors(path: Path, *, flag: str) -> Any:
 
 
 def load_state_dict(path: Path, *, flag: str) -> dict[str, Tensor]:
-    """A bare state dict, with the `module.` prefix of DataParallel taken off.
+    """A bare state dict, with the `module.` prefix of DataParallel taken off; or a .safetensors file.
 
     Raises: UserError as `load_tensors`, and where the file holds no state dict.
     """
-    state = load_tensors(path, flag=flag)
+    state = _load_safetensors(path, flag) if path.suffix == ".safetensors" else load_tensors(path, flag=flag)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"--{flag}: {path} is not a file of network weights (last.model or last.cocsr_model)")
     return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _load_safetensors(path: Path, flag: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"--{flag}: no checkpoint at {path}") from None
+    except (SafetensorError, OSError):
+        raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
 
 
 def published_epoch(path: Path) -> int | None:

@@ -15,7 +15,6 @@ from torch import Generator, Tensor
 
 from common.errors import UserError
 
-GRAY_WEIGHTS = (0.299, 0.587, 0.114)
 _TRIES = 10
 
 
@@ -152,7 +151,7 @@ def rgb_to_hsv(x: Tensor) -> Tensor:
 def hsv_to_rgb(hsv: Tensor) -> Tensor:
     """Hexagonal HSV to RGB: channel n is v - v s max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1."""
     hue, saturation, value = hsv.split(1, 1)
-    n = torch.tensor([5.0, 3.0, 1.0], device=hsv.device, dtype=hsv.dtype).view(3, 1, 1)
+    n = torch.arange(5, 0, -2, device=hsv.device, dtype=hsv.dtype).view(3, 1, 1)
     k = (n + 6 * hue) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp_(0, 1)
 
@@ -168,8 +167,8 @@ def hsv_jitter(x: Tensor, hue: Tensor, saturation: Tensor, value: Tensor) -> Ten
 
 def gray(x: Tensor, chosen: Tensor) -> Tensor:
     """Replace the images where `chosen` (V,) is true by their luminance in three equal channels."""
-    weights = torch.tensor(GRAY_WEIGHTS, device=x.device, dtype=x.dtype).view(3, 1, 1)
-    return torch.where(_per_image(chosen), (x * weights).sum(1, keepdim=True), x)
+    r, g, b = x.split(1, 1)
+    return torch.where(_per_image(chosen), 0.299 * r + 0.587 * g + 0.114 * b, x)
 
 
 def crop(x: Tensor, box: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What plain pixels reach: a one-class SVM and the nearest neighbour on raw images, on the split of the other commands.
 
-`python -m scripts.pixel_baseline --dataset folder --data_path ... --one_class_idx 8` prints the AUROC of both and writes
+`python -m scripts.pixel_baseline --dataset folder --data_path DIR --one_class_idx 8` prints both AUROCs and writes
 result files that `scripts.results` collects with the others.
 """
 

@@ -3,6 +3,7 @@
 Letters: K dictionaries, F feature size, M atoms, N samples.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def admm_lasso(D: Tensor, S: Tensor, *, lam: float, rho: float = 1.0, steps: int
         raise ValueError(f"D must be (K, F, M) and S (K, F, N) or (F, N), got {tuple(D.shape)} and {tuple(S.shape)}")
     if not rho > 0 or not lam >= 0 or steps < 1:
         raise ValueError(f"need rho > 0, lam >= 0, steps >= 1, got {rho}, {lam}, {steps}")
-    # Exponents of the system span many orders of magnitude; half precision would lose the small ones.
+    # The inverse of an ill-conditioned system needs more digits than half precision has.
     with torch.autocast(D.device.type, enabled=False):
         D, S = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (D, S))
         start, inverse = _ridge(D, S, rho)
@@ -49,7 +50,7 @@ def admm_lasso(D: Tensor, S: Tensor, *, lam: float, rho: float = 1.0, steps: int
     return SparseCode(codes, gap)
 
 
-def _ridge(D: Tensor, S: Tensor, rho: float):
+def _ridge(D: Tensor, S: Tensor, rho: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """The ridge solution (D'D + rho I)^-1 D'S, and the map v -> rho (D'D + rho I)^-1 v."""
     _, features, atoms = D.shape
     if atoms <= features:
@@ -63,4 +64,7 @@ def _ridge(D: Tensor, S: Tensor, rho: float):
 
 def _inverse(gram: Tensor, rho: float) -> Tensor:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return torch.cholesky_solve(eye.expand_as(gram), torch.linalg.cholesky(gram + rho * eye))
+    # The checking form would wait for the device; a failed factor becomes NaN, which the training loop tells.
+    factor, failed = torch.linalg.cholesky_ex(gram + rho * eye)
+    factor = factor.masked_fill((failed > 0)[:, None, None], torch.nan)
+    return torch.cholesky_solve(eye.expand_as(gram), factor)

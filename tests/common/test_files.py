@@ -84,3 +84,16 @@ def test_published_epoch_admits_nothing_but_a_dict_with_an_integer(tmp_path):
     with pytest.raises(UserError, match="refused"):
         published_epoch(path)
     assert not trace.exists()
+
+
+def test_safetensors_load_too(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    assert torch.equal(load_state_dict(path, flag="load_path")["w"], torch.ones(2))
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match="--load_path: .*truncated"):
+        load_state_dict(path, flag="load_path")
+    with pytest.raises(UserError, match="--load_path: no checkpoint"):
+        load_state_dict(tmp_path / "b.safetensors", flag="load_path")

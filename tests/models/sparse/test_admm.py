@@ -126,3 +126,8 @@ def test_refuses_shapes_that_do_not_fit():
         admm_lasso(torch.ones(2, 3, 2), torch.ones(3, 3, 4), lam=0.1)
     with pytest.raises(ValueError, match="must be"):
         admm_lasso(torch.ones(2, 3, 2), torch.ones(4, 4), lam=0.1)
+
+
+def test_a_failed_factorisation_is_nan_and_not_a_wrong_answer():
+    D = torch.full((1, 4, 3), torch.inf)
+    assert not admm_lasso(D, torch.ones(4, 2), lam=0.1).codes.isfinite().any()
