@@ -1,11 +1,28 @@
 """Which device to compute on, and in which precision."""
 
+import contextlib
+import ctypes
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
 
 from common.errors import UserError
+
+# From malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def reuse_host_memory() -> None:
+    """Let the C library keep freed blocks instead of handing them back to the system (glibc only; else nothing).
+
+    Every activation of a training step on a CPU is a block large enough that glibc maps it afresh, and the page faults
+    then cost as much as the arithmetic: the step of resnet8 with 1280 views took 1.4 s, and 0.68 s without.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(name: str) -> torch.device:

@@ -79,21 +79,11 @@ def positive(**values: float) -> None:
             raise UserError(f"--{name} must be > 0, got {value}")
 
 
-def parse(
-    argv: Sequence[str] | None,
-    script: str,
-    modes: Iterable[str],
-    default_mode: str,
-    *,
-    datasets: Iterable[str],
-    models: Iterable[str],
-    shifts: Iterable[str],
-) -> Flags:
+def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
     """Parse `argv` (default: the command line).
 
     Raises: UserError for a refused flag; SystemExit(2) with one line for one that argparse refuses.
     """
-    parser = build_parser(script, modes, default_mode, datasets, models, shifts)
     argv = sys.argv[1:] if argv is None else list(argv)
     values = vars(parser.parse_args(argv))
     nothing = object()
@@ -129,6 +119,7 @@ def build_parser(
     script: str,
     modes: Iterable[str],
     default_mode: str,
+    *,
     datasets: Iterable[str],
     models: Iterable[str],
     shifts: Iterable[str],

@@ -1,6 +1,7 @@
 """How well scores tell normal images from others. Higher scores mean more normal."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,10 @@ class Detection:
     pooled: float
     n_in: int
     n_out: int
+
+    def as_result(self) -> dict[str, Any]:
+        """The entries of a result file."""
+        return {"auroc": self.aurocs, "mean": self.mean, "pooled": self.pooled, "n_in": self.n_in, "n_out": self.n_out}
 
 
 def detect(normal: np.ndarray, anomalous: dict[str, np.ndarray]) -> Detection:

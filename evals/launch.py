@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from common.flags import Flags, parse, pick, print_dry_run
+from common.device import reuse_host_memory
+from common.flags import Flags, build_parser, parse, pick, print_dry_run
 from datasets import DATASETS, SHIFTS, ShiftSpec
 from models import BACKBONES
 
@@ -12,7 +13,9 @@ def launch(
     argv: Sequence[str] | None, *, script: str, modes: Mapping[str, Callable[[Flags], None]], default_mode: str
 ) -> None:
     """Carry out the evaluation mode that the flags name, or with --dry_run say what it would be."""
-    flags = parse(argv, script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
+    parser = build_parser(script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
+    flags = parse(argv, parser)
+    reuse_host_memory()
     if not flags.dry_run:
         modes[flags.mode](flags)
         return

@@ -74,11 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "score": name,
             "dataset": args.dataset,
             "one_class_idx": args.one_class_idx,
-            "auroc": found.aurocs,
-            "mean": found.mean,
-            "pooled": found.pooled,
-            "n_in": found.n_in,
-            "n_out": found.n_out,
+            **found.as_result(),
             "seconds": round(time.monotonic() - begun, 2),
             **describe_program(),
         }

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.flags import parse, pick, print_dry_run, run_name
+from common.device import reuse_host_memory
+from common.flags import build_parser, parse, pick, print_dry_run, run_name
 from common.run import Run
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
 from models import BACKBONES
@@ -25,7 +26,9 @@ def launch(
     weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
     Raises: UserError before anything is written, RunStopped while training.
     """
-    flags = parse(argv, script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
+    parser = build_parser(script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
+    flags = parse(argv, parser)
+    reuse_host_memory()
     mode = modes[flags.mode]
     shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)

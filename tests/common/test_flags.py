@@ -9,7 +9,7 @@ TABLES = {"datasets": ["cifar10", "digits"], "models": ["resnet18"], "shifts": [
 
 
 def flags(*argv: str, mode: str = "simclr_CSI") -> Flags:
-    return parse(list(argv), "x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, **TABLES)
+    return parse(list(argv), build_parser("x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, **TABLES))
 
 
 def test_published_defaults():
