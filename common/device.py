@@ -17,7 +17,7 @@ def reuse_host_memory() -> None:
     """Let the C library keep freed blocks instead of handing them back to the system (glibc only; else nothing).
 
     Every activation of a training step on a CPU is a block large enough that glibc maps it afresh, and the page faults
-    then cost as much as the arithmetic: the step of resnet8 with 1280 views took 1.4 s, and 0.68 s without.
+    then cost as much as the arithmetic (`python -m benchmarks.host_memory` tells how much).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")

@@ -82,8 +82,7 @@ def load_subject(flags: Flags, *, sparse: bool, reference: bool) -> Subject:
     common["simclr_dim"] = flags.simclr_dim if flags.given("simclr_dim") else None
     net: FeatureNet | CocsrNet
     if sparse:
-        unit_norm = flags.normalize_sr_dict_feature | flags.normalize_sr_feature
-        transform = FeatureTransform(flags.sr_layer, flags.invert_sr_feature_norm, unit_norm)
+        transform = pick(FeatureTransform, flags)
         net = cocsr_from_state(state, transform=transform, steps=flags.sr_admm_stage, **common)
         _tell_coding(flags, net, path)
     else:

@@ -107,7 +107,7 @@ def cocsr_from_state(
         simclr_dim=simclr_dim,
     )
     dictionary = state["sr_nets.dictionary"]
-    size = net.feature_dim if transform.sr_layer == "penultimate" else net.projection_dim
+    size = transform.size(net)
     if dictionary.ndim != 3 or dictionary.shape[:2] != (n_shifts, size):
         raise UserError(
             f"--load_path: dictionaries of {path} have shape {tuple(dictionary.shape)}, not ({n_shifts}, {size}, atoms)"

@@ -3,6 +3,7 @@
 Letters: N images, F feature size, P projection size, K shifts, C classes, M atoms.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -70,22 +71,31 @@ class SparseFeatures(NamedTuple):
     shift: Tensor
 
 
-class FeatureTransform(NamedTuple):
-    """How a network's output becomes the feature that is coded.
+@dataclass(frozen=True)
+class FeatureTransform:
+    """How a network's output becomes the feature that is coded; field names are flag names.
 
-    sr_layer: `penultimate` (h) or `simclr` (z). invert_norm: divide by the squared norm. unit_norm: then scale to 1.
+    sr_layer: `penultimate` (h) or `simclr` (z). invert_sr_feature_norm: divide by the squared norm.
+    normalize_sr_dict_feature, normalize_sr_feature: then scale to unit norm. Published training read the first and
+    evaluation the second for this same step; here either acts in both.
     """
 
     sr_layer: str = "penultimate"
-    invert_norm: bool = False
-    unit_norm: bool = False
+    invert_sr_feature_norm: bool = False
+    normalize_sr_dict_feature: bool = False
+    normalize_sr_feature: bool = False
+
+    def size(self, net: FeatureNet) -> int:
+        """Length of the features that are coded."""
+        return net.feature_dim if self.sr_layer == "penultimate" else net.projection_dim
 
     def __call__(self, features: Features) -> Tensor:
         s = features.h if self.sr_layer == "penultimate" else features.z
-        if self.invert_norm:
+        if self.invert_sr_feature_norm:
             # The published help text names another power; the published program divides by the square.
             s = s / s.square().sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
-        return F.normalize(s, dim=1) if self.unit_norm else s
+        unit_norm = self.normalize_sr_dict_feature or self.normalize_sr_feature
+        return F.normalize(s, dim=1) if unit_norm else s
 
 
 class CocsrNet(nn.Module):

@@ -320,7 +320,11 @@ def test_rho_of_zero(stage1, tmp_path, capsys):
 
 def test_more_that_cannot_work(stage1, tmp_path, capsys):
     log = ["--log_root", str(tmp_path / "l")]
+    stage2 = [*TINY, *SHIFT, "--resume_path", str(stage1), "--epochs", "9", *log]
     cases = {
+        "--sr_lr": lambda: train_cocsr.main([*stage2, "--sr_lr", "-1"]),
+        "--sr_decay_lr": lambda: train_cocsr.main([*stage2, "--sr_decay_lr", "-1"]),
+        "--sr_dict_size": lambda: train_cocsr.main([*stage2, "--sr_dict_size", "0"]),
         "--shift_trans_type": lambda: train.main([*TINY, "--mode", "simclr_CSI", *log]),
         "--mix_alpha": lambda: train.main([*TINY, *SHIFT, "--mode", "simclr_CSI", "--mix_alpha", "2", *log]),
         "--lr_init": lambda: train.main([*TINY, "--lr_init", "0", *log]),

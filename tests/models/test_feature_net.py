@@ -95,8 +95,10 @@ def test_transform_divides_by_the_square_of_the_norm():
     """Trap 5: the published help text names another power; the published program divides by the square."""
     f = Features(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1))
     torch.testing.assert_close(FeatureTransform()(f), f.h)
-    torch.testing.assert_close(FeatureTransform(invert_norm=True)(f), f.h / torch.tensor([[25.0], [1.0]]))
-    torch.testing.assert_close(FeatureTransform("penultimate", True, True)(f)[0], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(FeatureTransform(invert_sr_feature_norm=True)(f), f.h / torch.tensor([[25.0], [1.0]]))
+    for unit in ("normalize_sr_dict_feature", "normalize_sr_feature"):  # trap 6: two names for one step
+        transform = FeatureTransform(invert_sr_feature_norm=True, **{unit: True})
+        torch.testing.assert_close(transform(f)[0], torch.tensor([0.6, 0.8]))
     torch.testing.assert_close(FeatureTransform("simclr")(f), f.z)
 
 

@@ -32,12 +32,14 @@ _MOVED = 1e-3
 
 @dataclass(frozen=True)
 class SparseSpec:
-    """Dictionaries and their coding; field names are flag names."""
+    """Dictionaries, their coding and their training; field names are flag names."""
 
     sr_dict_size: int
     sr_lambda: float
     sr_rho: float
     sr_admm_stage: int
+    sr_lr: float
+    sr_decay_lr: float
 
     def __post_init__(self) -> None:
         positive(
@@ -45,7 +47,10 @@ class SparseSpec:
             sr_lambda=self.sr_lambda,
             sr_rho=self.sr_rho,
             sr_admm_stage=self.sr_admm_stage,
+            sr_lr=self.sr_lr,
         )
+        if self.sr_decay_lr < 0:
+            raise UserError(f"--sr_decay_lr must be >= 0, got {self.sr_decay_lr}")
 
     @property
     def coding(self) -> CodingSpec:
@@ -64,12 +69,6 @@ class DictionaryLossSpec:
 
     def __post_init__(self) -> None:
         positive(loss_dict_constr_value=self.loss_dict_constr_value)
-
-
-def transform_of(flags: Flags) -> FeatureTransform:
-    """The feature that is coded. Training and evaluation named the unit-norm flag differently; both act in both."""
-    unit_norm = flags.normalize_sr_dict_feature | flags.normalize_sr_feature
-    return FeatureTransform(flags.sr_layer, flags.invert_sr_feature_norm, unit_norm)
 
 
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
@@ -95,11 +94,10 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             f"--epochs {flags.epochs}: stage 1 ended at epoch {first_epoch} and stage 2 counts on from there;"
             f" for n epochs of stage 2 give {first_epoch} + n"
         )
-    transform = transform_of(flags)
-    size = net.feature_dim if transform.sr_layer == "penultimate" else net.projection_dim
+    transform = pick(FeatureTransform, flags)
     bank = DictionaryBank(
         shift_spec.count,
-        size,
+        transform.size(net),
         sparse.sr_dict_size,
         sparse.coding,
         generator(flags.seed, "dictionary"),
@@ -111,8 +109,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     if flags.freeze_sr_dict:
         bank.requires_grad_(False)
     else:
-        optimizers = (torch.optim.Adam(bank.parameters(), flags.sr_lr, weight_decay=flags.sr_decay_lr),)
-    shifts, amp, lr = shift_spec.functions(), autocast(flags.amp, device), flags.sr_lr
+        optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
+    shifts, amp, lr = shift_spec.functions(), autocast(flags.amp, device), sparse.sr_lr
     draws = DrawSpec(shifts, aligned, flags.seed, "k-means draw", flags.ood_batch_size)
     from_kmeans, norm, detach = flags.ini_sr_dict_train, flags.loss_dict_constr_value, flags.loss_dict_detach_sr_coef
     if flags.compile:
