@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     Raises: UserError where the named device is unknown or absent.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -39,8 +39,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine has no usable CUDA GPU; use --device cpu or auto")
+        # Two runs on one device shall agree, hence no convolution that adds in changing order.
+        torch.backends.cudnn.deterministic = True
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has none; use --device cpu or auto")
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     return device

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +53,12 @@ def load_tensors(path: Path, *, flag: str) -> Any:
         raise UserError(f"--{flag}: no checkpoint at {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+    # Damaged files raise whatever the byte at hand leads to: struct.error, AssertionError, KeyError, ...
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and re.search(r"Unsupported (global|class)|GLOBAL", str(error)):
             raise UserError(
-                f"--{flag}: {path} holds more than tensors (its pickle would run code); refused, nothing was run"
+                f"--{flag}: {path} holds more than tensors (its pickle would run code) or is damaged; refused, nothing run"
             ) from None
-        raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
         raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
 
 
@@ -85,7 +85,7 @@ def _load_safetensors(path: Path, flag: str) -> dict[str, Tensor]:
         raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
 
 
-def published_epoch(path: Path) -> int | None:
+def published_epoch(path: Path, *, flag: str) -> int | None:
     """The epoch in a published `last.config`, a pickle of {'epoch': n}; None where there is no such file.
 
     Read by an unpickler that admits no global at all, hence runs nothing.
@@ -99,7 +99,7 @@ def published_epoch(path: Path) -> int | None:
         if type(config) is not dict or type(epoch) is not int:
             raise ValueError
     except Exception:
-        raise UserError(f"--resume_path: {path} is not a published configuration ({{'epoch': n}}); refused") from None
+        raise UserError(f"--{flag}: {path} is not a published configuration ({{'epoch': n}}); refused") from None
     return epoch
 
 

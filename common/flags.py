@@ -25,9 +25,6 @@ REFUSED = {
     "invert_sr_feature_DNT": "no published command uses it; --invert_sr_feature_norm is the inversion of the paper",
     "invert_sr_coef_DNT": "no published command uses it",
     "loss_sr_deep_supervision": "it had no effect in the published program and is not supported yet",
-    "cropmix_resize_factor": "shift rot_cropmix is not supported yet",
-    "cropmix_resize_fix": "shift rot_cropmix is not supported yet",
-    "cropmix_crop_aug": "shift rot_cropmix is not supported yet",
 }
 
 
@@ -57,6 +54,10 @@ class Flags:
     def unread(self) -> list[str]:
         """Flags that were given and that nothing has read so far: they have no effect."""
         return sorted(self._given - self._read)
+
+    def used(self) -> list[str]:
+        """Flags that something has read so far: what a run depends on."""
+        return sorted(self._read)
 
     def tell_unread(self) -> list[str]:
         """A line for each flag that has no effect."""
@@ -111,6 +112,7 @@ _POSITIVE = (
     "ood_samples",
     "temperature",
     "simclr_dim",
+    "sr_admm_stage",
     "tsne_points",
 )
 

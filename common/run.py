@@ -1,5 +1,6 @@
 """The run folder: flags, log, metrics, TensorBoard events and checkpoints of one run."""
 
+import contextlib
 import json
 import platform
 import shutil
@@ -12,14 +13,15 @@ from typing import Any, TextIO
 import torch
 
 from common.errors import UserError
-from common.files import load_tensors, published_epoch, save_tensors, write_json
+from common.files import load_tensors, published_epoch, save_tensors, write_json, write_text
 from common.flags import Flags
 
-# Flags that do not change what a run computes: a run may go on under other values of these.
+# Flags that are read and do not change what a run computes: it may go on under other values of these.
 _FREE = frozenset(
-    "overwrite dry_run num_worker log_root download_data device compile local_rank save_step error_step"
-    " test_batch_size".split()
+    "overwrite dry_run num_worker log_root download_data local_rank save_step error_step test_batch_size".split()
 )
+# Flags that change numbers only as another machine does: a run may go on, and a line says so.
+_MACHINE = frozenset(("device", "compile"))
 
 
 class Run:
@@ -39,8 +41,12 @@ class Run:
         self._board: Any = None
         self.state: dict[str, Any] | None = None
         self._replace = False
-        if folder.exists():
-            self._look()
+        self._started: list[dict[str, Any]] = []
+        try:
+            if folder.exists():
+                self._look()
+        except OSError as error:
+            raise UserError(f"--log_root: {folder} cannot be a run folder ({error.strerror})") from None
 
     def _look(self) -> None:
         config = self.folder / "args.json"
@@ -54,15 +60,20 @@ class Run:
             self._replace = True
             return
         try:
-            before = json.loads(config.read_text())["flags"]
-        except (ValueError, KeyError, TypeError):
+            written = json.loads(config.read_text())
+            before = {name: written["flags"][name] for name in written["used"]}
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
         changed = _differences(before, self.flags.as_dict())
+        self._started = written.get("started", [])
         if changed:
             raise UserError(
                 f"--overwrite: {self.folder} holds a run with another configuration ({', '.join(changed)});"
                 " choose another --suffix, or --overwrite to replace it"
             )
+        for name in sorted(_MACHINE & before.keys()):
+            if before[name] != self.flags.as_dict()[name]:
+                print(f"note: --{name} was {before[name]}; the run goes on, not bit for bit as it would have")
         if self._resume.is_file():
             self.state = load_tensors(self._resume, flag="overwrite")
 
@@ -73,12 +84,18 @@ class Run:
 
     def open(self) -> None:
         """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read."""
-        if self._replace:
-            shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "args.json", {"flags": self.flags.as_dict(), **describe_program()})
-        self._log = (self.folder / "log.txt").open("a", buffering=1)
-        self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        started = [*self._started, describe_program()]
+        try:
+            if self._replace:
+                shutil.rmtree(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config = {"flags": self.flags.as_dict(), "used": self.flags.used(), "started": started}
+            write_json(self.folder / "args.json", config)
+            self._log = (self.folder / "log.txt").open("a", buffering=1)
+            _keep_rows(self.folder / "metrics.jsonl", self.state["epoch"] if self.state else 0)
+            self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
+        except OSError as error:
+            raise UserError(f"--log_root: cannot write to {self.folder} ({error.strerror})") from None
         for line in self.flags.tell_unread():
             self.say(line)
 
@@ -93,16 +110,20 @@ class Run:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only training needs
 
-            self._board = SummaryWriter(str(self.folder))
+            self._board = SummaryWriter(str(self.folder), purge_step=epoch)
         if self._metrics:
             self._metrics.write(json.dumps({"epoch": epoch, **values}) + "\n")
         for tag, value in values.items():
             self._board.add_scalar(tag, value, epoch)
 
     def save(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
-        """Write both checkpoint files; `state["epoch"]` says how far the run is."""
-        save_tensors(self._resume, state)
+        """Write both checkpoint files; `state["epoch"]` says how far the run is.
+
+        The weights come first: a kill between the two leaves a run that has yet to make this epoch, never one that is
+        finished with older weights.
+        """
         save_tensors(self.weights, weights)
+        save_tensors(self._resume, state)
 
     def close(self) -> None:
         for stream in (self._log, self._metrics, self._board):
@@ -112,12 +133,31 @@ class Run:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    def shown(name: str) -> bool:
-        # Only for folders does the path say which data set it is; the others may be moved about.
-        counts = name not in _FREE and (name != "data_path" or now["dataset"] == "folder")
-        return counts and before.get(name) != now[name]
+    """Flags that the run depended on and that differ now."""
 
-    return [f"--{name} was {before.get(name)}, is {now[name]}" for name in now if shown(name)]
+    def same(name: str) -> bool:
+        if name in _FREE or name in _MACHINE:
+            return True
+        # Only for folders does the path say which data set it is; the others may be moved about.
+        if name == "data_path" and now["dataset"] != "folder":
+            return True
+        if name in ("data_path", "resume_path") and before[name] and now[name]:
+            return Path(before[name]).resolve() == Path(now[name]).resolve()
+        return before[name] == now[name]
+
+    names = [name for name in before if name in now and not same(name)]
+    return [f"--{name} was {before[name]}, is {now[name]}" for name in names]
+
+
+def _keep_rows(path: Path, epoch: int) -> None:
+    """Keep the whole rows of metrics.jsonl up to `epoch`: later ones are made again by a run that goes on."""
+    if not path.is_file():
+        return
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            rows += [line] if json.loads(line)["epoch"] <= epoch else []
+    write_text(path, "".join(f"{row}\n" for row in rows))
 
 
 def describe_program() -> dict[str, Any]:
@@ -147,9 +187,13 @@ def start_epoch(weights: Path) -> int:
     """
     resume = weights.parent / "last.resume"
     if resume.is_file():
-        return int(load_tensors(resume, flag="resume_path")["epoch"])
-    epoch = published_epoch(weights.parent / "last.config")
-    if epoch is None:
+        epoch = int(load_tensors(resume, flag="resume_path")["epoch"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            meant = json.loads((weights.parent / "args.json").read_text())["flags"]["epochs"]
+            if epoch < meant:
+                print(f"note: {weights} is of an unfinished run, epoch {epoch} of {meant}")
+        return epoch
+    published = published_epoch(weights.parent / "last.config", flag="resume_path")
+    if published is None:
         print(f"note: nothing beside {weights} tells its epoch; counting on from 0")
-        return 0
-    return epoch
+    return published or 0

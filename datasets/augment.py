@@ -34,8 +34,8 @@ class AlignedSpec:
     def __post_init__(self) -> None:
         if not 0 < self.resize_factor <= 1:
             raise UserError(f"--resize_factor must lie in (0, 1], got {self.resize_factor}")
-        if not 0 <= self.color_jitter_strength:
-            raise UserError(f"--color_jitter_strength must be >= 0, got {self.color_jitter_strength}")
+        if not 0 <= self.color_jitter_strength < math.inf:
+            raise UserError(f"--color_jitter_strength must be >= 0 and finite, got {self.color_jitter_strength}")
 
 
 @dataclass(frozen=True)

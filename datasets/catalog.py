@@ -46,6 +46,7 @@ class ImageSet:
 
     def batch(self, index: Tensor) -> Tensor:
         """Images at `index` (b,) as floats in [0, 1] on `device`."""
+        # Callers keep `index` where the images are, so that nothing waits for the device here.
         chosen = self.images[index.to(self.images.device)]
         return chosen.to(self.device, non_blocking=True).float().div_(255)
 
@@ -81,8 +82,8 @@ class DataSource:
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 8:
             raise UserError(f"--image_size must be at least 8, got {self.image_size}")
-        if self.num_worker < 1:
-            raise UserError(f"--num_worker must be at least 1, got {self.num_worker}")
+        if self.num_worker < 0:
+            raise UserError(f"--num_worker must be >= 0, got {self.num_worker}")
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class DatasetSpec:
     load: (source, split "train" or "test", label to keep or None for all) -> ImageSet.
     classes: source -> names of the classes, in label order; the linear head has one output for each.
     groups: coarse classes as tuples of labels, where one-class training takes those instead (CIFAR-100).
-    image_size: pixels on a side where neither the flag nor the model says otherwise; None: the model's.
+    image_size: pixels on a side where the flag does not say otherwise; None: the model's.
     """
 
     load: Callable[[DataSource, str, int | None], ImageSet]
@@ -112,14 +113,25 @@ def image_set(
 def resize(images: Tensor, size: int | None) -> Tensor:
     """(N, C, H, W) uint8 images to (N, 3, size, size), bilinear; one channel becomes three equal ones."""
     if size is not None and images.shape[2:] != (size, size):
+        # In blocks: floats of a whole set would take four times its memory at the new size.
         shrinks = size < images.shape[2]
-        floats = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=shrinks, align_corners=False)
-        images = floats.round_().clamp_(0, 255).to(torch.uint8)
+        blocks = [
+            F.interpolate(block.float(), (size, size), mode="bilinear", antialias=shrinks, align_corners=False)
+            .round_()
+            .clamp_(0, 255)
+            .to(torch.uint8)
+            for block in images.split(1024)
+        ]
+        images = torch.cat(blocks)
     return images.expand(-1, 3, -1, -1).contiguous()
 
 
-def _keep(data: ImageSet, label: int | None) -> ImageSet:
-    return data if label is None else data.where(data.labels == label)
+def _resized(images: Tensor, labels: np.ndarray | list[int], size: int | None, label: int | None) -> ImageSet:
+    """An ImageSet of the images with `label` (None: all), resized."""
+    data = image_set(images, labels)
+    if label is not None:
+        data = data.where(data.labels == label)
+    return replace(data, images=resize(data.images, size))
 
 
 def _digits(source: DataSource, split: str, label: int | None) -> ImageSet:
@@ -130,7 +142,7 @@ def _digits(source: DataSource, split: str, label: int | None) -> ImageSet:
     parts = train_test_split(np.arange(len(x)), train_size=2 / 3, stratify=y, random_state=0)
     index = np.sort(parts[0] if split == "train" else parts[1])
     images = torch.from_numpy(np.round(x[index] * (255 / 16)).astype(np.uint8)).view(-1, 1, 8, 8)
-    return _keep(image_set(resize(images, source.image_size), y[index]), label)
+    return _resized(images, y[index], source.image_size, label)
 
 
 def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str, int | None], ImageSet]:
@@ -142,7 +154,7 @@ def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str
         which = {"split": split} if by_split else {"train": split == "train"}
         try:
             data = getattr(torchvision.datasets, name)(source.data_path, download=source.download_data, **which)
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, OSError, EOFError, ValueError) as error:
             if source.download_data:
                 reason = f"could not download or unpack {name} into {source.data_path} ({error})"
                 raise UserError(f"--download_data: {reason}") from None
@@ -155,7 +167,7 @@ def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str
         elif images.shape[-1] == 3:
             images = images.permute(0, 3, 1, 2)
         labels = data.labels if by_split else data.targets
-        return _keep(image_set(resize(images, source.image_size), labels), label)
+        return _resized(images, labels, source.image_size, label)
 
     return load
 
@@ -171,7 +183,9 @@ def _mnist(name: str) -> Callable[[DataSource, str, int | None], ImageSet]:
             return through_torchvision(source, split, label)
         # torchvision takes packed files only with its own checksums and unpacks them beside; data may be read-only.
         images, labels = (_read_idx(file) for file in files)
-        return _keep(image_set(resize(torch.from_numpy(images)[:, None], source.image_size), labels), label)
+        if images.ndim != 3 or labels.shape != images.shape[:1]:
+            raise UserError(f"--data_path: {files[0]} and {files[1].name} do not belong together")
+        return _resized(torch.from_numpy(images)[:, None], labels, source.image_size, label)
 
     return load
 
@@ -197,7 +211,7 @@ def _folder(source: DataSource, split: str, label: int | None) -> ImageSet:
         split,
         size=source.image_size or 32,
         label=label,
-        threads=source.num_worker,
+        threads=max(1, source.num_worker),
         skip_bad=source.skip_bad_images,
     )
     return image_set(images, labels, paths)

@@ -21,7 +21,12 @@ def class_names(root: Path) -> list[str]:
     train = _folders(root / "train")
     if not train:
         raise UserError(f"--data_path: no folder {root / 'train'} with one folder of pictures per class")
-    return train + [name for name in _folders(root / "test") if name not in train]
+    outliers = [name for name in _folders(root / "test") if name not in train]
+    for name in outliers:
+        twins = [other for other in train if other.casefold() == name.casefold()]
+        if twins:
+            raise UserError(f"--data_path: {root}/train/{twins[0]} and {root}/test/{name} differ in case; rename one")
+    return train + outliers
 
 
 def n_train_classes(root: Path) -> int:
@@ -30,7 +35,9 @@ def n_train_classes(root: Path) -> int:
 
 
 def _folders(path: Path) -> list[str]:
-    return sorted(p.name for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
+    """Names of the class folders; what begins with . or __ is other programs' (.ipynb_checkpoints, __MACOSX)."""
+    names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+    return sorted(name for name in names if not name.startswith((".", "__")))
 
 
 def _pictures(folder: Path) -> list[Path]:

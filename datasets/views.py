@@ -40,7 +40,8 @@ def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> 
 class DrawSpec:
     """How to look at a whole set once, without training: one draw of every image.
 
-    seed, purpose: name the random draws; draw t of image i is a value of (seed, purpose, t, i), whatever the batches.
+    seed, purpose: name the random draws; draw t of image i of N is a value of (seed, purpose, t, i, N), whatever the
+    batches.
     batch_size: images per batch; no result depends on it.
     """
 

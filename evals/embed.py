@@ -63,7 +63,7 @@ def run_tsne(flags: Flags, *, sparse: bool, reference: bool) -> None:
                 norms = np.linalg.norm(atoms, axis=1, keepdims=True)
                 groups["atoms"] = atoms * (mean_norm / np.maximum(norms, 1e-12))
             title = f"{flags.dataset}, normal: {of}, shift {k} of {flags.shift_trans_type}, layer {layer}"
-            path = subject.folder / f"{flags.mode}_{layer}_shift{k}.png"
+            path = subject.folder / f"{flags.mode}_{layer}_shift{k}{subject.tag}.png"
             draw_tsne(groups, path, title=title)
             print(f"wrote {path}", flush=True)
 

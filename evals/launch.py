@@ -21,5 +21,5 @@ def launch(
         return
     shifts = pick(ShiftSpec, flags).count
     place = Path(flags.load_path or flags.log_root)
-    folder = place.parent if place.suffix in (".model", ".cocsr_model") else place
+    folder = place.parent if place.suffix in (".model", ".cocsr_model", ".safetensors") else place
     print_dry_run(flags, script=script, run_dir=folder, shifts=shifts, views_per_step=shifts * flags.ood_batch_size)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from common.device import device_name
 from common.errors import UserError
@@ -33,22 +34,32 @@ def run_detection(flags: Flags, *, sparse: bool, reference: bool) -> None:
         if name not in fitting:
             raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(fitting)}")
     begun = time.monotonic()
-    others, parts = flags.ood_dataset or (), {"similarity": not flags.disable_sim_score}
-    parts["shift"] = not flags.disable_shi_score
+    others = [name for name in flags.ood_dataset or () if name != flags.dataset]
+    parts = {"similarity": not flags.disable_sim_score, "shift": not flags.disable_shi_score}
     print_score, save_score = flags.print_score, flags.save_score
     subject = load_subject(flags, sparse=sparse, reference=reference)
     tests = {flags.dataset: subject.split.test().to(subject.device)}
     test = tests[flags.dataset]
     normal = subject.split.normal(test.labels).cpu().numpy()
     if normal.all() and not others:
-        raise UserError("--one_class_idx: without it every test image is normal; give it, or --ood_dataset")
+        raise UserError(
+            "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
+            " if the data set has several classes, or other data sets"
+        )
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
-    tests |= {name: _other_set(name, flags, subject) for name in others if name != flags.dataset}
+    tests |= {name: _other_set(name, flags, subject) for name in others}
     train, outputs = subject.outputs_of_sets(tests)
+    if sparse:
+        gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
+        print(f"codes: mean optimality gap {gap / subject.sr_lambda:.3g} lambda (a larger --sr_admm_stage lowers it)")
     for name in names:
         score = _fit(subject, SCORES[name], train, parts)
         values = {title: score(means) for title, means in outputs.items()}
+        if not all(np.isfinite(scores).all() for scores in values.values()):
+            raise UserError(
+                f"--load_path: {subject.checkpoint} gives scores that are no numbers; its weights are spoilt"
+            )
         own = values.pop(flags.dataset)
         anomalous = _by_class(test, own, normal) | values
         found = detect(own[normal], anomalous)
@@ -70,10 +81,11 @@ def run_detection(flags: Flags, *, sparse: bool, reference: bool) -> None:
         if print_score:
             for title, scores in {"normal test": own[normal], **anomalous}.items():
                 print(f"quantiles of {name}, {title}: {quantile_line(scores)}")
-        write_json(subject.folder / f"result_{flags.mode}_{name}.json", result)
+        kind = f"{flags.mode}_{name}{subject.tag}"
+        write_json(subject.folder / f"result_{kind}.json", result)
         if save_score:
             for title, scores in {flags.dataset: own, **values}.items():
-                path = subject.folder / f"scores_{flags.mode}_{name}_{title}.csv"
+                path = subject.folder / f"scores_{kind}_{title}.csv"
                 write_text(path, _table(tests[title], scores))
     print(f"results are in {subject.folder}")
 

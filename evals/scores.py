@@ -2,8 +2,9 @@
 
 Letters: N images, T test draws, K shifts, F feature size, P projection size, M atoms. All arrays are (N, T, K, .),
 numpy or torch, and what comes back is of the kind that went in. Features, codes and logits are averaged over the draws
-first; then comes the score. Statistics of the training images are taken with batch-mix partners from the training set
-even where test images mix with a reference image: the published choice, kept.
+first; then comes the score. With one shift (K = 1) there is no shift term. Statistics of the training images are taken
+with batch-mix partners from the training set even where test images mix with a reference image: the published choice,
+kept.
 """
 
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ def _reconstruction_error(D_KFM: Tensor, s: Array, codes: Array) -> Tensor:
     return (s_KNF - a_KNM @ D_KFM.mT).square().sum(2)
 
 
+def _weights(mean_K: Tensor, *, on: bool) -> Tensor:
+    """1 / mean, or zeros for a part that is left out."""
+    return 1 / mean_K if on else torch.zeros_like(mean_K)
+
+
+def _shift_weights(shift_train: Array, first_shift_only: bool, *, on: bool) -> Tensor:
+    """v_k; zero where there is one shift only, since its classifier has had nothing to learn."""
+    mean_K = _own_logit(shift_train).mean(1)
+    return _weights(mean_K[:1] if first_shift_only else mean_K, on=on and not first_shift_only and len(mean_K) > 1)
+
+
 def fit_csi(
     z_train: Array, shift_train: Array, *, first_shift_only: bool = False, similarity: bool = True, shift: bool = True
 ) -> CsiScore:
@@ -82,9 +94,9 @@ def fit_csi(
     no shift term. similarity, shift: False leaves that part out. Source: CSI (Tack et al. 2020), section 2.3.
     """
     z_KNP = _mean_draws(z_train)[: 1 if first_shift_only else None]
-    w = torch.ones(1, dtype=z_KNP.dtype) if first_shift_only else 1 / z_KNP.norm(dim=2).mean(1)
-    v = 1 / _own_logit(shift_train)[: len(z_KNP)].mean(1)
-    return CsiScore(F.normalize(z_KNP, dim=2), w * similarity, v * (shift and not first_shift_only))
+    size = z_KNP.norm(dim=2).mean(1)
+    w = _weights(torch.ones_like(size) if first_shift_only else size, on=similarity)
+    return CsiScore(F.normalize(z_KNP, dim=2), w, _shift_weights(shift_train, first_shift_only, on=shift))
 
 
 def fit_csi_sr(
@@ -103,11 +115,9 @@ def fit_csi_sr(
     w = 1 and no shift term. similarity, shift: False leaves that part out. Source: ADMM-SRNet (Chiou et al. 2023).
     """
     D_KFM = torch.as_tensor(D)[: 1 if first_shift_only else None]
-    w = 1 / _reconstruction_error(D_KFM, s_train, codes_train).mean(1)
-    if first_shift_only:
-        w = torch.ones_like(w)
-    v = 1 / _own_logit(shift_train)[: len(D_KFM)].mean(1)
-    return CsiSparseScore(D_KFM, w * similarity, v * (shift and not first_shift_only))
+    error = _reconstruction_error(D_KFM, s_train, codes_train).mean(1)
+    w = _weights(torch.ones_like(error) if first_shift_only else error, on=similarity)
+    return CsiSparseScore(D_KFM, w, _shift_weights(shift_train, first_shift_only, on=shift))
 
 
 @dataclass(frozen=True)

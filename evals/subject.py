@@ -1,6 +1,7 @@
 """What an evaluation works on: a trained network, the data it is judged by, and its draw-averaged outputs."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from models.feature_net import CocsrNet, FeatureNet, FeatureTransform
 
 WEIGHTS = {False: ("last.model", "last.cocsr_model"), True: ("last.cocsr_model",)}
 # Flags that decide what the network saw in training: evaluation under others is told.
-_SEEN = ("shift_trans_type", "mix_alpha", "color_jitter_strength", "image_size", "one_class_idx")
+_SEEN = ("dataset", "shift_trans_type", "mix_alpha", "color_jitter_strength", "image_size", "one_class_idx")
 _SEEN_SPARSE = (*_SEEN, "sr_layer", "sr_admm_stage", "invert_sr_feature_norm")
 
 
@@ -41,6 +42,17 @@ class Subject:
     device: torch.device
     amp: str
     references: int
+
+    @property
+    def tag(self) -> str:
+        """What file names of results end in, so that two checkpoints of one folder keep theirs apart."""
+        return "" if self.checkpoint.stem == "last" else f"_{self.checkpoint.stem}"
+
+    @property
+    def sr_lambda(self) -> float:
+        """The l1 weight of the dictionaries."""
+        assert isinstance(self.net, CocsrNet)
+        return self.net.sr_nets.coding.lam
 
     @property
     def folder(self) -> Path:
@@ -90,6 +102,7 @@ def load_subject(flags: Flags, *, sparse: bool, reference: bool) -> Subject:
         inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
         net = net_from_state(inner, flag="load_path", **common)
     _tell_training(flags, path, _SEEN_SPARSE if sparse else _SEEN)
+    _check_writable(path.parent)
     source = pick(DataSource, flags)
     split = split_one_class(flags.dataset, source, flags.one_class_idx, BACKBONES[flags.model].image_size)
     draws = DrawSpec(shifts.functions(), aligned, flags.seed, batch_size=flags.ood_batch_size)
@@ -99,6 +112,14 @@ def load_subject(flags: Flags, *, sparse: bool, reference: bool) -> Subject:
     for line in flags.tell_unread():
         print(line)
     return subject
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises: UserError now, and not after the work, where results cannot be written."""
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"--load_path: results go beside the checkpoint, but {folder} is not writable; copy it elsewhere"
+        )
 
 
 def _tell_coding(flags: Flags, net: CocsrNet, path: Path) -> None:
@@ -122,10 +143,20 @@ def _tell_training(flags: Flags, path: Path, names: tuple[str, ...]) -> None:
         unused = name in ("shift_trans_type", "mix_alpha") and trained.get("mode") == "simclr"
         if name in trained and trained[name] != now[name] and not unused:
             print(f"note: {path} was trained with --{name} {trained[name]}, evaluated with {now[name]}")
+    unit = [f["normalize_sr_dict_feature"] or f["normalize_sr_feature"] for f in (trained, now)]
+    if names is _SEEN_SPARSE and unit[0] != unit[1]:
+        print(
+            f"note: {path} was trained {'with' if unit[0] else 'without'} --normalize_sr_dict_feature, evaluated not so"
+        )
 
 
 def _epochs(path: Path) -> int | None:
     resume = path.with_name(path.name.replace(".model", ".resume").replace(".cocsr_model", ".cocsr_resume"))
-    if resume != path and resume.is_file():
-        return int(load_tensors(resume, flag="load_path")["epoch"])
-    return published_epoch(path.parent / ("last.cocsr_config" if "cocsr" in path.name else "last.config"))
+    try:
+        if resume != path and resume.is_file():
+            return int(load_tensors(resume, flag="load_path")["epoch"])
+        config = "last.cocsr_config" if "cocsr" in path.name else "last.config"
+        return published_epoch(path.parent / config, flag="load_path")
+    except UserError as error:
+        print(f"note: the epoch is not known ({error})")
+        return None

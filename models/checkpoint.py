@@ -64,9 +64,14 @@ def net_from_state(
         print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
     net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=n_shifts, seed=0)
     own = net.state_dict()
-    if strict and (own.keys() != state.keys() or any(own[k].shape != state[k].shape for k in own)):
-        raise UserError(f"--model: {path} does not hold a {model}{_guess(state)}; or --no_strict loads what fits")
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if not strict:
+        if not any(k in fitting for k in net.backbone.state_dict()):
+            raise UserError(f"--no_strict: no tensor of a {model} fits {path}{_guess(state)}")
+        fresh = [k for k in own if k not in fitting]
+        print(f"--no_strict: loaded {len(fitting)} of {len(own)} tensors; fresh: {', '.join(fresh) or 'none'}")
+    elif len(fitting) < len(own) or len(fitting) < len(state):
+        raise UserError(f"--model: {path} does not hold a {model}{_guess(state)}; --no_strict loads what fits")
     net.load_state_dict(fitting, strict=strict)
     return net
 
@@ -112,7 +117,10 @@ def cocsr_from_state(
         raise UserError(
             f"--load_path: dictionaries of {path} have shape {tuple(dictionary.shape)}, not ({n_shifts}, {size}, atoms)"
         )
-    coding = CodingSpec(lam=float(state["sr_nets.lambdaV"]), rho=float(state["sr_nets.rho"]), steps=steps)
+    settings = [state.get(f"sr_nets.{name}", torch.tensor(torch.nan)) for name in ("lambdaV", "rho")]
+    if any(value.numel() != 1 or not value > 0 for value in settings):
+        raise UserError(f"--load_path: {path} lacks the lambda and rho of its dictionaries (sr_nets.lambdaV, .rho > 0)")
+    coding = CodingSpec(lam=float(settings[0]), rho=float(settings[1]), steps=steps)
     bank = DictionaryBank(n_shifts, size, dictionary.shape[2], coding)
-    bank.load_state_dict({k.removeprefix("sr_nets."): v for k, v in state.items() if k.startswith("sr_nets.")})
+    bank.load_state_dict({name: state[f"sr_nets.{name}"] for name in bank.state_dict()})
     return CocsrNet(net, bank, transform)

@@ -64,10 +64,9 @@ def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 class SparseFeatures(NamedTuple):
-    """s (N, F) features as they are coded; z (N, P) projections; shift (N, K) logits."""
+    """s (N, F) features as they are coded; shift (N, K) logits."""
 
     s: Tensor
-    z: Tensor
     shift: Tensor
 
 
@@ -116,4 +115,4 @@ class CocsrNet(nn.Module):
         """images (N, 3, H, W) in [0, 1]. Builds no graph: the network is frozen."""
         with torch.no_grad():
             features = self.feature_net(images)
-            return SparseFeatures(self.transform(features), features.z, features.shift)
+            return SparseFeatures(self.transform(features), features.shift)

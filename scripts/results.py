@@ -24,6 +24,13 @@ PUBLISHED = {
 }
 
 
+_KEYS = ("mode", "score", "dataset", "one_class_idx", "seed", "epochs", "device")
+
+
+def _model(result: dict[str, Any]) -> str | None:
+    return result.get("flags", {}).get("model")
+
+
 def read_results(roots: Sequence[Path]) -> list[dict[str, Any]]:
     """Every result_*.json below the folders. Raises: UserError where there is none, or one cannot be read."""
     paths = sorted(path for root in roots for path in root.rglob("result_*.json"))
@@ -33,7 +40,8 @@ def read_results(roots: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         try:
             result = json.loads(path.read_text())
-            results.append({**result, "run": path.parent.name} | {"mean": float(result["mean"])})
+            mean = float(result["mean"])
+            results.append({**{key: result[key] for key in _KEYS}, "mean": mean, "model": _model(result)})
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a result of eval.py") from None
     return results
@@ -63,6 +71,19 @@ def tabulate(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
         if published:
             rows.append([dataset, "published mean", *(str(published.get(c.split()[0], "")) for c in columns)])
     return ["data set", "normal", *columns], rows
+
+
+def footnotes(results: Sequence[dict[str, Any]]) -> str:
+    """A line per column: which networks, epochs, seeds and devices its numbers come from."""
+    seen: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for result in results:
+        for key in ("model", "epochs", "seed", "device"):
+            if result[key] is not None:
+                seen[f"{result['score']} ({result['mode']})"][key].add(str(result[key]))
+    lines = []
+    for column, values in sorted(seen.items()):
+        lines.append(f"{column}: " + "; ".join(f"{key} {', '.join(sorted(found))}" for key, found in values.items()))
+    return "\n".join(lines) + "\n"
 
 
 def _cell(values: list[float]) -> str:
@@ -100,8 +121,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     args = parser.parse_args(argv)
     render = {"markdown": markdown, "csv": comma_separated}[args.format]
-    text = render(*tabulate(read_results(args.folders)))
+    results = read_results(args.folders)
+    text = render(*tabulate(results))
     print(text, end="")
+    if args.format == "markdown":
+        print(f"Mean AUROC in percent.\n{footnotes(results)}", end="")
     if args.out:
         write_text(args.out, text)
 

@@ -18,6 +18,7 @@ if [ ! -x "$PYTHON" ]; then
         exit 2
     fi
     "$base" -m venv .venv || {
+        rm -rf .venv
         echo "error: $base cannot make a virtual environment (on Debian: apt-get install python3-venv)" >&2
         exit 2
     }

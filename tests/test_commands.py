@@ -230,6 +230,62 @@ def test_the_files_own_settings_count_and_differences_are_told(stage2, capsys):
     assert "trained with --invert_sr_feature_norm True, evaluated with False" in told
 
 
+def test_a_run_goes_on_from_another_with_the_flags_of_its_own(stage1, tmp_path, capsys):
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--resume_path", str(stage1), "--log_root", str(tmp_path)]
+    assert (
+        train.main([*args, "--epochs", "3", "--weight_decay", "0.5", "--temperature", "0.2", "--sim_lambda", "2"]) == 0
+    )
+    told = capsys.readouterr().out
+    assert "epoch 3/3" in told and "no effect" not in told and "epoch 2/3" not in told
+    state = torch.load(next(tmp_path.glob("*/last.resume")), weights_only=True)
+    assert state["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.5
+    refused(capsys, train.main([*args, "--optimizer", "adam", "--epochs", "3", "--suffix", "a"]), "--resume_path")
+    refused(capsys, train.main([*args, "--epochs", "2", "--suffix", "b"]), "--epochs 2")
+    assert train.main([*args, "--resume_path", str(stage1 / "last.model"), "--epochs", "3", "--suffix", "c"]) == 0
+
+
+def test_two_checkpoints_of_one_folder_keep_their_results_apart(stage2):
+    for name in ("last", "start"):
+        args = ["--mode", "ood_pre_cocsr", "--load_path", stage2 / f"{name}.cocsr_model", *SPARSE]
+        assert run_eval(*args, "--ood_samples", 1) == 0
+    last, start = (stage2 / f"result_ood_pre_cocsr_CSI_sr{tag}.json" for tag in ("", "_start"))
+    assert json.loads(last.read_text())["mean"] != json.loads(start.read_text())["mean"]
+
+
+def test_no_strict_says_what_it_left_out_and_refuses_what_does_not_fit_at_all(stage1, tmp_path, capsys):
+    state = torch.load(stage1 / "last.model", weights_only=True)
+    del state["linear.bias"]
+    torch.save(state, tmp_path / "last.model")
+    refused(capsys, run_eval("--load_path", tmp_path), "--no_strict")
+    assert run_eval("--load_path", tmp_path, "--no_strict") == 0
+    assert "fresh: linear.bias" in capsys.readouterr().out
+    for key in [k for k in state if k.split(".")[0] not in ("linear", "simclr_layer", "shift_cls_layer")]:
+        del state[key]
+    torch.save(state, tmp_path / "last.model")
+    refused(capsys, run_eval("--load_path", tmp_path, "--no_strict"), "--no_strict: no tensor")
+
+
+def test_unlabelled_training_needs_no_test_images(tmp_path, capsys):
+    fill(tmp_path / "data", {"train/a": 3, "train/b": 3})
+    args = f"--dataset folder --data_path {tmp_path}/data --image_size 8 --model resnet8 --epochs 1 --error_step 1"
+    assert train.main([*args.split(), "--log_root", str(tmp_path / "l")]) == 0
+    assert "the linear probe is not tested" in capsys.readouterr().out
+    fill(tmp_path / "data", {"test/c": 2})
+    assert train.main([*args.split(), "--log_root", str(tmp_path / "m")]) == 0
+    fill(tmp_path / "data", {"test/b": 2})
+    assert train.main([*args.split(), "--log_root", str(tmp_path / "n")]) == 0
+    row = json.loads(next((tmp_path / "n").glob("*/metrics.jsonl")).read_text())
+    assert row["test/probe_error"] in (0.0, 0.5, 1.0)
+
+
+def test_weights_that_are_no_numbers_are_told(stage1, tmp_path, capsys):
+    state = torch.load(stage1 / "last.model", weights_only=True)
+    state["conv1.weight"] *= torch.nan
+    torch.save(state, tmp_path / "last.model")
+    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "no numbers")
+    assert not list(tmp_path.glob("result_*"))
+
+
 # ---------------------------------------------------------------------------------------------------- bad input
 
 
@@ -328,6 +384,7 @@ def test_more_that_cannot_work(stage1, tmp_path, capsys):
         "--shift_trans_type": lambda: train.main([*TINY, "--mode", "simclr_CSI", *log]),
         "--mix_alpha": lambda: train.main([*TINY, *SHIFT, "--mode", "simclr_CSI", "--mix_alpha", "2", *log]),
         "--lr_init": lambda: train.main([*TINY, "--lr_init", "0", *log]),
+        "--sr_admm_stage": lambda: run_eval("--load_path", stage1, "--sr_admm_stage", 0),
         "--image_size": lambda: train.main([*TINY, "--image_size", "2", *log]),
         "--ood_score": lambda: run_eval("--load_path", stage1, "--ood_score", "CSI_sr"),
         "--ood_layer": lambda: tsne.main([*TINY, *SHIFT, "--load_path", str(stage1), "--ood_layer", "conv1"]),

@@ -17,10 +17,10 @@ from training.recipe import Batch, Recipe
 
 def batches(data: ImageSet, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
     """One epoch of shuffled batches; a last batch of one joins the batch before."""
-    order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.device)
-    labels = data.labels.to(data.device)
+    order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.images.device)
+    labels = data.labels.to(data.images.device)
     for step, index in enumerate(_split(order, batch_size)):
-        yield Batch(data.batch(index), labels[index], epoch, step)
+        yield Batch(data.batch(index), labels[index].to(data.device, non_blocking=True), epoch, step)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:

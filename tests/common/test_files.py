@@ -50,14 +50,23 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, legacy):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_truncated_files_are_told(tmp_path, share):
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 0.9, 0.999])
+def test_truncated_files_are_told(tmp_path, share, legacy):
     path = tmp_path / "a.model"
-    save_tensors(path, {"w": torch.randn(50, 50)})
+    torch.save({"w": torch.randn(50, 50)}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match=r"--resume_path: .*a\.model is truncated"):
+    with pytest.raises(UserError, match=r"--resume_path: .*a\.model (is truncated|.*or is damaged)"):
         load_state_dict(path, flag="resume_path")
+
+
+def test_other_kinds_of_files_are_not_taken_for_code(tmp_path):
+    path = tmp_path / "a.model"
+    for content in (b"xx", b"<!DOCTYPE html><html>", b"\x89PNG\r\n\x1a\n", bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a checkpoint"):
+            load_state_dict(path, flag="load_path")
 
 
 def test_dataparallel_prefixes_are_taken_off_and_other_contents_refused(tmp_path):
@@ -73,16 +82,16 @@ def test_dataparallel_prefixes_are_taken_off_and_other_contents_refused(tmp_path
 
 def test_published_epoch_admits_nothing_but_a_dict_with_an_integer(tmp_path):
     path, trace = tmp_path / "last.config", tmp_path / "trace"
-    assert published_epoch(path) is None
+    assert published_epoch(path, flag="load_path") is None
     path.write_bytes(pickle.dumps({"epoch": 1000}, protocol=pickle.HIGHEST_PROTOCOL))
-    assert published_epoch(path) == 1000
+    assert published_epoch(path, flag="load_path") == 1000
     for bad in (Bomb(trace), {"epoch": Bomb(trace)}, {"epoch": "1"}, {"epoch": True}, [1], {}):
         path.write_bytes(pickle.dumps(bad))
         with pytest.raises(UserError, match="refused"):
-            published_epoch(path)
+            published_epoch(path, flag="load_path")
     path.write_bytes(b"\x80")
     with pytest.raises(UserError, match="refused"):
-        published_epoch(path)
+        published_epoch(path, flag="load_path")
     assert not trace.exists()
 
 

@@ -8,11 +8,15 @@ from common.flags import Flags
 from common.run import Run, start_epoch
 
 VALUES = {"mode": "simclr", "dataset": "digits", "data_path": "a", "epochs": 4, "lr_init": 0.1, "save_step": 10}
-VALUES |= {"overwrite": False}
+VALUES |= {"overwrite": False, "ood_samples": 1, "device": "auto"}
+USED = ("mode", "dataset", "data_path", "epochs", "lr_init", "save_step", "device")
 
 
 def run_in(folder, **changes) -> Run:
-    return Run(folder, Flags({**VALUES, **changes}), weights="last.model", resume="last.resume")
+    flags = Flags({**VALUES, **changes})
+    for name in USED:
+        getattr(flags, name)
+    return Run(folder, flags, weights="last.model", resume="last.resume")
 
 
 @pytest.fixture
@@ -45,6 +49,47 @@ def test_another_configuration_is_refused_and_overwrite_replaces_it(half_done):
     new.open()
     assert not (half_done / "last.model").exists()
     assert json.loads((half_done / "args.json").read_text())["flags"]["lr_init"] == 0.2
+
+
+def test_flags_that_the_run_did_not_read_may_change_and_another_device_is_told(half_done, capsys):
+    assert run_in(half_done, ood_samples=10, device="cpu").state == {"epoch": 2}
+    assert "--device was auto" in capsys.readouterr().out
+
+
+def test_a_kill_between_the_two_files_of_a_save_never_leaves_old_weights_in_a_finished_run(half_done, monkeypatch):
+    import common.run as module
+
+    run, real, calls = run_in(half_done), module.save_tensors, []
+    run.open()
+
+    def killed(path, state):
+        calls.append(path.name)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(path, state)
+
+    monkeypatch.setattr(module, "save_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save({"w": torch.zeros(2)}, {"epoch": 4})
+    assert calls == ["last.model", "last.resume"] and not run_in(half_done).finished
+
+
+def test_rows_after_the_checkpoint_and_torn_rows_are_made_again(half_done):
+    rows = [json.dumps({"epoch": e}) for e in (1, 2, 3)]
+    (half_done / "metrics.jsonl").write_text("\n".join([*rows, '{"epo']))
+    run = run_in(half_done)
+    run.open()
+    run.record(3, {"a": 1.0})
+    run.close()
+    assert [json.loads(r)["epoch"] for r in (half_done / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--log_root"):
+        run_in(tmp_path / "file" / "run").open()
+    with pytest.raises(UserError, match="--log_root"):
+        run_in(tmp_path / "file")
 
 
 def test_only_for_folders_does_the_path_say_which_data_it_is(tmp_path):

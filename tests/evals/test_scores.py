@@ -85,6 +85,21 @@ def test_parts_can_be_left_out(data):
     assert np.ptp(sim) > 0.01 and np.ptp(shi) > 0.01
 
 
+def test_a_part_that_is_off_cannot_spoil_the_score(data):
+    _, train, test = data
+    dead = np.zeros_like(train["shift"])  # 1 / mean logit would be infinite
+    score = fit_csi(train["z"], dead, first_shift_only=True)(test["z"], test["shift"])
+    assert np.isfinite(score).all()
+
+
+def test_one_shift_has_no_shift_term(data):
+    _, train, test = data
+    one = [x[:, :, :1] for x in (train["z"], test["z"])]
+    logits = [x[:, :, :1, :1] for x in (train["shift"], test["shift"])]
+    both, alone = (fit_csi(one[0], logits[0], shift=on)(one[1], logits[1]) for on in (True, False))
+    np.testing.assert_array_equal(both, alone)
+
+
 def test_draws_are_averaged_before_the_score(data):
     """Trap 7: features and codes first, the error after."""
     D, train, test = data

@@ -6,6 +6,7 @@ from scripts.results import main, read_results, tabulate
 def write(folder, score, idx, mean, dataset="cifar10"):
     folder.mkdir(parents=True, exist_ok=True)
     result = {"mode": "ood_pre", "score": score, "dataset": dataset, "one_class_idx": idx, "mean": mean}
+    result |= {"seed": 0, "epochs": 3, "device": "cpu", "flags": {"model": "resnet8"}}
     (folder / f"result_ood_pre_{score}.json").write_text(json.dumps(result))
 
 
@@ -24,7 +25,9 @@ def test_rows_are_classes_then_their_mean_then_published_numbers(tmp_path, capsy
     ]
     assert main([str(tmp_path), "--format", "csv", "--out", str(tmp_path / "t.csv")]) == 0
     assert (tmp_path / "t.csv").read_text() == capsys.readouterr().out
-    assert main([str(tmp_path)]) == 0 and "| cifar10  | class 0" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "| cifar10  | class 0" in told and "CSI (ood_pre): model resnet8; epochs 3; seed 0; device cpu" in told
 
 
 def test_nothing_to_show_and_damaged_files_are_told(tmp_path, capsys):

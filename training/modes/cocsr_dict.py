@@ -104,14 +104,14 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     )
     model = CocsrNet(net, bank, transform).to(device).train()
     data = training_images(split, shift_spec, device)
-    frozen = {k: v.clone() for k, v in model.feature_net.state_dict().items()}
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     if flags.freeze_sr_dict:
         bank.requires_grad_(False)
     else:
         optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
+    seed = flags.seed
     shifts, amp, lr = shift_spec.functions(), autocast(flags.amp, device), sparse.sr_lr
-    draws = DrawSpec(shifts, aligned, flags.seed, "k-means draw", flags.ood_batch_size)
+    draws = DrawSpec(shifts, aligned, seed, "k-means draw", flags.ood_batch_size)
     from_kmeans, norm, detach = flags.ini_sr_dict_train, flags.loss_dict_constr_value, flags.loss_dict_detach_sr_coef
     if flags.compile:
         model.feature_net.compile()
@@ -121,21 +121,22 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             with amp():
                 s_KNF = training_features(model, data, draws, at_least=2 * sparse.sr_dict_size)
-            centres = kmeans(s_KNF, sparse.sr_dict_size, seed=flags.seed)
+            centres = kmeans(s_KNF, sparse.sr_dict_size, seed=seed)
             bank.set_atoms(centres.mT.to(device), norm)
         save_tensors(run.folder / START, model.state_dict())
 
     def losses(batch: Batch) -> Step:
-        gen = generator(flags.seed, "augment", batch.epoch, batch.step, device=device)
+        gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         views = train_views(batch.images, shifts, aligned, gen, copies=1)
         with amp():
             s = model(views).s
         return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, detach_codes=detach)
 
     def finish(run: Run) -> None:
-        check_frozen(frozen, model.feature_net.state_dict())
-        start = load_tensors(run.folder / START, flag="resume_path")["sr_nets.dictionary"]
-        run.say(moved(start, bank.dictionary.detach().cpu(), trained=bool(optimizers)))
+        start = load_tensors(run.folder / START, flag="resume_path")
+        end = {k: v.cpu() for k, v in model.state_dict().items()}
+        check_frozen(start, end)
+        run.say(moved(start["sr_nets.dictionary"], end["sr_nets.dictionary"], trained=bool(optimizers)))
 
     return Recipe(model, data, losses, optimizers, lambda epoch: lr, begin, finish=finish, first_epoch=first_epoch)
 
@@ -192,8 +193,12 @@ def kmeans(x_KNF: Tensor, centres: int, *, seed: int) -> Tensor:
 
 
 def check_frozen(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """Raises: RuntimeError where a tensor of the frozen network changed by a single bit."""
-    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    """Compare two state dicts of stage 2.
+
+    Raises: RuntimeError where a tensor of the frozen network, `feature_net.*`, changed by a single bit.
+    """
+    frozen = [k for k in before if k.startswith("feature_net.")]
+    changed = [k for k in frozen if not torch.equal(before[k], after[k])]
     if changed:
         raise RuntimeError(f"the frozen network changed in stage 2: {', '.join(changed)}")
 

@@ -5,6 +5,8 @@ Letters: B images, K shifts, V = K B views of one copy.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from common.seed import generator, seed_of
 from datasets import ImageSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
-from models.checkpoint import build_net, find_weights
+from models.checkpoint import build_net, find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent
 from training.optim import OptimSpec, set_lr
@@ -69,32 +71,46 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     shifts = shift_spec.functions()
     amp = autocast(flags.amp, device)
     data = training_images(split, shift_spec, device)
-    net = build_net(
-        flags.model,
-        n_classes=split.n_classes,
-        simclr_dim=flags.simclr_dim,
-        n_shifts=len(shifts),
-        seed=seed_of(flags.seed, "weights"),
-    )
+    state: dict[str, Any] | None = None
+    if flags.resume_path:
+        file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
+        if file.name == "last.resume":
+            state = load_tensors(file, flag="resume_path")
+        net = net_from_state(
+            state["model"] if state else load_state_dict(file, flag="resume_path"),
+            model=flags.model,
+            n_shifts=len(shifts),
+            path=file,
+            flag="resume_path",
+            strict=not flags.no_strict,
+            simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
+        )
+    else:
+        net = build_net(
+            flags.model,
+            n_classes=split.n_classes,
+            simclr_dim=flags.simclr_dim,
+            n_shifts=len(shifts),
+            seed=seed_of(flags.seed, "weights"),
+        )
     net.to(device).train()
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR))
-    first_epoch = 0
-    if flags.resume_path:
-        first_epoch = _resume(flags.resume_path, net, optimizers, strict=not flags.no_strict)
+    first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
+    seed, temperature, sim_lambda = flags.seed, flags.temperature, flags.sim_lambda
     if flags.compile:
         net.compile()
 
     def losses(batch: Batch) -> Step:
-        gen = generator(flags.seed, "augment", batch.epoch, batch.step, device=device)
+        gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
             train_views(batch.images, shifts, aligned, gen, copies=2),
             batch.labels,
             n_shifts=len(shifts),
-            temperature=flags.temperature,
-            sim_lambda=flags.sim_lambda,
+            temperature=temperature,
+            sim_lambda=sim_lambda,
             amp=amp,
         )
 
@@ -104,9 +120,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         return lr
 
     end_epoch = no_values
-    if split.one_class_idx is None and split.n_classes > 1:
-        test = split.test()
-        test = test.where(split.normal(test.labels)).to(device)
+    test = probe_images(split, device)
+    if test is not None:
         every, size = flags.error_step, flags.test_batch_size
 
         def end_epoch(epoch: int) -> dict[str, float]:
@@ -144,6 +159,19 @@ def contrastive_step(
     return Step(terms, {})
 
 
+def probe_images(split: Split, device: torch.device) -> ImageSet | None:
+    """The test images of the training classes, where there are several classes and such images to test the probe on."""
+    if split.one_class_idx is not None or split.n_classes < 2:
+        return None
+    try:
+        test = split.test()
+    except UserError as error:
+        print(f"note: the linear probe is not tested ({error})")
+        return None
+    test = test.where(split.normal(test.labels)).to(device)
+    return test if len(test) else None
+
+
 def probe_error(net: FeatureNet, test: ImageSet, batch_size: int) -> float:
     """Share of the test images that the linear probe gets wrong."""
     was_training = net.training
@@ -158,22 +186,26 @@ def probe_error(net: FeatureNet, test: ImageSet, batch_size: int) -> float:
     return float(torch.stack(wrong).sum()) / len(test)
 
 
-def _resume(path: str, net: FeatureNet, optimizers: tuple[Optimizer, ...], *, strict: bool) -> int:
-    """Start from another run: from its whole state where that is kept, else from its weights. Returns its epoch.
+def _resume(file: Path, state: dict[str, Any] | None, optimizers: tuple[Optimizer, ...], *, epochs: int) -> int:
+    """Take over epoch and, where the whole state is kept, optimisers of another run; hyper-parameters stay the flags'.
 
-    Raises: UserError where it was trained with another model, number of shifts or optimiser.
+    Raises: UserError where the other run had another optimiser, or there is nothing left to train.
     """
-    file = find_weights(path, ("last.resume", "last.model"), flag="resume_path")
-    try:
-        if file.name == "last.resume":
-            state = load_tensors(file, flag="resume_path")
-            net.load_state_dict(state["model"], strict=strict)
+    if state is not None:
+        options = [[{k: v for k, v in g.items() if k != "params"} for g in o.param_groups] for o in optimizers]
+        try:
             for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+                if saved["param_groups"][0].keys() != optimizer.param_groups[0].keys():
+                    raise ValueError
                 optimizer.load_state_dict(saved)
-            return int(state["epoch"])
-        net.load_state_dict(load_state_dict(file, flag="resume_path"), strict=strict)
-    except (RuntimeError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"--resume_path: {file} was trained with another --model, --shift_trans_type, --simclr_dim or --optimizer"
-        ) from None
-    return start_epoch(file)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"--resume_path: {file} was trained with another --optimizer; give its last.model"
+            ) from None
+        for optimizer, groups in zip(optimizers, options, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update(values)
+    first_epoch = start_epoch(file)
+    if first_epoch >= epochs:
+        raise UserError(f"--epochs {epochs}: {file} has trained {first_epoch} epochs already; give more")
+    return first_epoch

@@ -50,9 +50,10 @@ def test_k_means_finds_separated_clusters_in_each_shift():
 
 
 def test_a_single_changed_bit_of_the_frozen_network_is_told():
-    before = {"w": torch.ones(3), "n": torch.tensor(0)}
+    before = {"feature_net.w": torch.ones(3), "feature_net.n": torch.tensor(0), "sr_nets.dictionary": torch.ones(1)}
     check_frozen(before, {k: v.clone() for k, v in before.items()})
-    after = {**before, "w": torch.nextafter(before["w"], torch.tensor(2.0))}
+    check_frozen(before, {**before, "sr_nets.dictionary": torch.zeros(1)})
+    after = {**before, "feature_net.w": torch.nextafter(before["feature_net.w"], torch.tensor(2.0))}
     with pytest.raises(RuntimeError, match="frozen network changed.*w"):
         check_frozen(before, after)
 
