@@ -57,7 +57,7 @@ def load_tensors(path: Path, *, flag: str) -> Any:
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and re.search(r"Unsupported (global|class)|GLOBAL", str(error)):
             raise UserError(
-                f"--{flag}: {path} holds more than tensors (its pickle would run code) or is damaged; refused, nothing run"
+                f"--{flag}: {path} holds more than tensors (its pickle would run code) or is damaged; refused unrun"
             ) from None
         raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
 
