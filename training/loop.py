@@ -51,7 +51,7 @@ def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, seed: int, sa
     else:
         recipe.begin(run)
         _save(recipe, run, first)
-    started = time.monotonic()
+    started = told = time.monotonic()
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
         meter = _Meter()
@@ -70,7 +70,10 @@ def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, seed: int, sa
         values |= {"train/lr": lr, "train/batch_time": elapsed / total_steps, **recipe.end_epoch(epoch)}
         run.record(epoch, values)
         left = (time.monotonic() - started) / (epoch - first) * (epochs - epoch)
-        run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
+        # Epochs of a small set take a fraction of a second; one line a second is enough to read.
+        if epoch in (first + 1, epochs) or time.monotonic() - told >= 1:
+            run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
+            told = time.monotonic()
         if epoch % save_step == 0 or epoch == epochs:
             _save(recipe, run, epoch)
     recipe.finish(run)
