@@ -58,14 +58,10 @@ class ImageSet:
         )
 
     def to(self, device: torch.device) -> "ImageSet":
-        """Hold the set on `device` if it fits there, else in pinned host memory."""
+        """Hold the set on `device` if it fits there, else leave it in host memory."""
         images = self.images
-        if device.type != "cuda":
+        if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             images = images.to(device)
-        elif images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            images = images.to(device)
-        else:
-            images = images.pin_memory()
         return replace(self, images=images, device=device)
 
 

@@ -21,7 +21,6 @@ class Split:
 
     spec: DatasetSpec
     source: DataSource
-    name: str
     one_class_idx: int | None
     n_classes: int
     class_names: list[str]
@@ -65,4 +64,4 @@ def split_one_class(dataset: str, source: DataSource, one_class_idx: int | None,
         names, choices = [f"superclass {i}" for i in range(len(spec.groups))], len(spec.groups)
     if one_class_idx is not None and not 0 <= one_class_idx < choices:
         raise UserError(f"--one_class_idx must lie in 0..{choices - 1} for {dataset}, got {one_class_idx}")
-    return Split(spec, source, dataset, one_class_idx, n_classes, names)
+    return Split(spec, source, one_class_idx, n_classes, names)
