@@ -9,23 +9,53 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from common.errors import UserError
 
 Spec = TypeVar("Spec")
 
-# Experimental switches of the published programs that no published command uses, or that are not built yet.
+# Experimental switches of the published programs that no published command uses.
 REFUSED = {
-    "pretrained_model": "start from weights of your own with --resume_path",
+    "pretrained_model": "it downloads weights; give a local file with --pretrained_path",
     "invert_sr_feature": "no published command uses it; --invert_sr_feature_norm is the inversion of the paper",
     "invert_sr_feature_mean": "no published command uses it; --invert_sr_feature_norm is the inversion of the paper",
     "invert_sr_feature_DNT": "no published command uses it; --invert_sr_feature_norm is the inversion of the paper",
     "invert_sr_coef_DNT": "no published command uses it",
-    "loss_sr_deep_supervision": "it had no effect in the published program and is not supported yet",
+    "loss_lambda_dict_contra_sr": "it had no effect in the published program, and no published command uses it",
 }
+_FLIPMIX = "no published command uses it; rot_smix mixes an image with its own rotations"
+_MODE_SR = "no published command uses it; ood_pre_cocsr codes in trained dictionaries, ood_pre_multi_sr in fitted ones"
+_BIT = "the published fine-tuning of downloaded weights is left out; timm_resnetv2_50x1_bit names an architecture"
+REFUSED_VALUES: dict[str, dict[str, str]] = {
+    "shift_trans_type": {"flipmix": _FLIPMIX, "rot_flipmix": _FLIPMIX},
+    "mode": {"ood_pre_sr": _MODE_SR, "ood_pre_sr_refmix": _MODE_SR},
+    "model": {"timm_resnetv2_bit": _BIT, "timm_swinv2": "name a model of timm: timm_swinv2_tiny_window8_256, say"},
+}
+
+
+def _not_refused(flag: str) -> Callable[[str], str]:
+    """A type for argparse: the value itself, unless it is refused by name."""
+
+    def check(value: str) -> str:
+        if value in REFUSED_VALUES[flag]:
+            raise argparse.ArgumentTypeError(f"{value} is refused: {REFUSED_VALUES[flag][value]}")
+        return value
+
+    return check
+
+
+class _Names(list[str]):
+    """Known names, and any that begins with `prefix`."""
+
+    def __init__(self, names: Iterable[str], prefix: str, what: str):
+        super().__init__([*sorted(names), prefix + what])
+        self._prefix = prefix
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(self._prefix))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,16 +91,21 @@ class Flags:
 
     def tell_unread(self) -> list[str]:
         """A line for each flag that has no effect."""
-        return [f"note: --{name} has no effect in --mode {self._values['mode']}" for name in self.unread()]
+        where = f"--mode {self._values['mode']}, --dataset {self._values['dataset']}"
+        return [f"note: --{name} has no effect here ({where})" for name in self.unread()]
 
     def as_dict(self) -> dict[str, Any]:
         """All values, without counting as a reading."""
         return dict(self._values)
 
 
-def pick(spec: type[Spec], flags: Any) -> Spec:
-    """Fill the dataclass `spec` from the flags that bear its field names."""
-    return spec(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(spec)})  # type: ignore[arg-type]
+def pick(spec: type[Spec], flags: Any, only: Iterable[str] | None = None) -> Spec:
+    """Fill the dataclass `spec` from the flags that bear its field names.
+
+    only: read these alone, so that others that were given are told to have no effect; their fields keep the defaults.
+    """
+    names = [f.name for f in dataclasses.fields(spec)] if only is None else only  # type: ignore[arg-type]
+    return spec(**{name: getattr(flags, name) for name in names})
 
 
 def positive(**values: float) -> None:
@@ -114,19 +149,27 @@ _POSITIVE = (
     "simclr_dim",
     "sr_admm_stage",
     "tsne_points",
+    "knn_k",
+    "sr_fit_steps",
 )
+
+
+class Tables(NamedTuple):
+    """Names of the rows that flags choose from; `common` knows no other package, so they come as an argument."""
+
+    datasets: Iterable[str]
+    outliers: Iterable[str]
+    models: Iterable[str]
+    shifts: Iterable[str]
 
 
 def build_parser(
     script: str,
     modes: Iterable[str],
     default_mode: str,
-    *,
-    datasets: Iterable[str],
-    models: Iterable[str],
-    shifts: Iterable[str],
+    tables: Tables,
 ) -> argparse.ArgumentParser:
-    """The parser of one script. Tables reach it as arguments, since `common` knows no other package."""
+    """The parser of one script."""
     # allow_abbrev off: `--epoch` is an alias, not a prefix that a later `--epochs_x` would break.
     parser = _Parser(
         prog=script, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=None
@@ -134,27 +177,31 @@ def build_parser(
     on: dict[str, Any] = {"action": "store_true"}
 
     g = parser.add_argument_group("what to run")
-    g.add_argument("--mode", choices=sorted(modes), default=default_mode, help="what to train or evaluate")
+    choices: dict[str, Any] = {"type": _not_refused("mode"), "choices": sorted(modes)}
+    g.add_argument("--mode", **choices, default=default_mode, help="what to train or evaluate")
     g.add_argument("--suffix", help="appended to the run's name")
     g.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     g.add_argument("--log_root", default="./logs", help="folder of the run folders")
     g.add_argument("--overwrite", help="replace a run folder of the same name", **on)
     g.add_argument("--dry_run", help="print what would run as JSON, touch nothing", **on)
     g.add_argument("--resume_path", help="run folder or weights to start from (stage 2: the stage-1 run)")
-    g.add_argument("--load_path", help="weights to evaluate: last.model, last.cocsr_model or their folder")
+    g.add_argument("--load_path", help="weights to evaluate (or to put linear heads on), or their folder")
     g.add_argument("--no_strict", help="load weights although keys are missing or left over", **on)
 
     g = parser.add_argument_group("data")
-    g.add_argument("--dataset", choices=sorted(datasets), default="cifar10", help="data set")
+    g.add_argument("--dataset", choices=sorted(tables.datasets), default="cifar10", help="data set")
     g.add_argument("--data_path", default="../Data/", help="folder of the data sets")
     g.add_argument("--download_data", help="download (or unpack) the data set into --data_path", **on)
     g.add_argument("--one_class_idx", type=int, help="the normal class; without it all classes, unlabelled")
     g.add_argument("--image_size", type=int, help="pixels on a side (default: what the data set or the model is for)")
-    g.add_argument("--num_worker", type=int, default=4, help="threads that decode pictures")
-    g.add_argument("--skip_bad_images", help="folder: leave out pictures that cannot be read, and count them", **on)
+    g.add_argument("--num_worker", type=int, default=4, help="threads or processes that decode pictures")
+    g.add_argument("--skip_bad_images", help="leave out pictures that cannot be read, and count them", **on)
+    g.add_argument("--image_cache", help="imagenet: folder to keep decoded training pictures in, built once")
 
     g = parser.add_argument_group("network and device")
-    g.add_argument("--model", choices=sorted(models), default="resnet18", help="backbone")
+    choices = {"type": _not_refused("model"), "choices": _Names(tables.models, "timm_", "<name>")}
+    g.add_argument("--model", **choices, default="resnet18", help="backbone")
+    g.add_argument("--pretrained_path", help="local file of weights to start the backbone from")
     g.add_argument("--simclr_dim", type=int, default=128, help="outputs of the projector")
     g.add_argument("--pretrained_model", help=argparse.SUPPRESS)
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -163,14 +210,15 @@ def build_parser(
     g.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
     g = parser.add_argument_group("shifts and augmentation")
-    g.add_argument("--shift_trans_type", choices=list(shifts), default="none", help="shifting transformations")
+    choices = {"type": _not_refused("shift_trans_type"), "choices": list(tables.shifts)}
+    g.add_argument("--shift_trans_type", **choices, default="none", help="shifting transformations")
     g.add_argument("--mix_alpha", type=float, default=0.5, help="weight of the partner in a mixed image")
     g.add_argument("--color_jitter_strength", type=float, default=1.0, help="strength of the colour jitter")
     g.add_argument("--resize_factor", type=float, default=0.08, help="smallest share of the area that a crop keeps")
     g.add_argument("--resize_fix", help="every crop keeps exactly --resize_factor of the area", **on)
-    g.add_argument("--cropmix_resize_factor", type=float, default=0.08, help=argparse.SUPPRESS)
-    g.add_argument("--cropmix_resize_fix", **on, help=argparse.SUPPRESS)
-    g.add_argument("--cropmix_crop_aug", **on, help=argparse.SUPPRESS)
+    g.add_argument("--cropmix_resize_factor", type=float, default=0.08, help="rot_cropmix: as --resize_factor")
+    g.add_argument("--cropmix_resize_fix", help="rot_cropmix: as --resize_fix", **on)
+    g.add_argument("--cropmix_crop_aug", help="rot_cropmix: crop the mixed image once more", **on)
 
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", "--epoch", type=int, default=1000, help="last epoch (stage 2 counts on from stage 1)")
@@ -180,11 +228,11 @@ def build_parser(
     g.add_argument("--warmup", type=int, default=10, help="epochs of warm-up, from --lr_init to ten times that")
     g.add_argument("--lr_init", type=float, default=0.1, help="learning rate before warm-up")
     g.add_argument("--weight_decay", type=float, default=1e-6, help="stage 1")
-    g.add_argument("--temperature", type=float, default=0.5, help="temperature of the contrastive loss")
+    g.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss (labelled modes: 0.07)")
     g.add_argument("--sim_lambda", type=float, default=1.0, help="weight of the contrastive loss")
     g.add_argument("--save_step", type=int, default=10, help="epochs between checkpoints")
     g.add_argument("--error_step", type=int, default=5, help="epochs between tests of the linear probe (multi-class)")
-    g.add_argument("--test_batch_size", type=int, default=100, help="images per batch of that test")
+    g.add_argument("--test_batch_size", type=int, default=100, help="images per batch of that test, and of interp")
 
     g = parser.add_argument_group("stage 2: dictionaries")
     g.add_argument("--sr_dict_size", type=int, default=512, help="atoms of each dictionary (M)")
@@ -207,7 +255,7 @@ def build_parser(
     g.add_argument("--loss_dict_detach_sr_coef", help="no gradient through the codes", **on)
     g.add_argument("--loss_dict_detach_feature", help="no gradient into the features: always so", **on)
     g.add_argument("--loss_lambda_dict_contra_sr", type=float, default=1.0, help=argparse.SUPPRESS)
-    g.add_argument("--loss_sr_deep_supervision", help=argparse.SUPPRESS)
+    g.add_argument("--loss_sr_deep_supervision", help="further ADMM steps, counted from 0, to take the loss at: 9,19")
     g.add_argument("--invert_sr_feature", **on, help=argparse.SUPPRESS)
     g.add_argument("--invert_sr_feature_mean", **on, help=argparse.SUPPRESS)
     g.add_argument("--invert_sr_feature_DNT", **on, help=argparse.SUPPRESS)
@@ -215,11 +263,15 @@ def build_parser(
 
     g = parser.add_argument_group("evaluation")
     g.add_argument("--ood_score", nargs="+", help="scores (default: the mode's own)")
-    g.add_argument("--ood_dataset", nargs="+", choices=sorted(datasets), help="other data sets to tell apart")
+    sets = _Names({*tables.datasets, *tables.outliers}, "folder:", "<path>")
+    g.add_argument("--ood_dataset", nargs="+", choices=sets, help="other data sets to tell apart")
+    g.add_argument("--ood_data_path", help="folder of those data sets (default: --data_path)")
     g.add_argument("--ood_layer", nargs="+", default=["penultimate"], help="t-SNE: penultimate or simclr")
     g.add_argument("--ood_samples", type=int, default=1, help="augmented draws per test image")
     g.add_argument("--ood_batch_size", type=int, default=100, help="images per batch of evaluation")
     g.add_argument("--refmix_batch_size", type=int, default=128, help="training images to take reference partners from")
+    g.add_argument("--knn_k", type=int, default=5, help="score knn: distance to which nearest training image")
+    g.add_argument("--sr_fit_steps", type=int, default=300, help="multi_sr: iterations of fitting a dictionary")
     g.add_argument("--disable_sim_score", help="leave out the similarity or reconstruction part of a score", **on)
     g.add_argument("--disable_shi_score", help="leave out the shift part of a score", **on)
     g.add_argument("--print_score", help="print quantiles of the scores of every set", **on)
@@ -232,8 +284,9 @@ def run_name(flags: Any) -> str:
     """The folder name of a run: an interface, since later commands spell it out (specification, section 11).
 
     Only the modes `simclr_CSI` and `cocsr_dict` name their shift, and only the latter its dictionary settings.
+    Labelled modes, `sup_*`, are not "unsup".
     """
-    parts = [flags.dataset, flags.model, "unsup", flags.mode]
+    parts = [flags.dataset, flags.model, *([] if flags.mode.startswith("sup_") else ["unsup"]), flags.mode]
     if flags.mode in ("simclr_CSI", "cocsr_dict"):
         parts += ["shift", flags.shift_trans_type]
     if flags.mode == "cocsr_dict":

@@ -8,6 +8,7 @@ Source: SimCLR (Chen et al. 2020), as CSI (Tack et al. 2020) runs it on the devi
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 from common.errors import UserError
 
 _TRIES = 10
+_WHOLE = (1.0, 1.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ class AlignedSpec:
         if not 0 <= self.color_jitter_strength < math.inf:
             raise UserError(f"--color_jitter_strength must be >= 0 and finite, got {self.color_jitter_strength}")
 
+    @property
+    def crops(self) -> bool:
+        """Whether a crop can differ from the whole image."""
+        return not (self.resize_fix and self.resize_factor == 1)
+
+    def without_crop(self) -> "AlignedSpec":
+        """The same colours on whole images: for images that were cropped while loading."""
+        return dataclasses.replace(self, resize_factor=1.0, resize_fix=True)
+
 
 @dataclass(frozen=True)
 class AlignedDraw:
@@ -49,10 +60,19 @@ class AlignedDraw:
     saturation: Tensor  # (V,) factor
     value: Tensor  # (V,) factor
     gray: Tensor  # (V,) bool
-    box: Tensor  # (V, 4): width, height, centre x, centre y of the crop in half images
+    box: Tensor | None  # (V, 4): width, height, centre x, centre y of the crop in half images; None: whole images
 
     def __getitem__(self, index: Tensor) -> "AlignedDraw":
-        return AlignedDraw(*(getattr(self, f.name)[index] for f in dataclasses.fields(self)))
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: None if value is None else value[index] for name, value in values.items()}
+        return AlignedDraw(**chosen)
+
+    def spare(self, colours: Tensor, crop: Tensor) -> "AlignedDraw":
+        """The same draw, but views where `colours` (V,) is true keep their colours and those of `crop` their frame."""
+        box = self.box
+        if box is not None:
+            box = torch.where(crop[:, None], box.new_tensor(_WHOLE), box)
+        return dataclasses.replace(self, jitter=self.jitter & ~colours, gray=self.gray & ~colours, box=box)
 
 
 def draw_aligned(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Generator) -> AlignedDraw:
@@ -71,18 +91,23 @@ def draw_aligned(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Ge
         saturation=uniform(low, high),
         value=uniform(low, high),
         gray=uniform(0, 1) < 0.2,
-        box=draw_boxes(n, size, spec, generator),
+        box=crop_boxes(draw_tries(n, generator), size, spec) if spec.crops else None,
     )
 
 
-def draw_boxes(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Generator) -> Tensor:
-    """Random resized crops (n, 4): width and height as a share of the image, centre in half images.
+def draw_tries(n: int, generator: Generator) -> Tensor:
+    """What `crop_boxes` makes n boxes of, whatever the size of the images: (4, n, tries) uniform in [0, 1)."""
+    return torch.rand(4, n, _TRIES, device=generator.device, generator=generator)
+
+
+def crop_boxes(tries: Tensor, size: tuple[int, int], spec: AlignedSpec) -> Tensor:
+    """Random resized crops (n, 4) of images of (H, W) = `size`: width and height as a share, centre in half images.
 
     Area uniform in [resize_factor, 1] (or fixed), log ratio uniform in 3/4 .. 4/3, whole-pixel sizes, half-pixel
-    offsets; the first of ten tries that fits, else the whole image.
+    offsets; the first of the tries (4, n, tries) that fits, else the whole image.
     """
     height, width = size
-    area, ratio, right, down = torch.rand(4, n, _TRIES, device=generator.device, generator=generator)
+    area, ratio, right, down = tries
     scale = (
         torch.full_like(area, spec.resize_factor)
         if spec.resize_fix
@@ -107,7 +132,12 @@ def draw_boxes(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Gene
 
 def aligned(x: Tensor, draw: AlignedDraw) -> Tensor:
     """Jitter, grey and crop the views (V, 3, H, W) by their draws. Flips come before the shift, hence not here."""
-    return crop(gray(jitter(x, draw), draw.gray), draw.box)
+    return crop_only(gray(jitter(x, draw), draw.gray), draw)
+
+
+def crop_only(x: Tensor, draw: AlignedDraw) -> Tensor:
+    """The crop of `aligned` on its own."""
+    return x if draw.box is None else crop(x, draw.box)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
-"""The data sets the project knows, read into memory as uint8.
+"""The data sets the project knows. `DATASETS` is the table.
 
-Letters: N images. Images are (N, 3, H, W) uint8, labels (N,) int64. A set is held on the compute device where it fits
-there, else in host memory, and only batches become floats.
+Most are read into memory (`datasets.sets`); the training pictures of ImageNet-30 are decoded as they are needed
+(`datasets.pictures`).
 """
 
 import gzip
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,64 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from datasets.folder import class_names as folder_class_names
-from datasets.folder import read_folder
-
-# A set may fill this share of a GPU's free memory; activations need the rest.
-_DEVICE_SHARE = 0.4
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images with labels; `indices` are their places in the data set they were taken from.
-
-    device: where batches are wanted; `images` itself may stay in host memory if it does not fit there.
-    """
-
-    images: Tensor
-    labels: Tensor
-    indices: Tensor
-    paths: tuple[str, ...] | None = None
-    device: torch.device = torch.device("cpu")
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        return self.images.shape[2], self.images.shape[3]
-
-    def batch(self, index: Tensor) -> Tensor:
-        """Images at `index` (b,) as floats in [0, 1] on `device`."""
-        # Callers keep `index` where the images are, so that nothing waits for the device here.
-        chosen = self.images[index.to(self.images.device)]
-        return chosen.to(self.device, non_blocking=True).float().div_(255)
-
-    def where(self, keep: Tensor) -> "ImageSet":
-        """The images where `keep` (N,) is true."""
-        paths = self.paths and tuple(p for p, kept in zip(self.paths, keep.tolist(), strict=True) if kept)
-        return replace(
-            self, images=self.images[keep], labels=self.labels[keep], indices=self.indices[keep], paths=paths
-        )
-
-    def to(self, device: torch.device) -> "ImageSet":
-        """Hold the set on `device` if it fits there, else leave it in host memory."""
-        images = self.images
-        if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            images = images.to(device)
-        return replace(self, images=images, device=device)
+from common.flags import pick
+from datasets.augment import AlignedSpec
+from datasets.folder import Layout, class_names, find_pictures, n_train_classes, read_picture, read_pictures
+from datasets.pictures import Decoded, PictureSet, open_cache
+from datasets.sets import ImageSet, image_set
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where and how to read a data set; field names are flag names. image_size None: the set's own."""
+    """Where and how to read a data set; field names are flag names. image_size None: the set's own.
+
+    image_cache: folder for decoded pixels of sets that are decoded while training; None: decode each time.
+    """
 
     data_path: str = "../Data/"
     image_size: int | None = None
     download_data: bool = False
     num_worker: int = 4
     skip_bad_images: bool = False
+    image_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size is not None and self.image_size < 8:
@@ -81,29 +45,32 @@ class DataSource:
         if self.num_worker < 0:
             raise UserError(f"--num_worker must be >= 0, got {self.num_worker}")
 
+    @classmethod
+    def of(cls, flags: Any, dataset: str) -> "DataSource":
+        """From the flags; only those that reading `dataset` depends on are read."""
+        return pick(cls, flags, only=DATASETS[dataset].flags)
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """One row of the table of data sets.
 
     load: (source, split "train" or "test", label to keep or None for all) -> ImageSet.
-    classes: source -> names of the classes, in label order; the linear head has one output for each.
+    classes: source -> names of the classes, in label order.
+    flags: what of a `DataSource` it depends on.
+    n_train_classes: source -> how many of the classes can be normal; the linear head has one output for each.
+    stream: (source, crop, label) -> training pictures that are decoded, cropped and flipped while training runs.
     groups: coarse classes as tuples of labels, where one-class training takes those instead (CIFAR-100).
     image_size: pixels on a side where the flag does not say otherwise; None: the model's.
     """
 
     load: Callable[[DataSource, str, int | None], ImageSet]
     classes: Callable[[DataSource], list[str]]
+    flags: tuple[str, ...]
+    n_train_classes: Callable[[DataSource], int] | None = None
+    stream: Callable[[DataSource, AlignedSpec, int | None], PictureSet] | None = None
     image_size: int | None = 32
     groups: tuple[tuple[int, ...], ...] | None = None
-
-
-def image_set(
-    images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int], paths: list[str] | None = None
-) -> ImageSet:
-    """An ImageSet from (N, 3, H, W) uint8 images."""
-    x, y = torch.as_tensor(images), torch.as_tensor(labels).long()
-    return ImageSet(x, y, torch.arange(len(x)), tuple(paths) if paths is not None else None)
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -201,16 +168,52 @@ def _names(*names: str) -> Callable[[DataSource], list[str]]:
     return lambda source: list(names)
 
 
+def pictures_in_memory(
+    paths: list[Path], labels: list[int], source: DataSource, short_side: int | None = None
+) -> ImageSet:
+    """Pictures as an ImageSet: the middle of each at `source.image_size`, its short side resized to `short_side`."""
+    size = source.image_size or 32
+    read = partial(read_picture, size=size, short_side=short_side)
+    images, good = read_pictures(paths, read, size=size, threads=source.num_worker, skip_bad=source.skip_bad_images)
+    return image_set(images, [labels[n] for n in good], [str(paths[n]) for n in good])
+
+
 def _folder(source: DataSource, split: str, label: int | None) -> ImageSet:
-    images, labels, paths = read_folder(
-        Path(source.data_path),
-        split,
-        size=source.image_size or 32,
-        label=label,
-        threads=max(1, source.num_worker),
-        skip_bad=source.skip_bad_images,
+    return pictures_in_memory(*find_pictures(Path(source.data_path), split, label=label), source)
+
+
+def _find_imagenet(source: DataSource, split: str, label: int | None) -> tuple[list[Path], list[int]]:
+    return find_pictures(_imagenet_root(source), split, label=label, layout=_IMAGENET30)
+
+
+def _imagenet_root(source: DataSource) -> Path:
+    return Path(source.data_path) / "ImageNet"
+
+
+def imagenet_short_side(side: int) -> int:
+    """What the short side of a picture is resized to before a crop of `side` pixels: 256 before 224."""
+    return round(side * 8 / 7)
+
+
+def _imagenet(source: DataSource, split: str, label: int | None) -> ImageSet:
+    short_side = imagenet_short_side(source.image_size or 224)
+    return pictures_in_memory(*_find_imagenet(source, split, label), source, short_side)
+
+
+def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -> PictureSet:
+    paths, labels = _find_imagenet(source, "train", label)
+    side, workers, skip_bad = source.image_size or 224, source.num_worker, source.skip_bad_images
+    short_side = imagenet_short_side(side)
+    if source.image_cache is not None:
+        pixels, places = open_cache(paths, short_side, Path(source.image_cache), workers=workers, skip_bad=skip_bad)
+        return PictureSet(pixels, torch.tensor(labels)[places], crop, side, workers)
+    places = list(range(len(paths)))
+    if skip_bad:  # No way to tell but to decode them all once.
+        probe = partial(read_picture, size=1)
+        places = read_pictures(paths, probe, size=1, threads=workers, skip_bad=True)[1]
+    return PictureSet(
+        Decoded([paths[n] for n in places], short_side), torch.tensor(labels)[places], crop, side, workers
     )
-    return image_set(images, labels, paths)
 
 
 _TEN = _names(*"0123456789")
@@ -241,12 +244,30 @@ CIFAR100_GROUPS = (
     (41, 69, 81, 85, 89),
 )
 
+_IMAGENET30 = Layout("one_class_train", "one_class_test")
+_FILES = ("data_path", "download_data", "image_size")
+_PICTURES = ("data_path", "image_size", "num_worker", "skip_bad_images")
+
 DATASETS: dict[str, DatasetSpec] = {
-    "digits": DatasetSpec(_digits, _TEN),
-    "cifar10": DatasetSpec(_torchvision("CIFAR10"), _CIFAR10),
-    "cifar100": DatasetSpec(_torchvision("CIFAR100"), _names(*map(str, range(100))), groups=CIFAR100_GROUPS),
-    "mnist": DatasetSpec(_mnist("MNIST"), _TEN),
-    "fashion_mnist": DatasetSpec(_mnist("FashionMNIST"), _FASHION),
-    "svhn": DatasetSpec(_torchvision("SVHN", by_split=True), _TEN),
-    "folder": DatasetSpec(_folder, lambda source: folder_class_names(Path(source.data_path)), image_size=None),
+    "digits": DatasetSpec(_digits, _TEN, ("image_size",)),
+    "cifar10": DatasetSpec(_torchvision("CIFAR10"), _CIFAR10, _FILES),
+    "cifar100": DatasetSpec(_torchvision("CIFAR100"), _names(*map(str, range(100))), _FILES, groups=CIFAR100_GROUPS),
+    "mnist": DatasetSpec(_mnist("MNIST"), _TEN, _FILES),
+    "fashion_mnist": DatasetSpec(_mnist("FashionMNIST"), _FASHION, _FILES),
+    "svhn": DatasetSpec(_torchvision("SVHN", by_split=True), _TEN, _FILES),
+    "imagenet": DatasetSpec(
+        _imagenet,
+        lambda source: class_names(_imagenet_root(source), _IMAGENET30),
+        (*_PICTURES, "image_cache"),
+        n_train_classes=lambda source: n_train_classes(_imagenet_root(source), _IMAGENET30),
+        stream=_imagenet_stream,
+        image_size=None,
+    ),
+    "folder": DatasetSpec(
+        _folder,
+        lambda source: class_names(Path(source.data_path)),
+        _PICTURES,
+        n_train_classes=lambda source: n_train_classes(Path(source.data_path)),
+        image_size=None,
+    ),
 }

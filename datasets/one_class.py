@@ -1,14 +1,15 @@
 """The one-class split: train on one class, test on all; without a class, all training classes, unlabelled."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
-from datasets.catalog import DATASETS, DatasetSpec, DataSource, ImageSet
-from datasets.folder import n_train_classes
+from datasets.augment import AlignedSpec
+from datasets.catalog import DATASETS, DatasetSpec, DataSource
+from datasets.pictures import PictureSet
+from datasets.sets import ImageSet
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ class Split:
         label = self.one_class_idx if self.spec.groups is None else None
         data = self._relabelled(self.spec.load(self.source, "train", label))
         return data if self.one_class_idx is None else data.where(data.labels == self.one_class_idx)
+
+    def stream(self, crop: AlignedSpec) -> ImageSet | PictureSet:
+        """The normal training images as training looks at them; pictures decoded meanwhile are cropped by `crop`."""
+        if self.spec.stream is None:
+            return self.train()
+        return self.spec.stream(self.source, crop, self.one_class_idx)
 
     def test(self) -> ImageSet:
         """All test images; `normal(labels)` tells which are normal."""
@@ -57,8 +64,8 @@ def split_one_class(dataset: str, source: DataSource, one_class_idx: int | None,
     spec = DATASETS[dataset]
     source = replace(source, image_size=source.image_size or spec.image_size or model_size)
     names = spec.classes(source)
-    n_classes = n_train_classes(Path(source.data_path)) if dataset == "folder" else len(names)
-    # A folder that only test/ has is never normal.
+    # A folder that only the test split has is never normal.
+    n_classes = spec.n_train_classes(source) if spec.n_train_classes else len(names)
     choices = n_classes
     if spec.groups is not None and one_class_idx is not None:
         names, choices = [f"superclass {i}" for i in range(len(spec.groups))], len(spec.groups)

@@ -1,36 +1,73 @@
 """Shifting transformations: each image gets all K of them, and the network learns to tell them apart.
 
-A shift takes the images and each image's mix partner, both (B, 3, H, W), and returns (B, 3, H, W). Who the partner is
-(the batch neighbour, a reference image) is the caller's choice; most shifts ignore it. Source: CSI (Tack et al. 2020),
-ADMM-SRNet (Chiou et al. 2023).
+A shift combines two pictures (B, 3, H, W) into one: the image and its mix partner (the batch neighbour, a reference
+image: the caller's choice), or two random looks at the image itself. Most shifts ignore the second. Source: CSI (Tack
+et al. 2020), ADMM-SRNet (Chiou et al. 2023).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.flags import pick
+from datasets.augment import AlignedDraw, AlignedSpec, aligned, crop_only
 
-Shift = Callable[[Tensor, Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Looks:
+    """Two random looks at an image, drawn by `spec` and made by `make`."""
+
+    spec: AlignedSpec
+    make: Callable[[Tensor, AlignedDraw], Tensor]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """One transformation. combine: (x, other) -> x', all (B, 3, H, W).
+
+    looks: x and other are these looks at the image; None: they are the image and its partner.
+    colours, crop: whether the aligned augmentation that follows still changes colours, and crops.
+    """
+
+    combine: Callable[[Tensor, Tensor], Tensor]
+    looks: Looks | None = None
+    colours: bool = True
+    crop: bool = True
 
 
 @dataclass(frozen=True)
 class ShiftSpec:
-    """Which shifts; field names are flag names. mix_alpha in [0, 1] is the partner's weight in a mix."""
+    """Which shifts; field names are flag names.
+
+    mix_alpha in [0, 1]: the other picture's weight in a mix. cropmix_resize_factor, cropmix_resize_fix: share of the
+    area in the crops that `rot_cropmix` mixes, as in `AlignedSpec`. cropmix_crop_aug: crop the mixed image once more.
+    """
 
     shift_trans_type: str = "none"
     mix_alpha: float = 0.5
+    cropmix_resize_factor: float = 0.08
+    cropmix_resize_fix: bool = False
+    cropmix_crop_aug: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.mix_alpha <= 1:
             raise UserError(f"--mix_alpha must lie in [0, 1], got {self.mix_alpha}")
+        if not 0 < self.cropmix_resize_factor <= 1:
+            raise UserError(f"--cropmix_resize_factor must lie in (0, 1], got {self.cropmix_resize_factor}")
 
-    def functions(self) -> list[Shift]:
-        """The K shifts in label order."""
-        return SHIFTS[self.shift_trans_type](self.mix_alpha)
+    @classmethod
+    def of(cls, flags: Any) -> "ShiftSpec":
+        """From the flags; only those that the type of shift depends on are read."""
+        return pick(cls, flags, only=("shift_trans_type", *SHIFTS[flags.shift_trans_type].flags))
+
+    def functions(self, spec: AlignedSpec | None = None) -> list[Shift]:
+        """The K shifts in label order. spec: the aligned augmentation that they go with."""
+        return SHIFTS[self.shift_trans_type].make(self, spec or AlignedSpec())
 
     @property
     def count(self) -> int:
@@ -42,51 +79,105 @@ class ShiftSpec:
         return "bmix" in self.shift_trans_type
 
 
-def rotate(x: Tensor, partner: Tensor, *, quarters: int) -> Tensor:
+def rotate(x: Tensor, other: Tensor, *, quarters: int) -> Tensor:
     """Counter-clockwise by `quarters` right angles, as `torch.rot90` over (H, W)."""
     return torch.rot90(x, quarters, (2, 3))
 
 
-def cut_permute(x: Tensor, partner: Tensor, *, index: int) -> Tensor:
+def translate(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Move the content of each image by `down` and `right` (B,) whole pixels; what comes in mirrors the border."""
+
+    def sources(size: int, offset: Tensor) -> Tensor:
+        index = (torch.arange(size, device=x.device) - offset[:, None]).abs()
+        return (size - 1) - (size - 1 - index).abs()
+
+    rows, columns = sources(x.shape[2], down), sources(x.shape[3], right)
+    images, channels = torch.arange(len(x), device=x.device), torch.arange(x.shape[1], device=x.device)
+    return x[images[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def cut_permute(x: Tensor, other: Tensor, *, index: int) -> Tensor:
     """Swap the top and bottom halves (bit 1 of `index`) and the left and right halves (bit 0)."""
     height, width = x.shape[2:]
     return x.roll((index // 2 * (height // 2), index % 2 * (width // 2)), (2, 3))
 
 
-def batch_mix(x: Tensor, partner: Tensor, *, alpha: float) -> Tensor:
-    """(1 - alpha) x + alpha partner."""
-    return torch.lerp(x, partner, alpha)
+def mix(x: Tensor, other: Tensor, *, alpha: float) -> Tensor:
+    """(1 - alpha) x + alpha other."""
+    return torch.lerp(x, other, alpha)
 
 
-def self_mix(x: Tensor, partner: Tensor, *, alpha: float, quarters: int) -> Tensor:
+def self_mix(x: Tensor, other: Tensor, *, alpha: float, quarters: int) -> Tensor:
     """Mix each image with its own rotation."""
     return torch.lerp(x, torch.rot90(x, quarters, (2, 3)), alpha)
 
 
 def _rotations() -> list[Shift]:
-    return [partial(rotate, quarters=q) for q in range(4)]
+    return [Shift(partial(rotate, quarters=q)) for q in range(4)]
 
 
 def _cut_permutations() -> list[Shift]:
-    return [partial(cut_permute, index=j) for j in range(4)]
+    return [Shift(partial(cut_permute, index=j)) for j in range(4)]
 
 
-def _batch_mix(alpha: float) -> list[Shift]:
-    return [partial(batch_mix, alpha=alpha)]
+def _batch_mix(s: ShiftSpec) -> list[Shift]:
+    return [Shift(partial(mix, alpha=s.mix_alpha))]
 
 
-def _self_mixes(alpha: float) -> list[Shift]:
-    return [partial(self_mix, alpha=alpha, quarters=q) for q in (1, 2, 3)]
+def _self_mixes(s: ShiftSpec) -> list[Shift]:
+    return [Shift(partial(self_mix, alpha=s.mix_alpha, quarters=q)) for q in (1, 2, 3)]
 
 
-# name -> the K transformations in label order, given mix_alpha
-SHIFTS: dict[str, Callable[[float], list[Shift]]] = {
-    "none": lambda alpha: _rotations()[:1],
-    "rotation": lambda alpha: _rotations(),
-    "cutperm": lambda alpha: _cut_permutations(),
-    "bmix": lambda alpha: _rotations()[:1] + _batch_mix(alpha),
-    "rot_bmix": lambda alpha: _rotations() + _batch_mix(alpha),
-    "rot_smix": lambda alpha: _rotations() + _self_mixes(alpha),
-    "rot_perm": lambda alpha: _rotations() + _cut_permutations()[1:],
-    "rot_perm_bmix": lambda alpha: _rotations() + _cut_permutations()[1:] + _batch_mix(alpha),
+def _crop_mix(s: ShiftSpec) -> list[Shift]:
+    crops = AlignedSpec(0.0, s.cropmix_resize_factor, s.cropmix_resize_fix)
+    return [Shift(partial(mix, alpha=s.mix_alpha), Looks(crops, crop_only), crop=s.cropmix_crop_aug)]
+
+
+def _augment_mix(s: ShiftSpec, spec: AlignedSpec) -> list[Shift]:
+    return [Shift(partial(mix, alpha=s.mix_alpha), Looks(spec, aligned), colours=False, crop=False)]
+
+
+@dataclass(frozen=True)
+class ShiftRow:
+    """make: the K transformations in label order. flags: what they depend on."""
+
+    make: Callable[[ShiftSpec, AlignedSpec], list[Shift]]
+    flags: tuple[str, ...] = ()
+
+
+_MIX = ("mix_alpha",)
+_CROP_MIX = ("mix_alpha", "cropmix_resize_factor", "cropmix_resize_fix", "cropmix_crop_aug")
+
+SHIFTS: dict[str, ShiftRow] = {
+    "none": ShiftRow(lambda s, a: _rotations()[:1]),
+    "rotation": ShiftRow(lambda s, a: _rotations()),
+    "cutperm": ShiftRow(lambda s, a: _cut_permutations()),
+    "bmix": ShiftRow(lambda s, a: _rotations()[:1] + _batch_mix(s), _MIX),
+    "rot_bmix": ShiftRow(lambda s, a: _rotations() + _batch_mix(s), _MIX),
+    "rot_smix": ShiftRow(lambda s, a: _rotations() + _self_mixes(s), _MIX),
+    "rot_perm": ShiftRow(lambda s, a: _rotations() + _cut_permutations()[1:]),
+    "rot_perm_bmix": ShiftRow(lambda s, a: _rotations() + _cut_permutations()[1:] + _batch_mix(s), _MIX),
+    "rot_cropmix": ShiftRow(lambda s, a: _rotations() + _crop_mix(s), _CROP_MIX),
+    "rot_augmix": ShiftRow(lambda s, a: _rotations() + _augment_mix(s, a), _MIX),
 }
+
+
+def rotate_and_translate(x: Tensor, vertical: Tensor, horizontal: Tensor, *, quarters: int) -> Tensor:
+    """Rotate, then move by a quarter of the image (8 of 32 pixels) times index - 1; indices (B,) in 0..2."""
+    step = x.shape[2] // 4
+    return translate(torch.rot90(x, quarters, (2, 3)), (vertical - 1) * step, (horizontal - 1) * step)
+
+
+def _rotate_and_translate_all(x: Tensor, other: Tensor, *, quarters: int, vertical: int, horizontal: int) -> Tensor:
+    index = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    return rotate_and_translate(x, index + vertical, index + horizontal, quarters=quarters)
+
+
+def rotations_and_translations() -> list[Shift]:
+    """The 36 transformations of Rot+Trans (Hendrycks et al. 2019), rotation * 9 + vertical * 3 + horizontal."""
+    return [
+        Shift(partial(_rotate_and_translate_all, quarters=q, vertical=v, horizontal=h))
+        for q in range(4)
+        for v in range(3)
+        for h in range(3)
+    ]

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import write_whole
 from common.flags import Flags
 from common.seed import seed_of
+from evals.evidence import Evidence
 from evals.subject import load_subject
 from models.feature_net import CocsrNet
 
@@ -22,33 +23,28 @@ _STYLE: dict[str, dict[str, Any]] = {
     "normal test": {"c": "#0072B2", "marker": ".", "s": 22, "alpha": 0.9},
     "atoms": {"c": "#D55E00", "marker": "*", "s": 45, "alpha": 1.0, "edgecolors": "black", "linewidths": 0.4},
 }
-_LAYERS = {"penultimate": "h", "simclr": "z"}
+_LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
 
 
-def run_tsne(flags: Flags, *, sparse: bool, reference: bool) -> None:
+def run_tsne(flags: Flags, *, evidence: Evidence, output: str | None, reference: bool = False) -> None:
     """Draw one picture per shift (and layer) beside the checkpoint.
 
-    sparse: show the features that are coded, with the atoms, scaled to the mean norm of the features.
+    output: name of the network's output to show; None: the layers of --ood_layer. With `s`, the features that are
+    coded, come the atoms, scaled to the mean norm of the features.
     Raises: UserError as `load_subject`; for an unknown layer.
     """
-    if sparse:
-        outputs_by_layer = {flags.sr_layer: "s"}
-        if flags.ood_layer != [flags.sr_layer] and flags.given("ood_layer"):
-            raise UserError(f"--ood_layer: atoms live among the coded features; give {flags.sr_layer} (--sr_layer)")
-    else:
-        unknown = [layer for layer in flags.ood_layer if layer not in _LAYERS]
-        if unknown:
-            raise UserError(f"--ood_layer {unknown[0]}: known are {', '.join(_LAYERS)}")
-        outputs_by_layer = {layer: _LAYERS[layer] for layer in flags.ood_layer}
+    shown = _shown(flags, output)
     limit = flags.tsne_points
-    subject = load_subject(flags, sparse=sparse, reference=reference)
+    subject = load_subject(flags, evidence, reference=reference)
+    for line in flags.tell_unread():
+        print(line)
     test = subject.split.test().to(subject.device)
     train, outputs = subject.outputs_of_sets({flags.dataset: test})
     test_outputs = outputs[flags.dataset]
     normal = subject.split.normal(test.labels).cpu().numpy()
     idx = flags.one_class_idx
     of = "all classes" if idx is None else f"{subject.split.class_names[idx]} ({idx})"
-    for layer, name in outputs_by_layer.items():
+    for layer, name in shown.items():
         for k in range(len(subject.draws.shifts)):
             test_x = test_outputs[name][:, 0, k].numpy()
             groups = {
@@ -57,15 +53,30 @@ def run_tsne(flags: Flags, *, sparse: bool, reference: bool) -> None:
                 "normal test": test_x[normal],
             }
             groups = {title: _some(x, limit, flags.seed) for title, x in groups.items() if len(x)}
-            if isinstance(subject.net, CocsrNet):
+            if name == "s" and isinstance(subject.net, CocsrNet):
                 atoms = subject.net.sr_nets.dictionary[k].detach().cpu().numpy().T
                 mean_norm = np.linalg.norm(np.concatenate(list(groups.values())), axis=1).mean()
                 norms = np.linalg.norm(atoms, axis=1, keepdims=True)
                 groups["atoms"] = atoms * (mean_norm / np.maximum(norms, 1e-12))
-            title = f"{flags.dataset}, normal: {of}, shift {k} of {flags.shift_trans_type}, layer {layer}"
+            title = f"{flags.dataset}, normal: {of}, shift {k} of {flags.shift_trans_type}, {layer}"
             path = subject.folder / f"{flags.mode}_{layer}_shift{k}{subject.tag}.png"
             draw_tsne(groups, path, title=title)
             print(f"wrote {path}", flush=True)
+
+
+def _shown(flags: Flags, output: str | None) -> dict[str, str]:
+    """What the pictures show, by the name in their files: the network's outputs. Raises: UserError, unknown layer."""
+    if output == "s":
+        layer = flags.sr_layer
+        if flags.given("ood_layer") and flags.ood_layer != [layer]:
+            raise UserError(f"--ood_layer: atoms live among the coded features; give {layer} (--sr_layer)")
+        return {layer: output}
+    if output is not None:
+        return {output: output}
+    unknown = [layer for layer in flags.ood_layer if layer not in _LAYERS]
+    if unknown:
+        raise UserError(f"--ood_layer {unknown[0]}: known are {', '.join(_LAYERS)}")
+    return {layer: _LAYERS[layer] for layer in flags.ood_layer}
 
 
 def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:

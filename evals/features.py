@@ -12,7 +12,8 @@ from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet
 from datasets.views import DrawSpec, draw_views
-from models.feature_net import CocsrNet, FeatureNet
+from models.feature_net import CocsrNet, FeatureNet, RotTransNet
+from models.sparse.dictionary import DictionaryBank
 
 Outputs = dict[str, Tensor]
 
@@ -27,6 +28,27 @@ def net_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
     return outputs
 
 
+def class_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
+    """Views (b, K, 3, H, W) -> logits linear (b, K, C) of the class, joint (b, K, 4 C) of class + C * rotation."""
+
+    def outputs(views: Tensor) -> Outputs:
+        h = net.features(views.flatten(0, 1))
+        logits = {"linear": net.linear(h), "joint": net.joint_distribution_layer(h)}
+        return {name: value.float().unflatten(0, views.shape[:2]) for name, value in logits.items()}
+
+    return outputs
+
+
+def rot_trans_outputs(net: RotTransNet) -> Callable[[Tensor], Outputs]:
+    """Views (b, 36, 3, H, W) -> logits rotation (b, 36, 4), vertical (b, 36, 3), horizontal (b, 36, 3)."""
+
+    def outputs(views: Tensor) -> Outputs:
+        logits = net(views.flatten(0, 1))
+        return {name: value.unflatten(0, views.shape[:2]) for name, value in logits._asdict().items()}
+
+    return outputs
+
+
 def cocsr_outputs(net: CocsrNet) -> Callable[[Tensor], Outputs]:
     """Views (b, K, 3, H, W) -> s (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
 
@@ -36,10 +58,15 @@ def cocsr_outputs(net: CocsrNet) -> Callable[[Tensor], Outputs]:
     def outputs(views: Tensor) -> Outputs:
         features = net(views.flatten(0, 1))
         s, shift = (x.unflatten(0, views.shape[:2]) for x in (features.s, features.shift))
-        codes, gap = net.sr_nets.code(s.permute(1, 2, 0))
-        return {"s": s, "codes": codes.permute(2, 0, 1), "shift": shift, "gap": gap.T[..., None]}
+        return {**code_outputs(net.sr_nets, s), "shift": shift}
 
     return outputs
+
+
+def code_outputs(bank: DictionaryBank, s: Tensor) -> Outputs:
+    """Features s (b, K, F) coded, each in the dictionary of its own shift: s, codes (b, K, M), gap (b, K, 1)."""
+    code = bank.code(s.permute(1, 2, 0))
+    return {"s": s, "codes": code.codes.permute(2, 0, 1), "gap": code.gap.T[..., None]}
 
 
 @torch.no_grad()

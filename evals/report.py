@@ -2,9 +2,11 @@
 
 import csv
 import io
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,33 +16,33 @@ from common.errors import UserError
 from common.files import write_json, write_text
 from common.flags import Flags, pick
 from common.run import describe_program
-from datasets import ImageSet, split_one_class
-from datasets.catalog import DataSource
+from datasets import DataSource, ImageSet
+from datasets.outliers import INTERP, MULTI_CLASS, find_outliers
 from evals.detection import detect, quantile_line
+from evals.evidence import Evidence
 from evals.features import Outputs
-from evals.scores import SCORES, ScoreSpec, fit_csi, fit_csi_sr
+from evals.scores import SCORES
 from evals.subject import Subject, load_subject
 from models.feature_net import CocsrNet
 
 
-def run_detection(flags: Flags, *, sparse: bool, reference: bool) -> None:
-    """Evaluate one checkpoint. sparse: a stage-2 one; reference: mix test images with reference training images.
+def run_detection(flags: Flags, *, evidence: Evidence, reference: bool = False) -> None:
+    """Evaluate one checkpoint by `evidence`. reference: mix test images with reference training images.
 
-    Raises: UserError as `load_subject`; for a score that the mode has not the means for; for nothing to tell apart.
+    Raises: UserError as `load_subject`; for a score that the mode has not the means for; for missing data sets, all of
+    them at once; for nothing to tell apart.
     """
-    names = flags.ood_score or ["CSI_sr" if sparse else "CSI"]
+    names = flags.ood_score or [evidence.scores[0]]
     for name in names:
-        fitting = [n for n, row in SCORES.items() if row.sparse == sparse]
-        if name not in fitting:
-            raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(fitting)}")
+        if name not in evidence.scores:
+            raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(evidence.scores)}")
     begun = time.monotonic()
-    others = [name for name in flags.ood_dataset or () if name != flags.dataset]
-    parts = {"similarity": not flags.disable_sim_score, "shift": not flags.disable_shi_score}
+    options = {name: {flag: getattr(flags, flag) for flag in SCORES[name].flags} for name in names}
     print_score, save_score = flags.print_score, flags.save_score
-    subject = load_subject(flags, sparse=sparse, reference=reference)
-    tests = {flags.dataset: subject.split.test().to(subject.device)}
-    test = tests[flags.dataset]
-    normal = subject.split.normal(test.labels).cpu().numpy()
+    subject = load_subject(flags, evidence, reference=reference, names=names)
+    test = subject.split.test()
+    normal = subject.split.normal(test.labels)
+    others = other_sets(flags, subject, lambda: test.where(normal))
     if normal.all() and not others:
         raise UserError(
             "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
@@ -48,64 +50,80 @@ def run_detection(flags: Flags, *, sparse: bool, reference: bool) -> None:
         )
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
-    tests |= {name: _other_set(name, flags, subject) for name in others}
+    tests = {name: data.to(subject.device) for name, data in {flags.dataset: test, **others}.items()}
     train, outputs = subject.outputs_of_sets(tests)
-    if sparse:
-        gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
-        print(f"codes: mean optimality gap {gap / subject.sr_lambda:.3g} lambda (a larger --sr_admm_stage lowers it)")
+    finished = evidence.finish(flags, subject.net, train)
+    for line in flags.tell_unread():
+        print(line)
+    train, outputs = finished.finish(train), {name: finished.finish(means) for name, means in outputs.items()}
+    if finished.dictionary is not None:
+        _tell_gap(flags, subject, outputs)
+    is_normal = normal.numpy()
     for name in names:
-        score = _fit(subject, SCORES[name], train, parts)
-        values = {title: score(means) for title, means in outputs.items()}
+        score = SCORES[name].fit(train, finished.dictionary, **options[name])
+        values = {title: score(means).numpy() for title, means in outputs.items()}
         if not all(np.isfinite(scores).all() for scores in values.values()):
             raise UserError(
                 f"--load_path: {subject.checkpoint} gives scores that are no numbers; its weights are spoilt"
             )
         own = values.pop(flags.dataset)
-        anomalous = _by_class(test, own, normal) | values
-        found = detect(own[normal], anomalous)
-        result = {
-            "mode": flags.mode,
-            "score": name,
-            "dataset": flags.dataset,
-            "one_class_idx": flags.one_class_idx,
-            "seed": flags.seed,
-            "checkpoint": str(subject.checkpoint),
-            **found.as_result(),
-            "seconds": round(time.monotonic() - begun, 2),
-            "device": device_name(subject.device),
-            "epochs": subject.epochs,
-            "flags": flags.as_dict(),
-            **describe_program(),
-        }
+        anomalous = _by_class(test, own, is_normal) | values
+        found = detect(own[is_normal], anomalous)
+        result = {"score": name, **result_facts(flags, subject, begun), **found.as_result()}
         _show(subject, result)
         if print_score:
-            for title, scores in {"normal test": own[normal], **anomalous}.items():
+            for title, scores in {"normal test": own[is_normal], **anomalous}.items():
                 print(f"quantiles of {name}, {title}: {quantile_line(scores)}")
         kind = f"{flags.mode}_{name}{subject.tag}"
         write_json(subject.folder / f"result_{kind}.json", result)
         if save_score:
             for title, scores in {flags.dataset: own, **values}.items():
-                path = subject.folder / f"scores_{kind}_{title}.csv"
+                path = subject.folder / f"scores_{kind}_{_file_name(title)}.csv"
                 write_text(path, _table(tests[title], scores))
     print(f"results are in {subject.folder}")
 
 
-def _other_set(name: str, flags: Flags, subject: Subject) -> ImageSet:
-    """The test images of another data set, in the size of the normal ones."""
-    size = subject.split.source.image_size or 32
-    source = replace(pick(DataSource, flags), image_size=size)
-    return split_one_class(name, source, None, size).test().to(subject.device)
+def result_facts(flags: Flags, subject: Subject, begun: float) -> dict[str, Any]:
+    """What every result says of where it comes from; begun: `time.monotonic()` at the start."""
+    return {
+        "mode": flags.mode,
+        "dataset": flags.dataset,
+        "one_class_idx": flags.one_class_idx,
+        "seed": flags.seed,
+        "checkpoint": str(subject.checkpoint),
+        "seconds": round(time.monotonic() - begun, 2),
+        "device": device_name(subject.device),
+        "epochs": subject.epochs,
+        "flags": flags.as_dict(),
+        **describe_program(),
+    }
 
 
-def _fit(subject: Subject, row: ScoreSpec, train: Outputs, parts: dict[str, bool]) -> Callable[[Outputs], np.ndarray]:
-    parts = {**parts, "first_shift_only": row.first_shift_only}
-    if not row.sparse:
-        csi = fit_csi(train["z"], train["shift"], **parts)
-        return lambda x: csi(x["z"], x["shift"]).numpy()
-    assert isinstance(subject.net, CocsrNet)
-    dictionary = subject.net.sr_nets.dictionary.detach().cpu()
-    csi_sr = fit_csi_sr(dictionary, train["s"], train["codes"], train["shift"], **parts)
-    return lambda x: csi_sr(x["s"], x["codes"], x["shift"]).numpy()
+def other_sets(flags: Flags, subject: Subject, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
+    """The sets of --ood_dataset, or what all classes of the data set together are told apart from, by name.
+
+    normal: the normal test images. Raises: UserError that names all that are missing.
+    """
+    usual = MULTI_CLASS.get(flags.dataset, ()) if flags.one_class_idx is None else ()
+    names = [name for name in dict.fromkeys(flags.ood_dataset or usual) if name != flags.dataset]
+    if not names:
+        return {}
+    source = pick(DataSource, flags, only=("num_worker", "download_data", "skip_bad_images"))
+    place = flags.ood_data_path or flags.data_path
+    source = replace(source, data_path=place, image_size=subject.split.source.image_size)
+    lag = flags.test_batch_size if INTERP in names else 1
+    return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
+
+
+def _tell_gap(flags: Flags, subject: Subject, outputs: dict[str, Outputs]) -> None:
+    gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
+    lam = subject.net.sr_nets.coding.lam if isinstance(subject.net, CocsrNet) else flags.sr_lambda
+    print(f"codes: mean optimality gap {gap / lam:.3g} lambda (more ADMM steps lower it)")
+
+
+def _file_name(title: str) -> str:
+    """A data set's name as part of a file name: folder:<path> has slashes."""
+    return re.sub(r"[^\w.-]+", "_", title)
 
 
 def _by_class(test: ImageSet, values: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,7 +7,9 @@ with batch-mix partners from the training set even where test images mix with a 
 kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evals.baselines import nearest_neighbour, one_class_svm
+from evals.features import Outputs
+
 Array = np.ndarray | Tensor
 
-# Test images per block of the similarity matrix, to bound its memory.
-_BLOCK = 1024
+# Entries of a block of the similarity matrix, to bound its memory.
+_BLOCK = 2**26
 
 
 def _mean_draws(x: Array) -> Tensor:
@@ -46,7 +51,8 @@ class CsiScore:
     def __call__(self, z: Array, shift: Array) -> Any:
         """z (N, T, K, P) projections, shift (N, T, K, K) logits -> (N,)."""
         z_KNP = _mean_draws(z)[: len(self.axes)]
-        nearest = torch.cat([(part @ self.axes.mT).amax(2) for part in z_KNP.split(_BLOCK, dim=1)], 1)
+        rows = max(1, _BLOCK // self.axes.shape[:2].numel())
+        nearest = torch.cat([(part @ self.axes.mT).amax(2) for part in z_KNP.split(rows, dim=1)], 1)
         parts = nearest * self.similarity_weight[:, None]
         parts = parts + _own_logit(shift)[: len(self.axes)] * self.shift_weight[:, None]
         return _like(z, parts.mean(0))
@@ -120,17 +126,86 @@ def fit_csi_sr(
     return CsiSparseScore(D_KFM, w, _shift_weights(shift_train, first_shift_only, on=shift))
 
 
+def label_probabilities(outputs: Outputs, *, marginalized: bool) -> Tensor:
+    """(N, C) class probabilities of plain views, linear (N, 1, K, C) and joint (N, 1, 4, 4 C).
+
+    Marginalised: the softmax of the mean over the four rotations i of the joint logits of class + C * i (CSI, section
+    2.3 of Tack et al. 2020), else that of the linear head on the unrotated view.
+    """
+    if not marginalized:
+        return outputs["linear"][:, 0, 0].softmax(1)
+    joint = outputs["joint"].mean(1)
+    classes = joint.shape[2] // 4
+    own = [joint[:, i, i * classes : (i + 1) * classes] for i in range(4)]
+    return torch.stack(own).mean(0).softmax(1)
+
+
+def transformation_score(outputs: Outputs) -> Tensor:
+    """The Rot+Trans score (N,): softmax probabilities of the true rotation and translations, summed over all 36 views.
+
+    rotation (N, T, 36, 4), vertical and horizontal (N, T, 36, 3); view k is rotation * 9 + vertical * 3 + horizontal.
+    The sum of probabilities is the paper's choice (Hendrycks et al. 2019), not of their logarithms.
+    """
+    k = torch.arange(36)
+    truth = {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
+    parts = [outputs[name].mean(1).softmax(2)[:, k, index] for name, index in truth.items()]
+    return torch.stack(parts).sum((0, 2))
+
+
+def _unit_features(outputs: Outputs) -> np.ndarray:
+    """h of the unshifted view, of unit norm, (N, F)."""
+    return F.normalize(outputs["h"][:, :, 0].mean(1), dim=1).numpy()
+
+
+Score = Callable[[Outputs], Tensor]
+
+
+def _csi(
+    train: Outputs, D: Tensor | None, *, disable_sim_score: bool, disable_shi_score: bool, first_shift_only: bool
+) -> Score:
+    parts = {"similarity": not disable_sim_score, "shift": not disable_shi_score, "first_shift_only": first_shift_only}
+    if D is None:
+        csi = fit_csi(train["z"], train["shift"], **parts)
+        return lambda x: csi(x["z"], x["shift"])
+    csi_sr = fit_csi_sr(D, train["s"], train["codes"], train["shift"], **parts)
+    return lambda x: csi_sr(x["s"], x["codes"], x["shift"])
+
+
+def _knn(train: Outputs, D: Tensor | None, *, knn_k: int) -> Score:
+    known = _unit_features(train)
+    return lambda x: torch.from_numpy(nearest_neighbour(known, _unit_features(x), k=knn_k))
+
+
+def _ocsvm(train: Outputs, D: Tensor | None) -> Score:
+    known = _unit_features(train)
+    return lambda x: torch.from_numpy(one_class_svm(known, _unit_features(x)))
+
+
+def _baseline(train: Outputs, D: Tensor | None, *, marginalized: bool) -> Score:
+    return lambda x: label_probabilities(x, marginalized=marginalized).amax(1)
+
+
 @dataclass(frozen=True)
 class ScoreSpec:
-    """One row: whether the score needs a dictionary (stage 2), and whether it looks at the first shift only."""
+    """One row. fit: (outputs of the normal training images, dictionaries (K, F, M) or None, **flags) -> score.
 
-    sparse: bool
-    first_shift_only: bool
+    flags: names of the flags that `fit` takes.
+    """
 
+    fit: Callable[..., Score]
+    flags: tuple[str, ...] = ()
+
+
+_PARTS = ("disable_sim_score", "disable_shi_score")
 
 SCORES: dict[str, ScoreSpec] = {
-    "simclr": ScoreSpec(sparse=False, first_shift_only=True),
-    "CSI": ScoreSpec(sparse=False, first_shift_only=False),
-    "simclr_sr": ScoreSpec(sparse=True, first_shift_only=True),
-    "CSI_sr": ScoreSpec(sparse=True, first_shift_only=False),
+    "simclr": ScoreSpec(partial(_csi, first_shift_only=True), _PARTS),
+    "CSI": ScoreSpec(partial(_csi, first_shift_only=False), _PARTS),
+    "simclr_sr": ScoreSpec(partial(_csi, first_shift_only=True), _PARTS),
+    "CSI_sr": ScoreSpec(partial(_csi, first_shift_only=False), _PARTS),
+    "knn": ScoreSpec(_knn, ("knn_k",)),
+    "ocsvm": ScoreSpec(_ocsvm),
+    "baseline": ScoreSpec(partial(_baseline, marginalized=False)),
+    "baseline_marginalized": ScoreSpec(partial(_baseline, marginalized=True)),
+    "rot_trans": ScoreSpec(lambda train, D: transformation_score),
 }

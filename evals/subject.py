@@ -2,38 +2,43 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from common.device import autocast, pick_device
 from common.errors import UserError
-from common.files import load_state_dict, load_tensors, published_epoch
+from common.files import load_tensors, published_epoch
 from common.flags import Flags, pick
-from datasets import DataSource, ImageSet, ShiftSpec, Split, split_one_class
+from datasets import DataSource, ImageSet, Split, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec
-from evals.features import Outputs, cocsr_outputs, draw_means, net_outputs, reference_pool
-from models import BACKBONES
-from models.checkpoint import cocsr_from_state, find_weights, net_from_state
-from models.feature_net import CocsrNet, FeatureNet, FeatureTransform
+from evals.evidence import Evidence
+from evals.features import Outputs, draw_means, reference_pool
+from models import backbone_spec
 
-WEIGHTS = {False: ("last.model", "last.cocsr_model"), True: ("last.cocsr_model",)}
 # Flags that decide what the network saw in training: evaluation under others is told.
-_SEEN = ("dataset", "shift_trans_type", "mix_alpha", "color_jitter_strength", "image_size", "one_class_idx")
-_SEEN_SPARSE = (*_SEEN, "sr_layer", "sr_admm_stage", "invert_sr_feature_norm")
+_SEEN = (
+    *("dataset", "shift_trans_type", "mix_alpha", "color_jitter_strength", "image_size", "one_class_idx"),
+    *("sr_layer", "sr_admm_stage", "invert_sr_feature_norm"),
+)
+# Two names of one thing.
+_UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """net: stage 1, or stage 2 where the mode is sparse.
+    """net: what `evidence` reads.
 
     epochs: how long it was trained, where that is known. references: training images to take reference partners of test
     images from; 0: test images mix with their neighbours.
     """
 
-    net: FeatureNet | CocsrNet
+    evidence: Evidence
+    net: nn.Module
     split: Split
     draws: DrawSpec
     samples: int
@@ -49,25 +54,18 @@ class Subject:
         return "" if self.checkpoint.stem == "last" else f"_{self.checkpoint.stem}"
 
     @property
-    def sr_lambda(self) -> float:
-        """The l1 weight of the dictionaries."""
-        assert isinstance(self.net, CocsrNet)
-        return self.net.sr_nets.coding.lam
-
-    @property
     def folder(self) -> Path:
         """Where results go: beside the checkpoint."""
         return self.checkpoint.parent
 
     def outputs(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Outputs:
         """Draw-averaged outputs (N, 1, K, .), on the CPU in float32."""
-        net = self.net
-        function = cocsr_outputs(net) if isinstance(net, CocsrNet) else net_outputs(net)
+        function = self.evidence.outputs(self.net)
         with autocast(self.amp, self.device)():
             means = draw_means(function, images, self.draws, self.samples, label=label, references=references)
         return {name: value.float().cpu() for name, value in means.items()}
 
-    def outputs_of_sets(self, tests: dict[str, ImageSet]) -> tuple[Outputs, dict[str, Outputs]]:
+    def outputs_of_sets(self, tests: Mapping[str, ImageSet]) -> tuple[Outputs, dict[str, Outputs]]:
         """Outputs of the normal training images, and of each set of test images.
 
         Training images always mix with their neighbours, test images with reference images where `references` says so.
@@ -78,40 +76,25 @@ class Subject:
         return seen, {name: self.outputs(data, f"{name} test images", pool) for name, data in tests.items()}
 
 
-def load_subject(flags: Flags, *, sparse: bool, reference: bool) -> Subject:
-    """Read the checkpoint and look the data up as the flags say; tell which flags nothing has read by then.
+def load_subject(flags: Flags, evidence: Evidence, *, reference: bool = False, names: Sequence[str] = ()) -> Subject:
+    """Read the checkpoint and look the data up as the flags say.
 
-    sparse: a stage-2 checkpoint is needed. reference: test images mix with reference training images.
+    reference: test images mix with reference training images. names: the scores that are wanted.
     Raises: UserError for a missing or damaged checkpoint, one of another model or number of shifts, missing data.
     """
     device = pick_device(flags.device)
-    shifts, aligned = pick(ShiftSpec, flags), pick(AlignedSpec, flags)
-    if not flags.load_path:
-        raise UserError("--load_path: which weights to evaluate? Give a run folder, its last.model or last.cocsr_model")
-    path = find_weights(flags.load_path, WEIGHTS[sparse], flag="load_path")
-    state = load_state_dict(path, flag="load_path")
-    common = {"model": flags.model, "n_shifts": shifts.count, "path": path, "strict": not flags.no_strict}
-    common["simclr_dim"] = flags.simclr_dim if flags.given("simclr_dim") else None
-    net: FeatureNet | CocsrNet
-    if sparse:
-        transform = pick(FeatureTransform, flags)
-        net = cocsr_from_state(state, transform=transform, steps=flags.sr_admm_stage, **common)
-        _tell_coding(flags, net, path)
-    else:
-        # A stage-2 file holds the whole stage-1 network.
-        inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
-        net = net_from_state(inner, flag="load_path", **common)
-    _tell_training(flags, path, _SEEN_SPARSE if sparse else _SEEN)
+    shifts = evidence.shifts(flags, names)
+    aligned = None if evidence.plain else pick(AlignedSpec, flags)
+    net, path = evidence.load(flags, len(shifts))
     _check_writable(path.parent)
-    source = pick(DataSource, flags)
-    split = split_one_class(flags.dataset, source, flags.one_class_idx, BACKBONES[flags.model].image_size)
-    draws = DrawSpec(shifts.functions(), aligned, flags.seed, batch_size=flags.ood_batch_size)
+    source = DataSource.of(flags, flags.dataset)
+    split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone_spec(flags.model).image_size)
+    _tell_training(flags, path)
+    draws = DrawSpec(shifts, aligned, flags.seed, batch_size=flags.ood_batch_size)
     net = net.to(device).eval()
     references = flags.refmix_batch_size if reference else 0
-    subject = Subject(net, split, draws, flags.ood_samples, path, _epochs(path), device, flags.amp, references)
-    for line in flags.tell_unread():
-        print(line)
-    return subject
+    samples = 1 if evidence.plain else flags.ood_samples
+    return Subject(evidence, net, split, draws, samples, path, _epochs(path), device, flags.amp, references)
 
 
 def _check_writable(folder: Path) -> None:
@@ -122,32 +105,21 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _tell_coding(flags: Flags, net: CocsrNet, path: Path) -> None:
-    """The file's dictionary settings count; say so where a flag was given that differs."""
-    bank = net.sr_nets
-    there = {"sr_lambda": bank.coding.lam, "sr_rho": bank.coding.rho, "sr_dict_size": bank.dictionary.shape[2]}
-    for name, value in there.items():
-        if flags.given(name) and abs(getattr(flags, name) - value) > 1e-6 * abs(value):
-            print(f"note: --{name} {getattr(flags, name)}: {path} was trained with {value:.6g}, which is used")
-
-
-def _tell_training(flags: Flags, path: Path, names: tuple[str, ...]) -> None:
+def _tell_training(flags: Flags, path: Path) -> None:
     """Say which flags differ from those the checkpoint was trained with, as its folder's args.json has them."""
     try:
-        trained = json.loads((path.parent / "args.json").read_text())["flags"]
+        written = json.loads((path.parent / "args.json").read_text())
+        trained = {name: written["flags"][name] for name in written["used"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
     now = flags.as_dict()
-    for name in names:
-        # `simclr` was trained without shifts, whatever the flag said.
-        unused = name in ("shift_trans_type", "mix_alpha") and trained.get("mode") == "simclr"
-        if name in trained and trained[name] != now[name] and not unused:
+    both = trained.keys() & set(flags.used())
+    for name in [name for name in _SEEN if name in both]:
+        if trained[name] != now[name]:
             print(f"note: {path} was trained with --{name} {trained[name]}, evaluated with {now[name]}")
-    unit = [f["normalize_sr_dict_feature"] or f["normalize_sr_feature"] for f in (trained, now)]
-    if names is _SEEN_SPARSE and unit[0] != unit[1]:
-        print(
-            f"note: {path} was trained {'with' if unit[0] else 'without'} --normalize_sr_dict_feature, evaluated not so"
-        )
+    if _UNIT <= both and any(trained[name] for name in _UNIT) != any(now[name] for name in _UNIT):
+        was = "with" if any(trained[name] for name in _UNIT) else "without"
+        print(f"note: {path} was trained {was} --normalize_sr_dict_feature, evaluated not so")
 
 
 def _epochs(path: Path) -> int | None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from common.errors import UserError
 from models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -16,13 +18,16 @@ class BackboneSpec:
     image_size: int = 32
 
 
-def _torchvision_resnet18() -> nn.Module:
-    from torchvision.models import resnet18
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        import torchvision.models
 
-    net = resnet18(weights=None)
-    net.feature_dim = net.fc.in_features  # type: ignore[assignment]
-    net.fc = nn.Identity()  # type: ignore[assignment]
-    return net
+        net = getattr(torchvision.models, name)(weights=None)
+        net.feature_dim = net.fc.in_features
+        net.fc = nn.Identity()
+        return net
+
+    return make
 
 
 _WIDTHS = (64, 128, 256, 512)
@@ -32,5 +37,35 @@ BACKBONES: dict[str, BackboneSpec] = {
     "resnet18": BackboneSpec(lambda: ResNet(BasicBlock, (2, 2, 2, 2), _WIDTHS)),
     "resnet34": BackboneSpec(lambda: ResNet(BasicBlock, (3, 4, 6, 3), _WIDTHS)),
     "resnet50": BackboneSpec(lambda: ResNet(Bottleneck, (3, 4, 6, 3), _WIDTHS)),
-    "resnet18_imagenet": BackboneSpec(_torchvision_resnet18, image_size=224),
+    "resnet18_imagenet": BackboneSpec(_torchvision("resnet18"), image_size=224),
+    "resnet50_imagenet": BackboneSpec(_torchvision("resnet50"), image_size=224),
 }
+
+TIMM = "timm_"
+
+
+def backbone_spec(name: str) -> BackboneSpec:
+    """The row `name` of the table, or for `timm_<model>` that model of the timm package, where it is installed.
+
+    Raises: UserError where timm is not installed or has no such model.
+    """
+    if not name.startswith(TIMM):
+        return BACKBONES[name]
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"--model {name}: the package timm is not installed; pip install timm") from None
+    model = name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        near = timm.list_models(f"*{model.split('_')[0]}*")[:5] or timm.list_models("resnet*")[:5]
+        raise UserError(f"--model {name}: timm has no {model}; it has {', '.join(near)}, ...")
+    config = timm.get_pretrained_cfg(model)
+
+    def make() -> nn.Module:
+        net: Any = timm.create_model(model, pretrained=False, num_classes=0)
+        net.feature_dim = getattr(net, "head_hidden_size", None) or net.num_features
+        if config is not None:  # Weights from a file expect the inputs they were trained on.
+            net.input_mean, net.input_std = config.mean, config.std
+        return net
+
+    return BackboneSpec(make, image_size=config.input_size[-1] if config is not None else 224)

@@ -1,13 +1,16 @@
 """Networks from files of weights: what a file fixes is read off it, what the flags say differently is told."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
-from models import BACKBONES
-from models.feature_net import CocsrNet, FeatureNet, FeatureTransform
+from common.files import load_state_dict
+from models import BACKBONES, backbone_spec
+from models.feature_net import BackboneNet, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 State = dict[str, Tensor]
@@ -15,11 +18,39 @@ State = dict[str, Tensor]
 
 def build_net(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int, seed: int) -> FeatureNet:
     """A stage-1 network with fresh weights that depend on `seed` alone."""
-    # Layers draw their weights from torch's global generator; it is put back as it was.
+    with _seeded(seed):
+        backbone = backbone_spec(model).make()
+        return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+
+
+def build_rot_trans(model: str, *, seed: int) -> RotTransNet:
+    """A network of Rot+Trans with fresh weights that depend on `seed` alone."""
+    with _seeded(seed):
+        return RotTransNet(backbone_spec(model).make())
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Layers draw their weights from torch's global generator; it is put back as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = BACKBONES[model].make()
-        return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+        yield
+
+
+def load_pretrained(backbone: nn.Module, path: str, *, model: str) -> None:
+    """Load `--pretrained_path`, a local file of weights, into a backbone; what a file has beyond it, a head, is left.
+
+    Raises: UserError where the file does not hold every tensor of the backbone in its shape.
+    """
+    state = load_state_dict(Path(path), flag="pretrained_path")
+    own = backbone.state_dict()
+    missing = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    if missing:
+        raise UserError(
+            f"--pretrained_path: {path} does not hold a {model}: {len(missing)} of {len(own)} tensors are missing or of"
+            f" another shape, {missing[0]} for one"
+        )
+    backbone.load_state_dict({k: state[k] for k in own})
 
 
 def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
@@ -42,7 +73,7 @@ def net_from_state(
     state: State,
     *,
     model: str,
-    n_shifts: int,
+    n_shifts: int | None,
     path: Path,
     flag: str,
     strict: bool = True,
@@ -50,6 +81,7 @@ def net_from_state(
 ) -> FeatureNet:
     """A stage-1 network as the file has it: classes and projection size are read off the weights.
 
+    n_shifts: what the shifts at hand need; None: whatever the file has.
     simclr_dim: what the user asked for; a line says so where the file differs.
     Raises: UserError where the file holds another model or another number of shifts.
     """
@@ -58,11 +90,26 @@ def net_from_state(
         shifts_there = len(state["shift_cls_layer.weight"])
     except KeyError as error:
         raise UserError(f"--{flag}: {path} holds no weights of a stage-1 network (no {error})") from None
-    if shifts_there != n_shifts:
+    if n_shifts not in (None, shifts_there):
         raise UserError(f"--shift_trans_type: it has {n_shifts} shifts, but {path} was trained with {shifts_there}")
     if simclr_dim not in (None, dim_there):
         print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
-    net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=n_shifts, seed=0)
+    net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=shifts_there, seed=0)
+    _load(net, state, model=model, path=path, flag=flag, strict=strict)
+    return net
+
+
+def rot_trans_from_state(state: State, *, model: str, path: Path, strict: bool = True) -> RotTransNet:
+    """A network of Rot+Trans from a file. Raises: UserError where the file holds something else."""
+    if "rotation.weight" not in state:
+        raise UserError(f"--load_path: {path} was not made by train.py --mode rot_trans")
+    net = build_rot_trans(model, seed=0)
+    _load(net, state, model=model, path=path, flag="load_path", strict=strict)
+    return net
+
+
+def _load(net: BackboneNet, state: State, *, model: str, path: Path, flag: str, strict: bool) -> None:
+    """Fill `net`, wholly or without `strict` with what fits. Raises: UserError where it does not fit."""
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not strict:
@@ -73,12 +120,11 @@ def net_from_state(
     elif len(fitting) < len(own) or len(fitting) < len(state):
         raise UserError(f"--model: {path} does not hold a {model}{_guess(state)}; --no_strict loads what fits")
     net.load_state_dict(fitting, strict=strict)
-    return net
 
 
 def _guess(state: State) -> str:
     for name in BACKBONES:
-        other = build_net(name, n_classes=1, simclr_dim=1, n_shifts=1, seed=0).backbone.state_dict()
+        other = build_rot_trans(name, seed=0).backbone.state_dict()
         if all(k in state and state[k].shape == v.shape for k, v in other.items()):
             return f" but a {name}"
     return ""

@@ -1,4 +1,4 @@
-"""The stage-1 network (a backbone with four heads) and the stage-2 network (that one frozen, with dictionaries).
+"""Networks: a backbone with the heads of stage 1 or of Rot+Trans, and stage 2: that of stage 1, with dictionaries.
 
 Letters: N images, F feature size, P projection size, K shifts, C classes, M atoms.
 """
@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from models.sparse.dictionary import DictionaryBank
 
-_HEADS = ("linear", "simclr_layer", "shift_cls_layer", "joint_distribution_layer")
-
 
 class Features(NamedTuple):
     """h (N, F) pooled features; z (N, P) projections, not normalised; shift (N, K) logits of the shift. float32."""
@@ -23,32 +21,73 @@ class Features(NamedTuple):
     shift: Tensor
 
 
-class FeatureNet(nn.Module):
-    """A backbone (normalised images -> (N, F), with attribute `feature_dim`) and four heads on its features.
+class BackboneNet(nn.Module):
+    """A backbone (normalised images -> (N, F), with attribute `feature_dim`), to which subclasses add heads.
 
-    The state dict has the published keys: the backbone's own, without a prefix, beside the heads'.
+    Images are normalised to (x - 0.5) / 0.5, or by the backbone's own `input_mean` and `input_std` where it has them.
+    The state dict has the published keys: the backbone's own, without a prefix, beside those of the heads.
     """
 
-    def __init__(self, backbone: nn.Module, *, n_classes: int, simclr_dim: int, n_shifts: int):
+    input_mean: Tensor
+    input_std: Tensor
+
+    def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
         self.feature_dim: int = backbone.feature_dim  # type: ignore[assignment]
-        self.projection_dim = simclr_dim
-        f = self.feature_dim
-        self.linear = nn.Linear(f, n_classes)
-        self.simclr_layer = nn.Sequential(nn.Linear(f, f), nn.ReLU(), nn.Linear(f, simclr_dim))
-        self.shift_cls_layer = nn.Linear(f, n_shifts)
-        self.joint_distribution_layer = nn.Linear(f, 4 * n_classes)
+        for name in ("input_mean", "input_std"):
+            values = torch.tensor(getattr(backbone, name, (0.5, 0.5, 0.5))).view(3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
         # Convolutions want channels last on CPUs (2.2 times here, resnet8) and on tensor cores alike.
         self.to(memory_format=torch.channels_last)
         self.register_state_dict_post_hook(_drop_backbone_prefix)
         self.register_load_state_dict_pre_hook(_add_backbone_prefix)
 
+    def features(self, images: Tensor) -> Tensor:
+        """images (N, 3, H, W) in [0, 1], normalised here -> h (N, F)."""
+        x = (images - self.input_mean) / self.input_std
+        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+
+
+class FeatureNet(BackboneNet):
+    """The stage-1 network: four heads on the features of a backbone."""
+
+    def __init__(self, backbone: nn.Module, *, n_classes: int, simclr_dim: int, n_shifts: int):
+        super().__init__(backbone)
+        f = self.feature_dim
+        self.projection_dim = simclr_dim
+        self.linear = nn.Linear(f, n_classes)
+        self.simclr_layer = nn.Sequential(nn.Linear(f, f), nn.ReLU(), nn.Linear(f, simclr_dim))
+        self.shift_cls_layer = nn.Linear(f, n_shifts)
+        self.joint_distribution_layer = nn.Linear(f, 4 * n_classes)
+
     def forward(self, images: Tensor) -> Features:
-        """images (N, 3, H, W) in [0, 1]; normalised here."""
-        x = ((images - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
-        h = self.backbone(x)
+        """images (N, 3, H, W) in [0, 1]."""
+        h = self.features(images)
         return Features(h.float(), self.simclr_layer(h).float(), self.shift_cls_layer(h).float())
+
+
+class Transformation(NamedTuple):
+    """Logits of the rotation (N, 4), the vertical (N, 3) and the horizontal translation (N, 3), float32."""
+
+    rotation: Tensor
+    vertical: Tensor
+    horizontal: Tensor
+
+
+class RotTransNet(BackboneNet):
+    """Rot+Trans (Hendrycks et al. 2019): three heads that tell how an image was rotated and moved."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__(backbone)
+        self.rotation = nn.Linear(self.feature_dim, 4)
+        self.vertical = nn.Linear(self.feature_dim, 3)
+        self.horizontal = nn.Linear(self.feature_dim, 3)
+
+    def forward(self, images: Tensor) -> Transformation:
+        """images (N, 3, H, W) in [0, 1]."""
+        h = self.features(images)
+        return Transformation(self.rotation(h).float(), self.vertical(h).float(), self.horizontal(h).float())
 
 
 def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -57,9 +96,10 @@ def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str,
 
 
 def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    heads = {name for name, _ in module.named_children()} - {"backbone"}
     for key in [k for k in state if k.startswith(prefix)]:
         name = key.removeprefix(prefix)
-        if name.split(".")[0] not in _HEADS:
+        if name.split(".")[0] not in heads:
             state[f"{prefix}backbone.{name}"] = state.pop(key)
 
 

@@ -14,25 +14,10 @@ import numpy as np
 
 from common.errors import UserError, command
 from common.files import write_json
-from common.flags import pick
 from common.run import describe_program
 from datasets import DATASETS, DataSource, ImageSet, split_one_class
+from evals.baselines import nearest_neighbour, one_class_svm
 from evals.detection import detect
-
-
-def one_class_svm(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Decision values (N,) of scikit-learn's OneClassSVM, RBF kernel, gamma "scale", nu 0.1; rows are images."""
-    from sklearn.svm import OneClassSVM
-
-    return OneClassSVM(kernel="rbf", gamma="scale", nu=0.1, cache_size=1000).fit(train).decision_function(test)
-
-
-def nearest_neighbour(train: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Minus the Euclidean distance (N,) to the nearest training image."""
-    from sklearn.neighbors import NearestNeighbors
-
-    return -NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train).kneighbors(test)[0][:, 0]
-
 
 BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ocsvm": one_class_svm,
@@ -53,11 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--one_class_idx", type=int, required=True)
     parser.add_argument("--image_size", type=int)
     parser.add_argument("--num_worker", type=int, default=4)
+    parser.add_argument("--image_cache")
     parser.add_argument("--download_data", action="store_true")
     parser.add_argument("--skip_bad_images", action="store_true")
     parser.add_argument("--log_root", type=Path, default=Path("./logs"), help="folder of the run folders")
     args = parser.parse_args(argv)
-    split = split_one_class(args.dataset, pick(DataSource, args), args.one_class_idx, 32)
+    split = split_one_class(args.dataset, DataSource.of(args, args.dataset), args.one_class_idx, 32)
     train, test_set = split.train(), split.test()
     labels = test_set.labels.numpy()
     if not (labels == args.one_class_idx).any():

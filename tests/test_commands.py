@@ -6,7 +6,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,9 +134,9 @@ def test_a_run_killed_after_an_epoch_ends_bitwise_where_the_whole_run_does(tmp_p
     code = (
         "import os, sys, training.loop as loop, train\n"
         "real = loop.batches\n"
-        "def batches(data, size, *, seed, epoch):\n"
+        "def batches(data, size, *, copies, seed, epoch):\n"
         "    os.kill(os.getpid(), 9) if epoch == 3 else None\n"
-        "    return real(data, size, seed=seed, epoch=epoch)\n"
+        "    return real(data, size, copies=copies, seed=seed, epoch=epoch)\n"
         "loop.batches = batches\n"
         "train.main(sys.argv[1:])\n"
     )
@@ -408,32 +407,3 @@ def test_importing_a_script_does_nothing_and_a_pipe_needs_no_terminal(shell, tmp
     assert done.stdout == "quiet\n" and done.returncode == 0
     done = shell("train.py", *TINY, "--epochs", "1", "--log_root", tmp_path)
     assert done.returncode == 0 and "\r" not in done.stdout + done.stderr, done.stderr
-
-
-# ------------------------------------------------------------------------------------------ dry runs and sweeps
-
-
-def dry_runs(shell_script: str, **env: str) -> list[dict]:
-    import os
-
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / shell_script), "--dry_run"],
-        env={**os.environ, "PYTHON": sys.executable, "START": "2", "END": "3", **env},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_each_sweep_names_the_folders_that_the_one_before_makes(tmp_path):
-    env = {"LOG_ROOT": str(tmp_path / "logs")}
-    one, two, scored, drawn = (dry_runs(f"CIFAR10_{name}.sh", **env) for name in ("Stage1", "Stage2", "Eval", "TSNE"))
-    assert len(one) == len(two) == len(scored) == len(drawn) == 2
-    for i, (a, b, c, d) in enumerate(zip(one, two, scored, drawn, strict=True), 2):
-        assert Path(a["run_dir"]).name == f"cifar10_resnet18_unsup_simclr_CSI_shift_rot_bmix_one_class_{i}_f512_mix82"
-        assert b["resume_path"] == a["run_dir"]
-        assert c["load_path"] == d["load_path"] == f"{b['run_dir']}/last.cocsr_model" and c["run_dir"] == b["run_dir"]
-        assert (a["K"], a["views_per_step"], a["epochs"]) == (5, 1280, 1000)
-        assert (b["K"], b["views_per_step"], b["epochs"]) == (5, 640, 1300)
-    assert not (tmp_path / "logs").exists()

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.device import reuse_host_memory
-from common.flags import build_parser, parse, pick, print_dry_run, run_name
+from common.flags import Tables, build_parser, parse, print_dry_run, run_name
 from common.run import Run
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
-from models import BACKBONES
+from datasets.outliers import OUTLIERS
+from models import BACKBONES, backbone_spec
 from training import Mode
 from training.loop import fit
 
@@ -26,8 +27,7 @@ def launch(
     weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
     Raises: UserError before anything is written, RunStopped while training.
     """
-    parser = build_parser(script, modes, default_mode, datasets=DATASETS, models=BACKBONES, shifts=SHIFTS)
-    flags = parse(argv, parser)
+    flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
     reuse_host_memory()
     mode = modes[flags.mode]
     shifts = mode.shifts(flags)
@@ -41,11 +41,11 @@ def launch(
         print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
         return
     split = split_one_class(
-        flags.dataset, pick(DataSource, flags), flags.one_class_idx, BACKBONES[flags.model].image_size
+        flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, backbone_spec(flags.model).image_size
     )
     recipe = mode.build(flags, split, shifts)
     settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}
-    settings["save_step"] = flags.save_step
+    settings |= {"save_step": flags.save_step, "copies": mode.copies}
     run.open()
     try:
         run.say(f"{folder.name}: {len(recipe.data)} images, {shifts.count} shifts, epochs up to {flags.epochs}")

@@ -11,16 +11,17 @@ from common.errors import RunStopped
 from common.progress import progress
 from common.run import Run
 from common.seed import generator
-from datasets.catalog import ImageSet
+from datasets import ImageSet, PictureSet
 from training.recipe import Batch, Recipe
 
 
-def batches(data: ImageSet, batch_size: int, *, seed: int, epoch: int) -> Iterator[Batch]:
-    """One epoch of shuffled batches; a last batch of one joins the batch before."""
-    order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.images.device)
-    labels = data.labels.to(data.images.device)
-    for step, index in enumerate(_split(order, batch_size)):
-        yield Batch(data.batch(index), labels[index].to(data.device, non_blocking=True), epoch, step)
+def batches(data: ImageSet | PictureSet, batch_size: int, *, copies: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before."""
+    order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.index_device)
+    labels = data.labels.to(data.index_device)
+    parts = _split(order, batch_size)
+    for step, images in enumerate(data.copies(parts, copies, seed=seed, epoch=epoch)):
+        yield Batch(images, labels[parts[step]].to(data.device, non_blocking=True), epoch, step)
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -35,8 +36,8 @@ def _split(order: Tensor, batch_size: int) -> list[Tensor]:
     return parts
 
 
-def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, seed: int, save_step: int) -> None:
-    """Train `recipe` up to epoch `epochs`, from where `run` stands.
+def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, copies: int, seed: int, save_step: int) -> None:
+    """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
 
     Writes a checkpoint every `save_step` epochs and at the end. The device is read once an epoch: losses are summed
     there, and a non-finite one is told by the epoch and the step at which it first appeared.
@@ -55,7 +56,7 @@ def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, seed: int, sa
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
         meter = _Meter()
-        steps = batches(recipe.data, batch_size, seed=seed, epoch=epoch)
+        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch)
         lr = 0.0
         for batch in progress(steps, total=total_steps, label=f"epoch {epoch}/{epochs}"):
             lr = recipe.before_step(epoch - 1 + batch.step / total_steps)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.run import Run
-from datasets.catalog import ImageSet
+from datasets import ImageSet, PictureSet
 
 
 class Batch(NamedTuple):
-    """images (B, 3, H, W) floats in [0, 1]; labels (B,); epoch counts from 1, step from 0."""
+    """copies (C, B, 3, H, W) flipped, floats in [0, 1]; labels (B,); epoch counts from 1, step from 0."""
 
-    images: Tensor
+    copies: Tensor
     labels: Tensor
     epoch: int
     step: int
@@ -51,7 +51,7 @@ class Recipe:
     """
 
     model: nn.Module
-    data: ImageSet
+    data: ImageSet | PictureSet
     losses: Callable[[Batch], Step]
     optimizers: tuple[Optimizer, ...]
     before_step: Callable[[float], float]

@@ -3,6 +3,7 @@
 Letters: K dictionaries, F feature size, M atoms, N samples.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,12 @@ from models.sparse.admm import SparseCode, admm_lasso
 
 @dataclass(frozen=True)
 class CodingSpec:
-    """lam: l1 weight; rho: ADMM penalty; steps: unrolled ADMM steps."""
+    """lam: l1 weight; rho: ADMM penalty; steps: unrolled ADMM steps, or at most so many until the gap is tol * lam."""
 
     lam: float
     rho: float
     steps: int
+    tol: float | None = None
 
 
 class DictionaryBank(nn.Module):
@@ -41,9 +43,10 @@ class DictionaryBank(nn.Module):
         self.register_buffer("rho", torch.tensor(float(coding.rho)))
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
 
-    def code(self, s_KFN: Tensor) -> SparseCode:
-        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N)."""
-        return admm_lasso(self.dictionary, s_KFN, lam=self.coding.lam, rho=self.coding.rho, steps=self.coding.steps)
+    def code(self, s_KFN: Tensor, also: Collection[int] = ()) -> SparseCode:
+        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N). also: as `admm_lasso`."""
+        spec = self.coding
+        return admm_lasso(self.dictionary, s_KFN, lam=spec.lam, rho=spec.rho, steps=spec.steps, also=also, tol=spec.tol)
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:

@@ -3,13 +3,13 @@ from dataclasses import dataclass
 import pytest
 
 from common.errors import UserError
-from common.flags import REFUSED, Flags, build_parser, parse, pick, run_name
+from common.flags import REFUSED, Flags, Tables, build_parser, parse, pick, run_name
 
-TABLES = {"datasets": ["cifar10", "digits"], "models": ["resnet18"], "shifts": ["none", "rot_bmix"]}
+TABLES = Tables(["cifar10", "digits"], ["interp"], ["resnet18"], ["none", "rot_bmix"])
 
 
 def flags(*argv: str, mode: str = "simclr_CSI") -> Flags:
-    return parse(list(argv), build_parser("x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, **TABLES))
+    return parse(list(argv), build_parser("x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, TABLES))
 
 
 def test_published_defaults():
@@ -55,7 +55,7 @@ def test_run_names_are_the_published_ones(argv, name):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_flags_parse_and_are_refused_by_name(name):
-    actions = {a.dest: a for a in build_parser("x", ["m"], "m", **TABLES)._actions}
+    actions = {a.dest: a for a in build_parser("x", ["m"], "m", TABLES)._actions}
     argv = [f"--{name}"] + ([] if actions[name].nargs == 0 else ["1"])
     with pytest.raises(UserError, match=f"--{name} is refused"):
         flags(*argv)
@@ -79,7 +79,7 @@ def test_flags_that_nothing_read_are_told():
     f = flags("--sr_rho", "2", "--suffix", "a", "--warmup", "3")
     assert f.unread() == ["sr_rho", "warmup"] and f.given("warmup") and not f.given("lr_init")
     assert f.sr_rho == 2 and f.unread() == ["warmup"]
-    assert f.tell_unread() == ["note: --warmup has no effect in --mode simclr_CSI"]
+    assert f.tell_unread() == ["note: --warmup has no effect here (--mode simclr_CSI, --dataset cifar10)"]
 
 
 def test_pick_fills_a_dataclass_by_field_names():

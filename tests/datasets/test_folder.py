@@ -3,7 +3,12 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
-from datasets.folder import class_names, read_folder, read_picture
+from datasets import DATASETS, DataSource, ImageSet
+from datasets.folder import class_names, read_picture
+
+
+def load(root, split: str, label: int | None = None, skip_bad: bool = False) -> ImageSet:
+    return DATASETS["folder"].load(DataSource(str(root), image_size=8, skip_bad_images=skip_bad), split, label)
 
 
 def corner_picture(size=(16, 16)) -> Image.Image:
@@ -75,10 +80,10 @@ def fill(root, counts: dict[str, int]) -> None:
 def test_classes_are_the_names_in_train_then_those_only_in_test(tmp_path):
     fill(tmp_path, {"train/good": 2, "train/fine": 1, "test/good": 1, "test/crack": 2, "test/aaa": 1})
     assert class_names(tmp_path) == ["fine", "good", "aaa", "crack"]
-    images, labels, paths = read_folder(tmp_path, "test", size=8)
-    assert images.shape == (4, 3, 8, 8) and labels == [1, 2, 3, 3]
-    assert [p.split("/")[-2] for p in paths] == ["good", "aaa", "crack", "crack"]
-    assert read_folder(tmp_path, "train", size=8, label=1)[1] == [1, 1]
+    data = load(tmp_path, "test")
+    assert data.images.shape == (4, 3, 8, 8) and data.labels.tolist() == [1, 2, 3, 3]
+    assert [p.split("/")[-2] for p in data.paths] == ["good", "aaa", "crack", "crack"]
+    assert load(tmp_path, "train", label=1).labels.tolist() == [1, 1]
 
 
 def test_a_damaged_picture_is_named_or_skipped_and_counted(tmp_path, capsys):
@@ -87,9 +92,10 @@ def test_a_damaged_picture_is_named_or_skipped_and_counted(tmp_path, capsys):
     (tmp_path / "train/good/1.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "train/good/notes.txt").write_text("not a picture, and not meant to be one")
     with pytest.raises(UserError, match=r"1\.png.*--skip_bad_images"):
-        read_folder(tmp_path, "train", size=8)
-    images, labels, paths = read_folder(tmp_path, "train", size=8, skip_bad=True)
-    assert len(images) == len(labels) == len(paths) == 2
+        load(tmp_path, "train")
+    data = load(tmp_path, "train", skip_bad=True)
+    assert len(data) == len(data.labels) == len(data.paths) == 2
+    assert [p.split("/")[-1] for p in data.paths] == ["0.png", "2.png"]
     assert "left out 1 of 3" in capsys.readouterr().out
 
 
@@ -106,4 +112,4 @@ def test_missing_and_empty_folders_are_told(tmp_path):
         class_names(tmp_path)
     (tmp_path / "train/good").mkdir(parents=True)
     with pytest.raises(UserError, match="--data_path: no pictures"):
-        read_folder(tmp_path, "train", size=8)
+        load(tmp_path, "train")

@@ -1,10 +1,12 @@
+import pytest
 import torch
 
 from common.seed import generator
-from datasets.augment import AlignedSpec
-from datasets.catalog import image_set
+from datasets.augment import AlignedSpec, crop, draw_aligned
+from datasets.augment import aligned as aligned_views
+from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
-from datasets.views import DrawSpec, draw_views, shift_labels, train_views
+from datasets.views import DrawSpec, apply_shift, draw_views, shift_labels, train_views
 
 PLAIN = AlignedSpec(color_jitter_strength=0.0, resize_factor=1.0, resize_fix=True)
 SHIFTS = ShiftSpec("rot_bmix", 0.2).functions()
@@ -15,13 +17,18 @@ def gray_images(n: int) -> torch.Tensor:
     return torch.rand(n, 1, 8, 8).expand(n, 3, 8, 8).contiguous()
 
 
+def images_of(x: torch.Tensor):
+    return image_set((x * 255).round().to(torch.uint8), torch.zeros(len(x)))
+
+
 def either_flip(view: torch.Tensor, options: list[torch.Tensor]) -> bool:
     return any(torch.allclose(view, option, atol=1e-5) for option in options)
 
 
 def test_train_views_come_copy_by_copy_shift_by_shift():
-    x = gray_images(3)
-    views = train_views(x, SHIFTS, PLAIN, generator(0, "test"), copies=2).view(2, 5, 3, 3, 8, 8)
+    x = images_of(gray_images(3)).batch(torch.arange(3))
+    (copies,) = images_of(x).copies([torch.arange(3)], 2, seed=0, epoch=1)
+    views = train_views(copies, SHIFTS, PLAIN, generator(0, "test")).view(2, 5, 3, 3, 8, 8)
     for copy in views:
         flipped = copy[0]
         for i in range(3):
@@ -39,9 +46,9 @@ def test_labels_follow_the_views():
 
 
 def test_train_views_are_a_function_of_the_generator():
-    x = torch.rand(4, 3, 8, 8)
-    a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2), 2) for _ in range(2))
-    c = train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 3), 2)
+    x = torch.rand(2, 4, 3, 8, 8)
+    a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2)) for _ in range(2))
+    c = train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 3))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.min() >= 0 and a.max() <= 1
 
@@ -62,7 +69,7 @@ def test_test_draws_do_not_depend_on_the_batch_size():
 
 
 def test_partners_of_test_draws_go_by_index_or_are_the_reference():
-    images = image_set((gray_images(5) * 255).round().to(torch.uint8), torch.zeros(5))
+    images = images_of(gray_images(5))
     x = images.batch(torch.arange(5))
     out = all_draws(images, 2, aligned=PLAIN)
     reference = gray_images(1)
@@ -77,6 +84,66 @@ def test_partners_of_test_draws_go_by_index_or_are_the_reference():
 
 
 def test_without_shifts_nothing_is_flipped():
-    images = image_set((gray_images(20) * 255).round().to(torch.uint8), torch.zeros(20))
+    images = images_of(gray_images(20))
     out = all_draws(images, 20, shifts=ShiftSpec("none").functions(), aligned=PLAIN)
     torch.testing.assert_close(out[:, 0], images.batch(torch.arange(20)), atol=1e-5, rtol=0)
+
+
+def whole_look(draw):
+    """Whether the augmentation after a shift leaves colours, and frames, of the views alone."""
+    from datasets.views import _spared
+
+    spec = AlignedSpec()
+    plain = draw_aligned(2000, (8, 8), spec, generator(0, "test"))
+    spared = _spared(plain, draw, torch.arange(2000) % len(draw))
+    mine = torch.arange(2000) % len(draw) == len(draw) - 1
+    assert torch.equal(spared.jitter[~mine], plain.jitter[~mine]) and torch.equal(spared.box[~mine], plain.box[~mine])
+    whole = (spared.box[mine] == torch.tensor([1.0, 1.0, 0.0, 0.0])).all()
+    return not (spared.jitter[mine] | spared.gray[mine]).any(), bool(whole)
+
+
+def test_mixed_crops_are_not_cropped_again_and_mixed_augmentations_not_touched_again():
+    spec = {"shift_trans_type": "rot_cropmix"}
+    assert whole_look(ShiftSpec(**spec).functions()) == (False, True)
+    assert whole_look(ShiftSpec(**spec, cropmix_crop_aug=True).functions()) == (False, False)
+    for crop_aug in (False, True):  # the flag is cropmix's alone
+        assert whole_look(ShiftSpec("rot_augmix", cropmix_crop_aug=crop_aug).functions()) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["rot_cropmix", "rot_augmix"])
+def test_two_looks_at_an_image_are_mixed_and_nothing_else_is(name):
+    """Against the definition, written out: the mix of two crops (or augmentations) of the image itself."""
+    aligned = AlignedSpec(color_jitter_strength=1.0, resize_factor=0.3)
+    spec = ShiftSpec(name, 0.2, cropmix_resize_factor=0.25, cropmix_resize_fix=True)
+    *rotations, mixed = spec.functions(aligned)
+    assert mixed.looks is not None and all(s.looks is None for s in rotations)
+    x, partner = torch.rand(6, 3, 8, 8), torch.rand(6, 3, 8, 8)
+    draws = [draw_aligned(6, (8, 8), mixed.looks.spec, generator(0, "look", i)) for i in (0, 1)]
+    out = apply_shift(mixed, x, partner, (draws[0], draws[1]))
+    if name == "rot_cropmix":
+        a, b = (crop(x, draw.box) for draw in draws)
+        share = draws[0].box[:, 0] * draws[0].box[:, 1]
+        assert (share - 0.25).abs().max() < 0.07  # whole pixels of 8
+    else:
+        a, b = (aligned_views(x, draw) for draw in draws)
+        assert mixed.looks.spec == aligned
+    torch.testing.assert_close(out, 0.8 * a + 0.2 * b)
+    assert (out - apply_shift(mixed, x, 1 - partner, (draws[0], draws[1]))).abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["rot_cropmix", "rot_augmix"])
+def test_draws_of_mixed_looks_do_not_depend_on_the_batch_size(name):
+    images = image_set(torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7))
+    shifts = ShiftSpec(name, 0.2).functions()
+    whole = all_draws(images, 7, shifts=shifts)
+    for batch_size in (1, 3):
+        torch.testing.assert_close(all_draws(images, batch_size, shifts=shifts), whole, atol=1e-6, rtol=0)
+
+
+def test_plain_views_are_the_shifted_images_themselves():
+    images = images_of(torch.rand(5, 3, 8, 8))
+    spec = DrawSpec(ShiftSpec("rotation").functions(), None, seed=0, batch_size=2)
+    views = torch.cat([v for _, v in draw_views(images, spec, 0)]).unflatten(0, (5, 4))
+    x = images.batch(torch.arange(5))
+    for q in range(4):
+        assert torch.equal(views[:, q], torch.rot90(x, q, (2, 3)))

@@ -1,7 +1,7 @@
 import torch
 
 from datasets.augment import AlignedSpec
-from datasets.catalog import image_set
+from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
 from evals.features import cocsr_outputs, draw_means, net_outputs, reference_pool

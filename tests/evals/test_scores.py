@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from evals.scores import fit_csi, fit_csi_sr
+from evals.scores import SCORES, fit_csi, fit_csi_sr, label_probabilities, transformation_score
 
 N, M_TRAIN, T, K, P, ATOMS = 6, 9, 2, 3, 4, 5
 
@@ -136,3 +137,58 @@ def test_known_scores(golden):
     csi = fit_csi(by_draw(g["train_simclr"]), train[2])
     torch.testing.assert_close(csi.similarity_weight.double(), g["weight_simclr"], atol=1e-6, rtol=0)
     torch.testing.assert_close(csi(by_draw(g["test_simclr"]), test[2]), g["score_CSI"], atol=1e-6, rtol=0)
+
+
+def test_marginalised_probabilities_by_hand():
+    """Two classes; the own pairs of the four rotations are (1, 0), (2, 0), (3, 0), (6, 4), their mean is (3, 1), so
+    that class 0 has probability 1 / (1 + exp(-2)). What stands elsewhere does not count."""
+    joint = torch.full((1, 1, 4, 8), 50.0)
+    for i, pair in enumerate([(1.0, 0.0), (2.0, 0.0), (3.0, 0.0), (6.0, 4.0)]):
+        joint[0, 0, i, 2 * i : 2 * i + 2] = torch.tensor(pair)
+    linear = torch.tensor([0.0, 3.0]).view(1, 1, 1, 2).expand(1, 1, 4, 2)
+    found = label_probabilities({"joint": joint, "linear": linear}, marginalized=True)
+    assert found[0, 0].item() == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
+    score = SCORES["baseline_marginalized"].fit({}, None)({"joint": joint, "linear": linear})
+    assert score.item() == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-6)
+    plain = SCORES["baseline"].fit({}, None)({"joint": joint, "linear": linear})
+    assert plain.item() == pytest.approx(1 / (1 + np.exp(-3)), abs=1e-6)
+
+
+def test_rot_trans_score_by_hand():
+    """Logits of log 2 at the truth and 0 elsewhere: probabilities 2/5, 2/4, 2/4 in each of 36 views, 50.4 in all."""
+    k = torch.arange(36)
+    truth = {"rotation": (k // 9, 4), "vertical": (k // 3 % 3, 3), "horizontal": (k % 3, 3)}
+    outputs = {
+        name: F.one_hot(index, classes).float()[None, None] * np.log(2) for name, (index, classes) in truth.items()
+    }
+    assert transformation_score(outputs).item() == pytest.approx(50.4, abs=1e-4)
+    wrong = {name: value.roll(1, 3) for name, value in outputs.items()}
+    assert transformation_score(wrong).item() == pytest.approx(36 * (1 / 5 + 1 / 4 + 1 / 4), abs=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [("knn", {"knn_k": 3}), ("ocsvm", {})])
+def test_simple_scores_look_at_unit_features_of_the_unshifted_view(name, options):
+    generator = torch.Generator().manual_seed(0)
+    train = {"h": torch.randn(40, 1, 2, 6, generator=generator)}
+    test = {"h": torch.randn(9, 1, 2, 6, generator=generator)}
+    score = SCORES[name].fit(train, None, **options)(test)
+    a, b = (F.normalize(x["h"][:, 0, 0], dim=1) for x in (train, test))
+    if name == "knn":
+        expected = [-sorted((a - row).norm(dim=1).tolist())[2] for row in b]
+        assert score.tolist() == pytest.approx(expected, abs=1e-5)
+    else:
+        from sklearn.svm import OneClassSVM
+
+        svm = OneClassSVM(kernel="rbf", gamma="scale", nu=0.1).fit(a.numpy())
+        np.testing.assert_allclose(score.numpy(), svm.decision_function(b.numpy()), atol=1e-6)
+    other = {"h": torch.cat([test["h"][:, :, :1] * 7, -test["h"][:, :, 1:]], 2)}
+    torch.testing.assert_close(SCORES[name].fit(train, None, **options)(other), score, atol=1e-5, rtol=1e-5)
+
+
+def test_the_similarity_matrix_is_cut_into_blocks_that_do_not_matter(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    z, shift = torch.randn(30, 1, 3, 5, generator=generator), torch.randn(30, 1, 3, 3, generator=generator)
+    score = fit_csi(z, shift)
+    whole = score(z, shift)
+    monkeypatch.setattr("evals.scores._BLOCK", 200)
+    torch.testing.assert_close(score(z, shift), whole)

@@ -4,7 +4,7 @@ import torch
 from common.errors import RunStopped
 from common.flags import Flags
 from common.run import Run
-from datasets.catalog import image_set
+from datasets.sets import image_set
 from training.loop import batches, fit, steps_per_epoch
 from training.recipe import Recipe, Step
 
@@ -15,18 +15,19 @@ from training.recipe import Recipe, Step
 )
 def test_a_last_batch_of_one_joins_the_batch_before(n, batch_size, sizes):
     data = image_set(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.arange(n))
-    found = list(batches(data, batch_size, seed=0, epoch=1))
-    assert [len(b.images) for b in found] == sizes and steps_per_epoch(n, batch_size) == len(sizes)
+    found = list(batches(data, batch_size, copies=2, seed=0, epoch=1))
+    assert [b.copies.shape[1] for b in found] == sizes and steps_per_epoch(n, batch_size) == len(sizes)
     assert sorted(torch.cat([b.labels for b in found]).tolist()) == list(range(n))
     for b in found:
-        assert torch.equal((b.images[:, 0, 0, 0] * 255).round().long(), b.labels)
+        assert b.copies.shape == (2, len(b.labels), 3, 2, 2)
+        assert torch.equal((b.copies[:, :, 0, 0, 0] * 255).round().long(), b.labels.expand(2, -1))
 
 
 def test_order_follows_seed_and_epoch():
     data = image_set(torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.arange(50))
 
     def order(seed, epoch):
-        return torch.cat([b.labels for b in batches(data, 8, seed=seed, epoch=epoch)]).tolist()
+        return torch.cat([b.labels for b in batches(data, 8, copies=1, seed=seed, epoch=epoch)]).tolist()
 
     assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2)
 
@@ -40,7 +41,7 @@ def make(folder, epochs, fail_at=None):
     begun = []
 
     def losses(batch):
-        loss = model(batch.images.mean((2, 3))).square().mean()
+        loss = model(batch.copies[0].mean((2, 3))).square().mean()
         if (batch.epoch, batch.step) == fail_at:
             loss = loss * torch.nan
         return Step({"fit": loss}, {"sr/gap": loss.detach()})
@@ -50,14 +51,16 @@ def make(folder, epochs, fail_at=None):
             group["lr"] = 0.1 / (1 + epoch)
         return group["lr"]
 
-    run = Run(folder, Flags({"mode": "m", "epochs": epochs, "overwrite": False}), weights="w", resume="r")
+    run = Run(
+        folder, Flags({"mode": "m", "dataset": "d", "epochs": epochs, "overwrite": False}), weights="w", resume="r"
+    )
     recipe = Recipe(model, data, losses, (optimizer,), before_step, begin=lambda run: begun.append(run))
     return recipe, run, begun
 
 
 def go(recipe, run, epochs, save_step=1):
     run.open()
-    fit(recipe, run, epochs=epochs, batch_size=4, seed=0, save_step=save_step)
+    fit(recipe, run, epochs=epochs, batch_size=4, copies=1, seed=0, save_step=save_step)
     run.close()
     return [p.detach().clone() for p in recipe.model.parameters()]
 

@@ -3,6 +3,7 @@
 Letters: N images, B of a batch, K shifts, F feature size, M atoms.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,14 +17,14 @@ from common.files import load_state_dict, load_tensors, save_tensors
 from common.flags import Flags, pick, positive
 from common.run import Run, start_epoch
 from common.seed import generator, seed_of
-from datasets import ImageSet, ShiftSpec, Split
+from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, draw_views, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from training.losses.dictionary import dictionary_terms
-from training.modes.simclr import training_images
+from training.modes.setup import training_images
 from training.recipe import Batch, Recipe, Step
 
 START = "start.cocsr_model"
@@ -66,14 +67,25 @@ class DictionaryLossSpec:
     loss_lambda_dict_constr: float
     loss_dict_constr_mode: int
     loss_dict_constr_value: float
+    loss_dict_detach_sr_coef: bool
+    loss_sr_deep_supervision: str | None
 
     def __post_init__(self) -> None:
         positive(loss_dict_constr_value=self.loss_dict_constr_value)
+        if self.loss_sr_deep_supervision is not None and not re.fullmatch(r"\d+(,\d+)*", self.loss_sr_deep_supervision):
+            raise UserError(
+                f"--loss_sr_deep_supervision: a list of steps such as 9,19, got {self.loss_sr_deep_supervision!r}"
+            )
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The earlier steps, counted from 0, at which the loss is taken too."""
+        return tuple(sorted({int(step) for step in (self.loss_sr_deep_supervision or "").split(",") if step}))
 
 
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     """The recipe of `cocsr_dict`."""
-    sparse, loss_spec, aligned = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
+    sparse, loss_spec, spec = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
     device = pick_device(flags.device)
     if not flags.resume_path:
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
@@ -94,6 +106,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             f"--epochs {flags.epochs}: stage 1 ended at epoch {first_epoch} and stage 2 counts on from there;"
             f" for n epochs of stage 2 give {first_epoch} + n"
         )
+    if any(step >= sparse.sr_admm_stage for step in loss_spec.steps):
+        raise UserError(f"--loss_sr_deep_supervision: steps are counted from 0 to {sparse.sr_admm_stage - 1}")
     transform = pick(FeatureTransform, flags)
     bank = DictionaryBank(
         shift_spec.count,
@@ -103,16 +117,16 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         generator(flags.seed, "dictionary"),
     )
     model = CocsrNet(net, bank, transform).to(device).train()
-    data = training_images(split, shift_spec, device)
+    data, aligned = training_images(split, shift_spec, spec, device)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     if flags.freeze_sr_dict:
         bank.requires_grad_(False)
     else:
         optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
     seed = flags.seed
-    shifts, amp, lr = shift_spec.functions(), autocast(flags.amp, device), sparse.sr_lr
-    draws = DrawSpec(shifts, aligned, seed, "k-means draw", flags.ood_batch_size)
-    from_kmeans, norm, detach = flags.ini_sr_dict_train, flags.loss_dict_constr_value, flags.loss_dict_detach_sr_coef
+    shifts, amp, lr = shift_spec.functions(spec), autocast(flags.amp, device), sparse.sr_lr
+    draws = DrawSpec(shifts, spec, seed, "k-means draw", flags.ood_batch_size)
+    from_kmeans, norm = flags.ini_sr_dict_train, flags.loss_dict_constr_value
     if flags.compile:
         model.feature_net.compile()
 
@@ -127,10 +141,10 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.images, shifts, aligned, gen, copies=1)
+        views = train_views(batch.copies, shifts, aligned, gen)
         with amp():
             s = model(views).s
-        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, detach_codes=detach)
+        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec)
 
     def finish(run: Run) -> None:
         start = load_tensors(run.folder / START, flag="resume_path")
@@ -141,20 +155,22 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     return Recipe(model, data, losses, optimizers, lambda epoch: lr, begin, finish=finish, first_epoch=first_epoch)
 
 
-def dictionary_step(bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, *, detach_codes: bool) -> Step:
+def dictionary_step(bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec) -> Step:
     """The losses of one batch of features, each coded in its own shift's dictionary only. s (K, F, B).
 
     Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
-    unrolled steps, unless `detach_codes`. Watched: mean optimality gap relative to lambda, mean norm of the atoms,
-    share of zero codes.
+    unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
+    Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes.
     """
-    codes, gap = bank.code(s_KFB)
+    codes, gap, also = bank.code(s_KFB, also=spec.steps)
+    used = [c.detach() if spec.loss_dict_detach_sr_coef else c for c in (codes, *also)]
     terms = dictionary_terms(
         bank.dictionary,
-        codes.detach() if detach_codes else codes,
+        used[0],
         s_KFB,
         constraint_mode=spec.loss_dict_constr_mode,
         constraint=spec.loss_dict_constr_value,
+        also=used[1:],
     )
     losses = {
         "sr": spec.loss_lambda_sr * terms["fit"],
@@ -169,14 +185,14 @@ def dictionary_step(bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpe
     return Step(losses, watch)
 
 
-def training_features(model: CocsrNet, data: ImageSet, draws: DrawSpec, *, at_least: int) -> Tensor:
+def training_features(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, *, at_least: int) -> Tensor:
     """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`."""
     passes = -(-at_least // len(data))
     rows = [s for t in range(passes) for s in _one_pass(model, data, draws, t)]
     return torch.cat(rows).transpose(0, 1)
 
 
-def _one_pass(model: CocsrNet, data: ImageSet, draws: DrawSpec, t: int) -> Iterator[Tensor]:
+def _one_pass(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, t: int) -> Iterator[Tensor]:
     for index, views in draw_views(data, draws, t):
         yield model(views).s.unflatten(0, (len(index), -1))
 

@@ -1,6 +1,6 @@
-"""Stage 1: contrastive training, plain (SimCLR) or with shifting transformations (CSI).
+"""Stage 1: contrastive training, plain (SimCLR) or with shifting transformations (CSI), without labels or with.
 
-Letters: B images, K shifts, V = K B views of one copy.
+Letters: B images, C classes, K shifts, V = K B views of one copy.
 """
 
 from collections.abc import Callable
@@ -18,59 +18,36 @@ from common.errors import UserError
 from common.files import load_state_dict, load_tensors
 from common.flags import Flags, pick
 from common.run import start_epoch
-from common.seed import generator, seed_of
+from common.seed import generator
 from datasets import ImageSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
-from models.checkpoint import build_net, find_weights, net_from_state
+from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
-from training.losses.contrastive import nt_xent
+from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.modes.setup import all_classes, fresh_net, training_images
 from training.optim import OptimSpec, set_lr
 from training.recipe import Batch, Recipe, Step, no_values
 
 _PROBE_LR = 1e-3
+_LABELLED_TEMPERATURE = 0.07
 
 
-def no_shifts(flags: Flags) -> ShiftSpec:
-    """`simclr` has no shifting transformation, whatever --shift_trans_type says."""
-    return ShiftSpec("none")
-
-
-def several_shifts(flags: Flags) -> ShiftSpec:
-    """`simclr_CSI` needs at least two."""
-    spec = any_shifts(flags)
-    if spec.count < 2:
-        raise UserError(f"--shift_trans_type: --mode {flags.mode} tells shifts apart; choose one other than none")
-    return spec
-
-
-def any_shifts(flags: Flags) -> ShiftSpec:
-    """Raises: UserError where one image would have to be mixed with itself."""
-    spec = pick(ShiftSpec, flags)
-    if flags.batch_size == 1 and spec.mixes_neighbours:
-        raise UserError(f"--batch_size 1: {spec.shift_trans_type} mixes each image with its neighbour; use 2 or more")
-    return spec
-
-
-def training_images(split: Split, shifts: ShiftSpec, device: torch.device) -> ImageSet:
-    """The normal training images. Raises: UserError for a single one that would have to be mixed with itself."""
-    data = split.train().to(device)
-    if len(data) == 1 and shifts.mixes_neighbours:
-        raise UserError(f"--data_path: one training image alone cannot be mixed by {shifts.shift_trans_type}")
-    return data
-
-
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool = False) -> Recipe:
     """The recipe of `simclr` and `simclr_CSI`: NT-Xent plus the cross-entropy of the shift label.
 
+    labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent, at temperature 0.07 unless one is given.
     A linear probe on detached features of unshifted views is trained beside it, for monitoring.
+    Raises: UserError where a labelled mode is given a single class.
     """
+    if labelled:
+        all_classes(flags, split)
     device = pick_device(flags.device)
     optim = pick(OptimSpec, flags)
-    aligned = pick(AlignedSpec, flags)
-    shifts = shift_spec.functions()
+    spec = pick(AlignedSpec, flags)
+    shifts = shift_spec.functions(spec)
     amp = autocast(flags.amp, device)
-    data = training_images(split, shift_spec, device)
+    data, aligned = training_images(split, shift_spec, spec, device)
     state: dict[str, Any] | None = None
     if flags.resume_path:
         file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
@@ -86,19 +63,14 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
         )
     else:
-        net = build_net(
-            flags.model,
-            n_classes=split.n_classes,
-            simclr_dim=flags.simclr_dim,
-            n_shifts=len(shifts),
-            seed=seed_of(flags.seed, "weights"),
-        )
+        net = fresh_net(flags, split, len(shifts))
     net.to(device).train()
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
-    seed, temperature, sim_lambda = flags.seed, flags.temperature, flags.sim_lambda
+    seed, sim_lambda = flags.seed, flags.sim_lambda
+    temperature = _LABELLED_TEMPERATURE if labelled and not flags.given("temperature") else flags.temperature
     if flags.compile:
         net.compile()
 
@@ -106,9 +78,10 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.images, shifts, aligned, gen, copies=2),
+            train_views(batch.copies, shifts, aligned, gen),
             batch.labels,
             n_shifts=len(shifts),
+            n_classes=split.n_classes if labelled else None,
             temperature=temperature,
             sim_lambda=sim_lambda,
             amp=amp,
@@ -120,12 +93,12 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         return lr
 
     end_epoch = no_values
-    test = probe_images(split, device)
+    test = probe_images(split, device) if flags.error_step > 0 else None
     if test is not None:
         every, size = flags.error_step, flags.test_batch_size
 
         def end_epoch(epoch: int) -> dict[str, float]:
-            due = every > 0 and (epoch % every == 0 or epoch == optim.epochs)
+            due = epoch % every == 0 or epoch == optim.epochs
             return {"test/probe_error": probe_error(net, test, size)} if due else {}
 
     return Recipe(net, data, losses, optimizers, before_step, end_epoch=end_epoch, first_epoch=first_epoch)
@@ -137,23 +110,29 @@ def contrastive_step(
     labels: Tensor,
     *,
     n_shifts: int,
+    n_classes: int | None = None,
     temperature: float,
     sim_lambda: float,
     amp: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Step:
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
-    `sim`: NT-Xent over all views; positives are the same image under the same shift, so that another shift of the same
-    image is a negative. `shift`: cross-entropy of the shift, absent for K = 1. `cls`: the probe's, on detached features
-    Source: CSI (Tack et al. 2020), eqs. 1 and 6.
+    Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
+    so that another shift of the same image is a negative. `shift`: cross-entropy of the shift, absent for K = 1.
+    With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
+    `cls`: the probe's, on detached features. Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
     """
     with amp():
         features = net(views)
     z0, z1 = features.z.chunk(2)
-    terms = {"sim": sim_lambda * nt_xent(z0, z1, temperature)}
-    if n_shifts > 1:
-        target = shift_labels(n_shifts, len(labels), 2, views.device)
-        terms["shift"] = F.cross_entropy(features.shift, target)
+    shift = shift_labels(n_shifts, len(labels), 1, views.device)
+    if n_classes is not None:
+        joint = labels.repeat(n_shifts) + n_classes * shift
+        terms = {"sim": sim_lambda * sup_nt_xent(z0, z1, joint, temperature)}
+    else:
+        terms = {"sim": sim_lambda * nt_xent(z0, z1, temperature)}
+        if n_shifts > 1:
+            terms["shift"] = F.cross_entropy(features.shift, shift.repeat(2))
     unshifted = torch.cat([h[: len(labels)] for h in features.h.detach().chunk(2)])
     terms["cls"] = F.cross_entropy(net.linear(unshifted), labels.repeat(2))
     return Step(terms, {})

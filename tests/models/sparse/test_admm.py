@@ -71,7 +71,7 @@ def test_converges_to_scikit_learns_lasso(features, atoms):
 
     lam = 0.08
     D, S = unit_columns(2, features, atoms), torch.randn(2, features, 3, dtype=torch.float64)
-    codes, gap = admm_lasso(D, S, lam=lam, rho=0.5, steps=20_000)
+    codes, gap, _ = admm_lasso(D, S, lam=lam, rho=0.5, steps=20_000)
     assert gap.max() < 1e-9
     for k in range(2):
         lasso = Lasso(alpha=lam / features, fit_intercept=False, tol=1e-14, max_iter=1_000_000)
@@ -88,14 +88,14 @@ def test_gradients_match_finite_differences(atoms):
 def test_orthonormal_dictionary_gives_the_soft_threshold():
     D = torch.linalg.qr(torch.randn(9, 9, dtype=torch.float64))[0][None]
     S = torch.randn(9, 6, dtype=torch.float64)
-    codes, gap = admm_lasso(D, S, lam=0.4, steps=200)
+    codes, gap, _ = admm_lasso(D, S, lam=0.4, steps=200)
     torch.testing.assert_close(codes, soft(D.mT @ S, 0.4), atol=1e-12, rtol=0)
     assert gap.max() < 1e-12
 
 
 def test_lambda_above_every_correlation_gives_zeros():
     D, S = unit_columns(1, 6, 8), torch.randn(6, 4, dtype=torch.float64)
-    codes, gap = admm_lasso(D, S, lam=float((D.mT @ S).abs().max()) * 1.001, steps=300)
+    codes, gap, _ = admm_lasso(D, S, lam=float((D.mT @ S).abs().max()) * 1.001, steps=300)
     assert (codes == 0).all() and gap.max() == 0
 
 
@@ -131,3 +131,20 @@ def test_refuses_shapes_that_do_not_fit():
 def test_a_failed_factorisation_is_nan_and_not_a_wrong_answer():
     D = torch.full((1, 4, 3), torch.inf)
     assert not admm_lasso(D, torch.ones(4, 2), lam=0.1).codes.isfinite().any()
+
+
+def test_earlier_codes_are_those_of_a_solver_that_stops_there():
+    g = torch.Generator().manual_seed(0)
+    D, S = (torch.randn(2, 6, n, generator=g, dtype=torch.float64) for n in (9, 4))
+    found = admm_lasso(D, S, lam=0.1, steps=12, also=(11, 0, 4))
+    for step, codes in zip((0, 4, 11), found.also, strict=True):
+        assert torch.equal(codes, admm_lasso(D, S, lam=0.1, steps=step + 1).codes)
+    with pytest.raises(ValueError, match="further steps"):
+        admm_lasso(D, S, lam=0.1, steps=12, also=(12,))
+
+
+def test_a_tolerance_stops_as_soon_as_the_gap_allows():
+    g = torch.Generator().manual_seed(0)
+    D, S = (torch.randn(2, 6, n, generator=g, dtype=torch.float64) for n in (5, 4))
+    loose, tight = (admm_lasso(D, S, lam=0.1, steps=5000, tol=tol) for tol in (1e-1, 1e-8))
+    assert loose.gap.max() <= 1e-1 * 0.1 and tight.gap.max() <= 1e-8 * 0.1 < loose.gap.max()

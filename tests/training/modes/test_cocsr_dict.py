@@ -3,16 +3,18 @@ import pytest
 import torch
 from sklearn.cluster import KMeans
 
+from common.errors import UserError
+from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, kmeans, moved
 
-WEIGHTS = DictionaryLossSpec(2.0, 0.3, 0.7, 1, 0.5)
+WEIGHTS = DictionaryLossSpec(2.0, 0.3, 0.7, 1, 0.5, False, None)
 
 
 def test_step_weighs_the_terms_and_sums_over_the_batch():
     bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 40), torch.Generator().manual_seed(0))
     s = torch.randn(2, 6, 5)
-    step = dictionary_step(bank, s, WEIGHTS, detach_codes=False)
+    step = dictionary_step(bank, s, WEIGHTS)
     codes = bank.code(s).codes
     expected = {"sr": 2.0 * (s - bank.dictionary @ codes).square().sum(), "sr_l1": 0.3 * codes.abs().sum()}
     expected["sr_dict"] = 0.7 * (bank.dictionary.norm(dim=1) - 0.5).clamp(min=0).sum()
@@ -21,15 +23,33 @@ def test_step_weighs_the_terms_and_sums_over_the_batch():
     assert step.watch["sr/sparsity"].item() == pytest.approx((codes == 0).float().mean().item())
     assert step.watch["sr/atom_norm"].item() == pytest.approx(1.0)
     # Twice the batch, twice the fit: sums, as published.
-    twice = dictionary_step(bank, s.repeat(1, 1, 2), WEIGHTS, detach_codes=False)
+    twice = dictionary_step(bank, s.repeat(1, 1, 2), WEIGHTS)
     torch.testing.assert_close(twice.losses["sr"], 2 * step.losses["sr"])
+
+
+def test_deep_supervision_adds_the_terms_of_earlier_steps():
+    """Codes of step t, counted from 0, are those of a solver that stops after t + 1 steps."""
+    bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 40), torch.Generator().manual_seed(0)).double()
+    s = torch.randn(2, 6, 5, dtype=torch.float64)
+    step = dictionary_step(bank, s, DictionaryLossSpec(2.0, 0.3, 0.7, 1, 0.5, False, "19,9"))
+    every = [admm_lasso(bank.dictionary, s, lam=0.05, steps=n).codes for n in (40, 10, 20)]
+    assert (every[1] - every[0]).abs().max() > 1e-4
+    fit = sum((s - bank.dictionary @ a).square().sum() for a in every)
+    torch.testing.assert_close(step.losses["sr"], 2.0 * fit)
+    torch.testing.assert_close(step.losses["sr_l1"], 0.3 * sum(a.abs().sum() for a in every))
+
+
+@pytest.mark.parametrize("steps", ["a", "9;19", "-1", "9,", ""])
+def test_steps_that_are_no_list_are_refused(steps):
+    with pytest.raises(UserError, match="--loss_sr_deep_supervision"):
+        DictionaryLossSpec(1.0, 1.0, 1.0, 0, 1.0, False, steps)
 
 
 def test_detached_codes_leave_the_direct_gradient_only():
     bank = DictionaryBank(1, 6, 8, CodingSpec(0.05, 1.0, 40), torch.Generator().manual_seed(0))
     s = torch.randn(1, 6, 5)
-    only_fit = DictionaryLossSpec(1.0, 1.0, 0.0, 0, 1.0)
-    sum(dictionary_step(bank, s, only_fit, detach_codes=True).losses.values()).backward()
+    only_fit = DictionaryLossSpec(1.0, 1.0, 0.0, 0, 1.0, True, None)
+    sum(dictionary_step(bank, s, only_fit).losses.values()).backward()
     codes = bank.code(s).codes.detach()
     direct = -2 * (s - bank.dictionary.detach() @ codes) @ codes.mT
     torch.testing.assert_close(bank.dictionary.grad, direct, atol=1e-4, rtol=1e-4)

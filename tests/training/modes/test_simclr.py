@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from models.checkpoint import build_net
-from training.losses.contrastive import nt_xent
+from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.modes.simclr import contrastive_step, probe_error
 
 
@@ -22,6 +22,16 @@ def test_step_adds_contrastive_shift_and_probe_terms():
     assert net.linear.weight.grad is not None and net.backbone.conv1.weight.grad is None
 
 
+def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
+    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=4, seed=0).eval()
+    views, labels = torch.rand(24, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 4 shifts, 3 images
+    step = contrastive_step(net, views, labels, n_shifts=4, n_classes=4, temperature=0.07, sim_lambda=2.0)
+    joint = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15])
+    z0, z1 = net(views).z.chunk(2)
+    torch.testing.assert_close(step.losses["sim"], 2 * sup_nt_xent(z0, z1, joint, 0.07))
+    assert set(step.losses) == {"sim", "cls"}
+
+
 def test_plain_simclr_has_no_shift_term():
     net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=1, seed=0)
     step = contrastive_step(
@@ -31,7 +41,7 @@ def test_plain_simclr_has_no_shift_term():
 
 
 def test_probe_error_counts_wrong_guesses_and_restores_the_mode():
-    from datasets.catalog import image_set
+    from datasets.sets import image_set
 
     net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
     with torch.no_grad():

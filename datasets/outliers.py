@@ -1,0 +1,98 @@
+"""Sets that are only ever told apart from a normal one: pictures in folders, `interp`, and `folder:<path>`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+from common.seed import generator
+from datasets.catalog import DATASETS, DataSource, imagenet_short_side, pictures_in_memory
+from datasets.folder import list_pictures
+from datasets.one_class import split_one_class
+from datasets.sets import ImageSet
+
+FOLDER = "folder:"
+
+# name -> folder below --ood_data_path, and how many pictures are drawn of it (None: all).
+PICTURE_SETS: dict[str, tuple[str, int | None]] = {
+    "lsun_resize": ("LSUN_resize", None),
+    "lsun_fix": ("LSUN_fix", None),
+    "imagenet_resize": ("Imagenet_resize", None),
+    "imagenet_fix": ("Imagenet_fix", None),
+    "cub": ("cub200", 3000),
+    "stanford_dogs": ("stanford_dogs", 3000),
+    "flowers102": ("flowers102", 3000),
+    "places365": ("places365", 3000),
+    "food_101": ("food-101/images", 3000),
+    "caltech_256": ("caltech-256", 3000),
+    "dtd": ("dtd/images", 3000),
+    "pets": ("pets", 3000),
+}
+INTERP = "interp"
+OUTLIERS = (*PICTURE_SETS, INTERP)
+
+# What all classes of a data set together are told apart from where --ood_dataset does not say.
+MULTI_CLASS = {
+    "cifar10": ("svhn", "lsun_resize", "imagenet_resize", "lsun_fix", "imagenet_fix", "cifar100", INTERP),
+    "imagenet": ("cub", "stanford_dogs", "flowers102", "places365", "food_101", "caltech_256", "dtd", "pets"),
+}
+
+
+def find_outliers(
+    names: Sequence[str], source: DataSource, normal: Callable[[], ImageSet], *, lag: int
+) -> dict[str, Callable[[], ImageSet]]:
+    """Loaders of the named sets, by name, in the size of `source.image_size`.
+
+    normal: the normal test images, of which `interp` is made; lag: how far apart the two are that it mixes.
+    Raises: UserError that names every set that is missing, before a picture is decoded.
+    """
+    loaders: dict[str, Callable[[], ImageSet]] = {}
+    missing = []
+    for name in names:
+        try:
+            loaders[name] = _find(name, source, normal, lag)
+        except UserError as error:
+            missing.append(f"{name} ({str(error).removeprefix('--data_path: ')})")
+    if missing:
+        raise UserError(
+            f"--ood_dataset: not there: {'; '.join(missing)}. Put them there, say where with --ood_data_path, or choose"
+            " others with --ood_dataset"
+        )
+    return loaders
+
+
+def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: int) -> Callable[[], ImageSet]:
+    if name == INTERP:
+        return lambda: interpolated(normal(), lag)
+    if name in DATASETS:
+        data = split_one_class(name, source, None, source.image_size or 32).test()
+        return lambda: data
+    if name.startswith(FOLDER):
+        folder, count = Path(name.removeprefix(FOLDER)), None
+    else:
+        below, count = PICTURE_SETS[name]
+        folder = Path(source.data_path) / below
+    paths = list_pictures(folder)
+    if not paths:
+        raise UserError(f"no pictures in {folder}")
+    if count is not None and len(paths) > count:
+        # The same pictures whatever the seed of the run, so that runs compare.
+        chosen = torch.randperm(len(paths), generator=generator(0, "outliers"))[:count].sort().values
+        paths = [paths[n] for n in chosen.tolist()]
+    # Large pictures are framed as those of ImageNet-30 are; the small sets come in their size.
+    short_side = imagenet_short_side(source.image_size) if count is not None and source.image_size else None
+    return partial(pictures_in_memory, paths, [0] * len(paths), source, short_side)
+
+
+def interpolated(images: ImageSet, lag: int) -> ImageSet:
+    """The mean of each image and the one `lag` before it; the first `lag` stay as they are.
+
+    Held in half precision, which has every half of a sum of two bytes exactly.
+    """
+    earlier = torch.arange(len(images)) - lag
+    partner = torch.where(earlier < 0, torch.arange(len(images)), earlier)
+    pixels = images.images.half()
+    return replace(images, images=(pixels + pixels[partner]) / 2)

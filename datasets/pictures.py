@@ -1,0 +1,237 @@
+"""Pictures that are decoded while training runs: worker processes crop and flip them; the decoded pixels can be kept.
+
+For sets too large, or pictures too different in shape, to lie in memory in one size (ImageNet-30). Decoding is what
+such a run waits for; the cache, uint8 pixels in one file on disk, does it once. `python -m benchmarks.decoding` tells
+what that saves.
+
+Letters: N pictures, B of a batch, C copies, S pixels on a side. Pixels are (H, W, 3) uint8, each picture in its size.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.errors import UserError
+from common.files import write_json, write_whole
+from common.progress import progress
+from common.seed import generator
+from datasets.augment import AlignedSpec, crop_boxes, draw_tries
+from datasets.folder import centre, read_upright, tell_skipped, unreadable
+
+
+class Pixels(Protocol):
+    """A sequence of pictures as (H, W, 3) uint8."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, n: int) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pictures read from their files each time, the short side resized to `short_side`."""
+
+    paths: Sequence[Path]
+    short_side: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        """Raises: UserError for a picture that cannot be read."""
+        try:
+            return np.asarray(read_upright(self.paths[n], self.short_side))
+        except Exception as error:  # Pillow raises many kinds for damaged files
+            raise unreadable(self.paths[n], error) from None
+
+
+@dataclass(frozen=True)
+class Cached:
+    """Pictures in one file of pixels, one after another; sizes (N, 2) are their heights and widths."""
+
+    file: Path
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        height, width = self.sizes[n]
+        start = self._starts[n]
+        return self._pixels[start : start + height * width * 3].reshape(height, width, 3)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.sizes.astype(np.int64).prod(1) * 3)])
+
+    @cached_property
+    def _pixels(self) -> np.ndarray:
+        return np.memmap(self.file, np.uint8, "r")
+
+
+def open_cache(paths: Sequence[Path], short_side: int, folder: Path, *, workers: int, skip_bad: bool) -> tuple:
+    """The cache of these pictures in `folder`, built now if it is not there: (Cached, places in `paths` it holds).
+
+    Its name follows from the pictures' paths, sizes and dates, so that changed pictures get another one.
+    Raises: UserError for a picture that cannot be read, unless `skip_bad`, and where the cache cannot be written.
+    """
+    facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(json.dumps([short_side, facts]).encode()).hexdigest()[:16]
+    file, index = folder / f"pixels_{key}.u8", folder / f"pixels_{key}.json"
+    if not _whole(file, index):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held: dict[str, list] = {"sizes": [], "places": []}
+            write_whole(file, lambda out: _write_pixels(out, held, Decoded(paths, short_side), workers, skip_bad))
+            write_json(index, held)
+        except OSError as error:
+            raise UserError(f"--image_cache: cannot write {file} ({error.strerror})") from None
+    held = json.loads(index.read_text())
+    return Cached(file, np.array(held["sizes"], np.int64)), held["places"]
+
+
+def _whole(file: Path, index: Path) -> bool:
+    """Whether the cache is there and as long as its index says."""
+    try:
+        sizes = np.array(json.loads(index.read_text())["sizes"], np.int64)
+        return file.stat().st_size == int(sizes.prod(1).sum()) * 3
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write_pixels(out: BinaryIO, held: dict[str, list], decoded: Decoded, workers: int, skip_bad: bool) -> None:
+    loader = DataLoader(_OrError(decoded), batch_size=None, num_workers=workers)
+    for n, item in enumerate(progress(loader, total=len(decoded), label="decoding into --image_cache")):
+        if isinstance(item, str):
+            if not skip_bad:
+                raise UserError(item)
+            continue
+        pixels = np.asarray(item)
+        held["sizes"].append(pixels.shape[:2])
+        held["places"].append(n)
+        out.write(pixels.tobytes())
+    tell_skipped(len(decoded) - len(held["places"]), len(decoded), decoded.paths[0].parent)
+
+
+class _OrError(Dataset):
+    """Items of a sequence, or the text of the UserError that one raised: exceptions travel badly between processes."""
+
+    def __init__(self, items: Any):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, n: int) -> Any:
+        try:
+            return self.items[n]
+        except UserError as error:
+            return str(error)
+
+
+@dataclass(frozen=True)
+class _Crops:
+    """Copies of each picture under drawn crops and flips: (C, 3, S, S) uint8. tries (4, N, C, T), flips (N, C)."""
+
+    pixels: Pixels
+    tries: Tensor
+    flips: Tensor
+    spec: AlignedSpec
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, n: int) -> Tensor:
+        pixels = self.pixels[n]
+        height, width = pixels.shape[:2]
+        picture = Image.fromarray(pixels)
+        share_w, share_h, x, y = crop_boxes(self.tries[:, n], (height, width), self.spec).T.tolist()
+        copies = []
+        for w, h, x0, y0, flip in zip(share_w, share_h, x, y, self.flips[n].tolist(), strict=True):
+            left, top = (x0 + 1 - w) / 2 * width, (y0 + 1 - h) / 2 * height
+            box = (max(left, 0), max(top, 0), min(left + w * width, width), min(top + h * height, height))
+            crop = np.asarray(picture.resize((self.side, self.side), Image.Resampling.BILINEAR, box=box))
+            copies.append(crop[:, ::-1] if flip else crop)
+        return torch.from_numpy(np.stack(copies).transpose(0, 3, 1, 2).copy())
+
+
+def _stack(items: list[Tensor | str]) -> Tensor | str:
+    return next((item for item in items if isinstance(item, str)), None) or torch.stack(items)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures with labels, decoded on demand. It offers what training asks of an `ImageSet`.
+
+    spec: the share of the area that a crop keeps. side: pixels of a crop. workers: processes that decode.
+    """
+
+    pixels: Pixels
+    labels: Tensor
+    spec: AlignedSpec
+    side: int
+    workers: int
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of a crop."""
+        return self.side, self.side
+
+    @property
+    def cropped(self) -> bool:
+        """Whether copies come cropped: yes."""
+        return True
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices are wanted."""
+        return torch.device("cpu")
+
+    def batch(self, index: Tensor) -> Tensor:
+        """The middles of the pictures at `index` (b,) as floats in [0, 1] on `device`, (b, 3, S, S)."""
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
+        return self._floats(torch.from_numpy(np.stack(middles)))
+
+    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
+        """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), floats.
+
+        Raises: UserError for a picture that cannot be read.
+        """
+        gen = generator(seed, "crop", epoch)
+        tries = draw_tries(len(self) * count, gen).unflatten(1, (len(self), count))
+        flips = torch.rand(len(self), count, generator=gen) < 0.5
+        loader = DataLoader(
+            _OrError(_Crops(self.pixels, tries, flips, self.spec, self.side)),
+            batch_sampler=[part.tolist() for part in parts],
+            num_workers=self.workers,
+            collate_fn=_stack,
+            pin_memory=self.device.type == "cuda",
+        )
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield self._floats(batch).transpose(0, 1).contiguous()
+
+    def _floats(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, non_blocking=True).float().div_(255)
+
+    def to(self, device: torch.device) -> "PictureSet":
+        """Deliver batches on `device`."""
+        return PictureSet(self.pixels, self.labels, self.spec, self.side, self.workers, device)

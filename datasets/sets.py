@@ -1,0 +1,85 @@
+"""Images held in memory as uint8; only batches become floats.
+
+Letters: N images, B of a batch, C copies. Images are (N, 3, H, W) uint8, labels (N,) int64. A set is held on the
+compute device where it fits there, else in host memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.seed import generator
+from datasets.augment import hflip
+
+# A set may fill this share of a GPU's free memory; activations need the rest.
+_DEVICE_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with labels; `indices` are their places in the data set they were taken from.
+
+    device: where batches are wanted; `images` itself may stay in host memory if it does not fit there.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    paths: tuple[str, ...] | None = None
+    device: torch.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def index_device(self) -> torch.device:
+        """Where indices are wanted: where the images are, so that nothing waits for the device."""
+        return self.images.device
+
+    @property
+    def cropped(self) -> bool:
+        """Whether copies come cropped: no, that is the augmentation's business."""
+        return False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def batch(self, index: Tensor) -> Tensor:
+        """Images at `index` (b,) as floats in [0, 1] on `device`."""
+        chosen = self.images[index.to(self.images.device)]
+        return chosen.to(self.device, non_blocking=True).float().div_(255)
+
+    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
+        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), floats."""
+        for step, index in enumerate(parts):
+            x = self.batch(index)
+            gen = generator(seed, "flip", epoch, step, device=self.device)
+            flip = torch.rand(count, len(x), device=self.device, generator=gen) < 0.5
+            yield torch.stack([hflip(x, flip_B) for flip_B in flip])
+
+    def where(self, keep: Tensor) -> "ImageSet":
+        """The images where `keep` (N,) is true."""
+        paths = self.paths and tuple(p for p, kept in zip(self.paths, keep.tolist(), strict=True) if kept)
+        return replace(
+            self, images=self.images[keep], labels=self.labels[keep], indices=self.indices[keep], paths=paths
+        )
+
+    def to(self, device: torch.device) -> "ImageSet":
+        """Hold the set on `device` if it fits there, else leave it in host memory."""
+        images = self.images
+        if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+            images = images.to(device)
+        return replace(self, images=images, device=device)
+
+
+def image_set(
+    images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int], paths: list[str] | None = None
+) -> ImageSet:
+    """An ImageSet from (N, 3, H, W) uint8 images."""
+    x, y = torch.as_tensor(images), torch.as_tensor(labels).long()
+    return ImageSet(x, y, torch.arange(len(x)), tuple(paths) if paths is not None else None)

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# CIFAR-100, one superclass at a time: stage 2, sparse dictionaries on stage 1, epochs 1001 to 1300. See sweep.sh.
+exec bash "$(dirname "$0")/sweep.sh" cifar100 Stage2 "$@"

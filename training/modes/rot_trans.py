@@ -1,0 +1,72 @@
+"""Rot+Trans: predict how an image was rotated and moved (Hendrycks, Mazeika, Kadavath, Song 2019).
+
+The row of the published tables that contrastive training is compared with. Letters: B images, V = 4 B views.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from common.device import autocast, pick_device
+from common.flags import Flags, pick
+from common.seed import generator, seed_of
+from datasets import ShiftSpec, Split
+from datasets.augment import AlignedSpec
+from datasets.shifts import rotate_and_translate
+from datasets.views import shift_labels
+from models.checkpoint import build_rot_trans
+from models.feature_net import Transformation
+from training.modes.setup import start_from_pretrained, training_images
+from training.optim import OptimSpec, set_lr
+from training.recipe import Batch, Recipe, Step
+
+
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+    """The recipe of `rot_trans`: the cross-entropies of rotation, vertical and horizontal translation, added.
+
+    Each step sees an image, flipped at random, under all four rotations, each with translations of its own. There is no
+    crop or jitter: a crop would hide the translation that is to be told (pictures that are cropped while they are
+    loaded keep that crop).
+    """
+    device = pick_device(flags.device)
+    optim = pick(OptimSpec, flags)
+    crop = pick(AlignedSpec, flags) if split.spec.stream else AlignedSpec()
+    data, _ = training_images(split, shift_spec, crop, device)
+    net = build_rot_trans(flags.model, seed=seed_of(flags.seed, "weights"))
+    start_from_pretrained(flags, net)
+    net.to(device).train()
+    optimizer = optim.build(list(net.parameters()))
+    amp, seed = autocast(flags.amp, device), flags.seed
+    if flags.compile:
+        net.compile()
+
+    def losses(batch: Batch) -> Step:
+        gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
+        views, labels = transformed(batch.copies[0], gen)
+        with amp():
+            logits = net(views)
+        return Step(transformation_losses(logits, labels), {})
+
+    def before_step(epoch: float) -> float:
+        lr = optim.lr(epoch)
+        set_lr(optimizer, lr)
+        return lr
+
+    return Recipe(net, data, losses, (optimizer,), before_step)
+
+
+def transformed(images: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) under all rotations and random translations: views (4 B, 3, H, W), rotation by rotation, and
+    labels (3, 4 B) of rotation, vertical and horizontal translation."""
+    moves = torch.randint(3, (2, 4 * len(images)), device=images.device, generator=generator)
+    parts = enumerate(moves.unflatten(1, (4, -1)).unbind(1))
+    views = torch.cat([rotate_and_translate(images, *indices, quarters=q) for q, indices in parts])
+    rotation = shift_labels(4, len(images), 1, images.device)
+    return views, torch.cat([rotation[None], moves])
+
+
+def transformation_losses(logits: Transformation, labels: Tensor) -> dict[str, Tensor]:
+    """The three cross-entropies by name; labels (3, V)."""
+    return {
+        name: F.cross_entropy(values, own) for name, values, own in zip(logits._fields, logits, labels, strict=True)
+    }

@@ -1,0 +1,82 @@
+"""What several modes set up alike: their shifts, their images, the network they start from."""
+
+import torch
+
+from common.errors import UserError
+from common.flags import Flags
+from common.seed import seed_of
+from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets.augment import AlignedSpec
+from models.checkpoint import build_net, load_pretrained
+from models.feature_net import BackboneNet, FeatureNet
+
+
+def no_shifts(flags: Flags) -> ShiftSpec:
+    """`simclr` has no shifting transformation, whatever --shift_trans_type says."""
+    return ShiftSpec("none")
+
+
+def rotations(flags: Flags) -> ShiftSpec:
+    """The four rotations, for modes that are defined by them.
+
+    Raises: UserError where --shift_trans_type asks for others.
+    """
+    if flags.given("shift_trans_type") and flags.shift_trans_type != "rotation":
+        raise UserError(f"--shift_trans_type: --mode {flags.mode} is made of the four rotations; leave it out")
+    return ShiftSpec("rotation")
+
+
+def several_shifts(flags: Flags) -> ShiftSpec:
+    """`simclr_CSI` needs at least two."""
+    spec = any_shifts(flags)
+    if spec.count < 2:
+        raise UserError(f"--shift_trans_type: --mode {flags.mode} tells shifts apart; choose one other than none")
+    return spec
+
+
+def any_shifts(flags: Flags) -> ShiftSpec:
+    """Raises: UserError where one image would have to be mixed with itself."""
+    spec = ShiftSpec.of(flags)
+    if flags.batch_size == 1 and spec.mixes_neighbours:
+        raise UserError(f"--batch_size 1: {spec.shift_trans_type} mixes each image with its neighbour; use 2 or more")
+    return spec
+
+
+def training_images(
+    split: Split, shifts: ShiftSpec, aligned: AlignedSpec, device: torch.device
+) -> tuple[ImageSet | PictureSet, AlignedSpec]:
+    """The normal training images, and the augmentation that is left to do on the device.
+
+    Raises: UserError for a single image that would have to be mixed with itself.
+    """
+    data = split.stream(aligned).to(device)
+    if len(data) == 1 and shifts.mixes_neighbours:
+        raise UserError(f"--data_path: one training image alone cannot be mixed by {shifts.shift_trans_type}")
+    return data, aligned.without_crop() if data.cropped else aligned
+
+
+def all_classes(flags: Flags, split: Split) -> None:
+    """Raises: UserError where a labelled mode has but one class to tell apart."""
+    if split.one_class_idx is not None:
+        raise UserError(f"--one_class_idx: --mode {flags.mode} learns to tell classes apart; leave it out")
+    if split.n_classes < 2:
+        raise UserError(f"--data_path: --mode {flags.mode} learns to tell classes apart, and there is only one")
+
+
+def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
+    """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given."""
+    net = build_net(
+        flags.model,
+        n_classes=split.n_classes,
+        simclr_dim=flags.simclr_dim,
+        n_shifts=n_shifts,
+        seed=seed_of(flags.seed, "weights"),
+    )
+    start_from_pretrained(flags, net)
+    return net
+
+
+def start_from_pretrained(flags: Flags, net: BackboneNet) -> None:
+    """Load --pretrained_path, where it is given, into the backbone."""
+    if flags.pretrained_path:
+        load_pretrained(net.backbone, flags.pretrained_path, model=flags.model)

@@ -1,0 +1,86 @@
+"""Linear heads on a frozen stage-1 network: classes, and with the four rotations also shift and class by shift.
+
+Letters: B images, C classes, K shifts, V = K B views, F feature size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.device import autocast, pick_device
+from common.errors import UserError
+from common.files import load_state_dict
+from common.flags import Flags, pick
+from common.seed import generator
+from datasets import ShiftSpec, Split
+from datasets.augment import AlignedSpec
+from datasets.views import shift_labels, train_views
+from models.checkpoint import find_weights, net_from_state
+from models.feature_net import FeatureNet
+from training.modes.setup import all_classes, training_images
+from training.optim import set_lr
+from training.recipe import Batch, Recipe, Step
+
+_MILESTONES = (0.6, 0.75, 0.9)
+
+
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+    """The recipe of `sup_linear` (K = 1) and `sup_CSI_linear` (K = 4): SGD, a tenth of the rate at 60, 75 and 90 %.
+
+    Raises: UserError for weights of other classes or shifts; where there is but one class.
+    """
+    all_classes(flags, split)
+    device = pick_device(flags.device)
+    if not flags.load_path:
+        raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
+    file = find_weights(flags.load_path, ("last.model",), flag="load_path")
+    net = net_from_state(
+        load_state_dict(file, flag="load_path"),
+        model=flags.model,
+        n_shifts=shift_spec.count if shift_spec.count > 1 else None,
+        path=file,
+        flag="load_path",
+        strict=not flags.no_strict,
+    )
+    if net.linear.out_features != split.n_classes:
+        raise UserError(
+            f"--dataset: it has {split.n_classes} classes, but {file} was made for {net.linear.out_features}"
+        )
+    spec = pick(AlignedSpec, flags)
+    data, aligned = training_images(split, shift_spec, spec, device)
+    shifts, amp, seed = shift_spec.functions(spec), autocast(flags.amp, device), flags.seed
+    net.to(device).requires_grad_(False).eval()
+    heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(shifts) > 1 else [])]
+    params = [p.requires_grad_() for head in heads for p in head.parameters()]
+    optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
+    lr_init, epochs = flags.lr_init, flags.epochs
+    if flags.compile:
+        net.compile()
+
+    def before_step(epoch: float) -> float:
+        lr = lr_init * 0.1 ** sum(epoch >= share * epochs for share in _MILESTONES)
+        set_lr(optimizer, lr)
+        return lr
+
+    def losses(batch: Batch) -> Step:
+        gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
+        views = train_views(batch.copies, shifts, aligned, gen)
+        with amp(), torch.no_grad():
+            h = net.features(views)
+        return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts)), {})
+
+    return Recipe(net, data, losses, (optimizer,), before_step)
+
+
+def head_losses(net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int) -> dict[str, Tensor]:
+    """Cross-entropies on features h (V, F), shift by shift; labels (B,).
+
+    `cls`: the class, on unshifted views. With several shifts also `shift` and `joint` (class + C * shift) on all views.
+    """
+    terms = {"cls": F.cross_entropy(net.linear(h[: len(labels)]), labels)}
+    if n_shifts > 1:
+        shift = shift_labels(n_shifts, len(labels), 1, h.device)
+        joint = labels.repeat(n_shifts) + net.linear.out_features * shift
+        terms["shift"] = F.cross_entropy(net.shift_cls_layer(h), shift)
+        terms["joint"] = F.cross_entropy(net.joint_distribution_layer(h), joint)
+    return terms
