@@ -132,7 +132,7 @@ def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
         raise UserError("torchrun: several processes are not supported yet; start one, or one per class")
     flags = Flags(values, given)
     # Read by every script, or a launcher's business: never worth a word.
-    for name in ("local_rank", "log_root", "overwrite", "dry_run", "suffix", "dataset", "model", "mode"):
+    for name in ("local_rank", "dry_run", "dataset", "model", "mode"):
         getattr(flags, name)
     return flags
 

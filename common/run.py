@@ -29,9 +29,10 @@ class Run:
 
     weights: name of the file of weights that other commands read ("last.model").
     resume: name of the file from which an interrupted run goes on ("last.resume").
+    replace: --overwrite, a folder that is there makes way for this run.
     """
 
-    def __init__(self, folder: Path, flags: Flags, *, weights: str, resume: str):
+    def __init__(self, folder: Path, flags: Flags, *, weights: str, resume: str, replace: bool = False):
         self.folder = folder
         self.weights = folder / weights
         self.flags = flags
@@ -44,11 +45,11 @@ class Run:
         self._started: list[dict[str, Any]] = []
         try:
             if folder.exists():
-                self._look()
+                self._look(replace)
         except OSError as error:
             raise UserError(f"--log_root: {folder} cannot be a run folder ({error.strerror})") from None
 
-    def _look(self) -> None:
+    def _look(self, replace: bool) -> None:
         config = self.folder / "args.json"
         if not config.is_file():
             if any(self.folder.iterdir()):
@@ -56,7 +57,7 @@ class Run:
                     f"--log_root: {self.folder} exists and is no run folder of this program; choose another --suffix"
                 )
             return
-        if self.flags.overwrite:
+        if replace:
             self._replace = True
             return
         try:

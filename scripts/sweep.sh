@@ -36,8 +36,8 @@ fi
 PYTHON=${PYTHON:-python} LOG_ROOT=${LOG_ROOT:-./logs}
 
 shared=(--dataset "$dataset" --data_path "${DATA_PATH:-../Data/}" --model "$model" --simclr_dim 512
-    --shift_trans_type rot_bmix --mix_alpha 0.2 --log_root "$LOG_ROOT")
-training=(--batch_size 128)
+    --shift_trans_type rot_bmix --mix_alpha 0.2)
+training=(--batch_size 128 --log_root "$LOG_ROOT")
 # Stronger colour jitter is for training only: the published evaluation of ImageNet leaves it at 1. To see the other,
 # give `--color_jitter_strength 2` to Eval.
 [ "$jitter" = 1 ] || training+=(--color_jitter_strength "$jitter")

@@ -36,7 +36,7 @@ def launch(
         views = mode.copies * shifts.count * flags.batch_size
         print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
         return
-    run = Run(folder, flags, weights=weights, resume=resume)
+    run = Run(folder, flags, weights=weights, resume=resume, replace=flags.overwrite)
     if run.finished:
         print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
         return

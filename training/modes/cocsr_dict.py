@@ -121,17 +121,20 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
     if flags.freeze_sr_dict:
         bank.requires_grad_(False)
+        for name in ("sr_lr", "sr_decay_lr"):
+            if flags.given(name):
+                print(f"note: --{name} trains nothing under --freeze_sr_dict")
     else:
         optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
     seed = flags.seed
     shifts, amp, lr = shift_spec.functions(spec), autocast(flags.amp, device), sparse.sr_lr
-    draws = DrawSpec(shifts, spec, seed, "k-means draw", flags.ood_batch_size)
-    from_kmeans, norm = flags.ini_sr_dict_train, flags.loss_dict_constr_value
+    norm = flags.loss_dict_constr_value
+    draws = DrawSpec(shifts, spec, seed, "k-means draw", flags.ood_batch_size) if flags.ini_sr_dict_train else None
     if flags.compile:
         model.feature_net.compile()
 
     def begin(run: Run) -> None:
-        if from_kmeans:
+        if draws is not None:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             with amp():
                 s_KNF = training_features(model, data, draws, at_least=2 * sparse.sr_dict_size)

@@ -93,7 +93,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
         return lr
 
     end_epoch = no_values
-    test = probe_images(split, device) if flags.error_step > 0 else None
+    # One class cannot be told apart from itself: the flags of the test are not even read.
+    test = probe_images(split, device) if split.one_class_idx is None and flags.error_step > 0 else None
     if test is not None:
         every, size = flags.error_step, flags.test_batch_size
 
@@ -139,8 +140,8 @@ def contrastive_step(
 
 
 def probe_images(split: Split, device: torch.device) -> ImageSet | None:
-    """The test images of the training classes, where there are several classes and such images to test the probe on."""
-    if split.one_class_idx is not None or split.n_classes < 2:
+    """The test images of the classes of a multi-class set; None where it has but one class, or no test images."""
+    if split.n_classes < 2:
         return None
     try:
         test = split.test()

@@ -1,0 +1,141 @@
+"""Every row of the tables of modes, by existing: two steps on 64 random pictures, saved, evaluated, loaded again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluate
+import train
+import train_cocsr
+import tsne
+from evals import EVALS, TSNES
+from evals.scores import SCORES
+from training import STAGE1, STAGE2
+
+SMALL = "--dataset folder --image_size 8 --model resnet8 --num_worker 1".split()
+SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
+# Modes that start from a run of another mode, and the flag that says so.
+STARTS = {
+    "cocsr_dict": ("simclr_CSI", "--resume_path"),
+    "sup_linear": ("sup_simclr", "--load_path"),
+    "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
+}
+EXTRA = {"cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split()}
+
+
+def of_mode(mode: str) -> list[str]:
+    """The flags that the runs and the evaluations of a mode of training share."""
+    labelled = mode.startswith("sup_")
+    shifted = SHIFTED if mode in ("simclr_CSI", "cocsr_dict") else []
+    return [*SMALL, *shifted, *([] if labelled else ["--one_class_idx", "0"])]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, count in {"train/a": 32, "train/b": 32, "test/a": 8, "test/b": 8}.items():
+        (root / name).mkdir(parents=True)
+        for n in range(count):
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / name / f"{n:02}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """Train a mode, and what it starts from, once: its command, and its run folder."""
+    logs = tmp_path_factory.mktemp("logs")
+    known: dict[str, tuple[list[str], Path]] = {}
+
+    def run(mode: str) -> tuple[list[str], Path]:
+        if mode not in known:
+            before = {p for p in logs.iterdir()}
+            args = [*of_mode(mode), "--data_path", str(pictures), "--mode", mode, "--log_root", str(logs)]
+            args += ["--batch_size", "16", "--epochs", "1", *EXTRA.get(mode, [])]
+            if mode in STARTS:
+                start, flag = STARTS[mode]
+                args += [flag, str(run(start)[1])]
+                before = {p for p in logs.iterdir()}
+            assert script(mode).main(args) == 0
+            (folder,) = {p for p in logs.iterdir()} - before
+            known[mode] = args, folder
+        return known[mode]
+
+    return run
+
+
+def script(mode: str):
+    return train_cocsr if mode in STAGE2 else train
+
+
+@pytest.mark.parametrize("mode", [*STAGE1, *STAGE2])
+def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
+    args, folder = trained(mode)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 and all(np.isfinite(list(rows[0].values())))
+    (weights,) = folder.glob("last.*model")
+    state = torch.load(weights, weights_only=True)
+    assert all(value.isfinite().all() for value in state.values())
+    norms = [int(v) for k, v in state.items() if k.endswith("bn1.num_batches_tracked")]
+    steps = 2 if "--one_class_idx" in args else 4
+    if mode in STARTS:  # a frozen network: its statistics are those of the run it starts from
+        start = torch.load(trained(STARTS[mode][0])[1] / "last.model", weights_only=True)
+        backbone = {k.removeprefix("feature_net."): v for k, v in state.items()}
+        assert all(torch.equal(backbone[k], v) for k, v in start.items() if k.startswith(("conv", "bn", "layer")))
+    else:
+        assert set(norms) == {steps}
+    assert script(mode).main(args) == 0 and "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode, training", [(m, t) for m, row in EVALS.items() for t in row.trained_by])
+def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
+    mode, training, trained, pictures, tmp_path, capsys
+):
+    folder = trained(training)[1]
+    labelled = training.startswith("sup_")
+    detects = mode.startswith(("ood", "rot"))
+    scores = [name for name in EVALS[mode].evidence.scores if detects]
+    more = ["--ood_score", *scores, "--save_score"] if detects else []
+    more += ["--ood_dataset", "interp", "digits", f"folder:{pictures / 'test/b'}"] if labelled and detects else []
+    more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in mode else []
+    # The heads of a labelled run were trained on the four rotations, or on none.
+    more += ["--shift_trans_type", "rotation"] if training == "sup_simclr_CSI" else []
+    more += ["--invert_sr_feature_norm"] if training == "cocsr_dict" else []
+    found = []
+    for copy in ("a", "b"):
+        shutil.copytree(folder, tmp_path / copy)
+        args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, *more]
+        code = evaluate.main([*args, "--load_path", str(tmp_path / copy)])
+        assert code == 0, capsys.readouterr().err
+        written = sorted((tmp_path / copy).glob("*.json"))
+        results = [json.loads(path.read_text()) for path in written if path.name != "args.json"]
+        tables = {path.name: path.read_text() for path in (tmp_path / copy).glob("scores_*.csv")}
+        found.append(
+            ([{k: r.get(k) for k in ("score", "auroc", "mean", "pooled", "accuracy", "ece")} for r in results], tables)
+        )
+    assert found[0] == found[1] and len(found[0][0]) == max(1, len(scores))
+    for result in found[0][0]:
+        values = [v for k, v in result.items() if k in ("mean", "pooled", "accuracy", "ece") and v is not None]
+        assert values and all(0 <= value <= 1 for value in values)
+    if labelled and detects:
+        assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
+
+
+@pytest.mark.parametrize("mode", TSNES)
+def test_a_picture_mode_draws_every_shift(mode, trained, pictures, tmp_path):
+    training = "cocsr_dict" if "cocsr_dict" in TSNES[mode].trained_by else "simclr_CSI"
+    shutil.copytree(trained(training)[1], tmp_path / "run")
+    args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, "--load_path", str(tmp_path / "run")]
+    assert tsne.main([*args, "--tsne_points", "8"]) == 0
+    pictures_made = sorted((tmp_path / "run").glob(f"{mode}_*_shift*.png"))
+    assert len(pictures_made) == 5 and all(path.stat().st_size > 10_000 for path in pictures_made)
+
+
+def test_every_score_is_offered_by_some_mode_and_every_mode_of_training_is_evaluated():
+    assert {name for row in EVALS.values() for name in row.evidence.scores} == set(SCORES)
+    assert {mode for row in EVALS.values() for mode in row.trained_by} == {*STAGE1, *STAGE2}
