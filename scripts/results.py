@@ -19,8 +19,9 @@ from common.files import write_text
 
 # Mean AUROC in percent as published (Chiou et al. 2023; Tack et al. 2020), by data set and score.
 PUBLISHED = {
-    "cifar10": {"simclr": 87.9, "CSI": 94.3, "CSI_sr": 95.4},
-    "cifar100": {"CSI": 89.6, "CSI_sr": 91.6},
+    "cifar10": {"simclr": 87.9, "rot_trans": 89.8, "CSI": 94.3, "CSI_sr": 95.4},
+    "cifar100": {"rot_trans": 79.8, "CSI": 89.6, "CSI_sr": 91.6},
+    "imagenet": {"rot_trans": 77.9, "CSI": 91.6, "CSI_sr": 92.8},
 }
 
 
@@ -41,7 +42,8 @@ def read_results(roots: Sequence[Path]) -> list[dict[str, Any]]:
         try:
             result = json.loads(path.read_text())
             mean = float(result["mean"])
-            results.append({**{key: result[key] for key in _KEYS}, "mean": mean, "model": _model(result)})
+            facts = {key: result[key] for key in _KEYS}
+            results.append({**facts, "mean": mean, "auroc": result["auroc"], "model": _model(result)})
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a result of eval.py") from None
     return results
@@ -50,17 +52,24 @@ def read_results(roots: Sequence[Path]) -> list[dict[str, Any]]:
 def tabulate(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table: mean AUROC in percent by normal class (rows) and mode and score (columns).
 
+    Where all classes are normal there is a row for each set they are told apart from, too.
     Several runs of one cell (seeds, epochs) are averaged and their number is shown.
     """
     cells: dict[tuple[str, int | None], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    against: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         column = f"{result['score']} ({result['mode']})"
         cells[result["dataset"], result["one_class_idx"]][column].append(100 * result["mean"])
+        for name, value in result["auroc"].items() if result["one_class_idx"] is None else ():
+            against[result["dataset"], name][column].append(100 * value)
     columns = sorted({column for row in cells.values() for column in row})
     rows = []
     for dataset in sorted({dataset for dataset, _ in cells}):
         keys = sorted((key for key in cells if key[0] == dataset), key=lambda k: (k[1] is None, k[1] or 0))
         for key in keys:
+            if key[1] is None:
+                others = [(name, row) for (of, name), row in against.items() if of == dataset]
+                rows += [[dataset, f"all, not {n}", *(_cell(row.get(c, [])) for c in columns)] for n, row in others]
             title = "all classes" if key[1] is None else f"class {key[1]}"
             rows.append([dataset, title, *(_cell(cells[key].get(column, [])) for column in columns)])
         classes = [cells[key] for key in keys if key[1] is not None]
@@ -69,7 +78,9 @@ def tabulate(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[st
             rows.append([dataset, f"mean of {len(classes)}", *(_mean(m, len(classes)) for m in means)])
         published = PUBLISHED.get(dataset)
         if published:
-            rows.append([dataset, "published mean", *(str(published.get(c.split()[0], "")) for c in columns)])
+            # The published CSI_sr is that of stage 2, not of dictionaries that were fitted after the fact.
+            known = ["" if "multi_sr" in column else published.get(column.split()[0], "") for column in columns]
+            rows.append([dataset, "published mean", *map(str, known)])
     return ["data set", "normal", *columns], rows
 
 
