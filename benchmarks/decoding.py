@@ -86,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spread = f"{args.count / max(seconds[name]):.0f} to {args.count / min(seconds[name]):.0f}"
         print(f"  {name:<18} {args.count / median:7.0f} images/s (median; {spread})")
     ratio = medians["decoded each time"] / medians["from the cache"]
-    print(
-        f"  the cache is {ratio:.2f} times as fast; it takes {built:.1f} s to build and {size:.0f} MiB; the pixels are equal"
-    )
+    print(f"  the cache is {ratio:.2f} times as fast; it takes {built:.1f} s to build and {size:.0f} MiB; same pixels")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from common.flags import Flags
 
 # Flags that are read and do not change what a run computes: it may go on under other values of these.
 _FREE = frozenset(
-    "overwrite dry_run num_worker log_root download_data local_rank save_step error_step test_batch_size".split()
+    "overwrite dry_run num_worker image_cache log_root download_data local_rank"
+    " save_step error_step test_batch_size".split()
 )
 # Flags that change numbers only as another machine does: a run may go on, and a line says so.
 _MACHINE = frozenset(("device", "compile"))
@@ -142,7 +143,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         # Only for folders does the path say which data set it is; the others may be moved about.
         if name == "data_path" and now["dataset"] != "folder":
             return True
-        if name in ("data_path", "resume_path") and before[name] and now[name]:
+        if name in ("data_path", "resume_path", "load_path") and before[name] and now[name]:
             return Path(before[name]).resolve() == Path(now[name]).resolve()
         return before[name] == now[name]
 

@@ -16,7 +16,7 @@ def run_in(folder, **changes) -> Run:
     flags = Flags({**VALUES, **changes})
     for name in USED:
         getattr(flags, name)
-    return Run(folder, flags, weights="last.model", resume="last.resume")
+    return Run(folder, flags, weights="last.model", resume="last.resume", replace=flags.overwrite)
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""The ImageNet-30 path through the real commands, on small pictures: workers, cache, both stages, outlier sets."""
+
+import json
+
+import pytest
+import torch
+
+import eval as evaluate
+import train
+import train_cocsr
+from tests.conftest import SHIFT
+from tests.datasets.test_pictures import photographs
+
+SMALL = ["--dataset", "imagenet", "--model", "resnet8", "--image_size", "16", *SHIFT]
+SPARSE = ["--sr_dict_size", "8", "--invert_sr_feature_norm"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    photographs(root, {"one_class_train/acorn": 9, "one_class_train/tank": 8, "one_class_test/acorn": 5})
+    photographs(root, {"one_class_test/tank": 4})
+    return root
+
+
+def test_both_stages_and_evaluation_of_one_class(data, tmp_path, capsys):
+    common = [*SMALL, "--data_path", str(data), "--one_class_idx", "1"]
+    log = ["--log_root", str(tmp_path), "--batch_size", "4"]
+    weights = []
+    for workers, cache in (("0", []), ("2", ["--image_cache", str(tmp_path / "cache")])):
+        args = [*common, *log, "--mode", "simclr_CSI", "--epochs", "2", "--num_worker", workers, *cache]
+        assert train.main([*args, "--suffix", workers]) == 0, capsys.readouterr().err
+        stage1 = tmp_path / f"imagenet_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_1_{workers}"
+        weights.append(torch.load(stage1 / "last.model", weights_only=True))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])  # workers and cache: same pixels
+    assert len(weights[0]["linear.weight"]) == 2
+    args = [*common, *log, *SPARSE, "--resume_path", str(stage1), "--epochs", "3", "--ini_sr_dict_train"]
+    assert train_cocsr.main([*args, "--num_worker", "0"]) == 0, capsys.readouterr().err
+    (stage2,) = tmp_path.glob("*cocsr_dict*")
+    assert evaluate.main([*common, *SPARSE, "--mode", "ood_pre_cocsr_refmix", "--load_path", str(stage2)]) == 0
+    result = json.loads((stage2 / "result_ood_pre_cocsr_refmix_CSI_sr.json").read_text())
+    assert set(result["auroc"]) == {"one_class_0"} and (result["n_in"], result["n_out"]) == (4, 5)
+
+
+def test_all_classes_need_the_published_outlier_sets_or_others_only_in_evaluation(data, tmp_path, capsys):
+    common = [*SMALL, "--data_path", str(data)]
+    args = [*common, "--mode", "simclr_CSI", "--epochs", "1", "--batch_size", "8", "--num_worker", "0"]
+    assert train.main([*args, "--log_root", str(tmp_path)]) == 0
+    (run,) = tmp_path.iterdir()
+    before = sorted(run.iterdir())
+    assert evaluate.main([*common, "--load_path", str(run)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: --ood_dataset: not there:")
+    for name in ("cub", "stanford_dogs", "flowers102", "places365", "food_101", "caltech_256", "dtd", "pets"):
+        assert f"{name} (" in told
+    assert sorted(run.iterdir()) == before
+    photographs(tmp_path / "others", {"../dtd/images/a": 3})
+    args = [*common, "--load_path", str(run), "--ood_dataset", "dtd", "interp", "--test_batch_size", "4"]
+    assert evaluate.main([*args, "--ood_data_path", str(tmp_path / "others"), "--save_score"]) == 0
+    result = json.loads((run / "result_ood_pre_CSI.json").read_text())
+    assert set(result["auroc"]) == {"dtd", "interp"} and (result["n_in"], result["n_out"]) == (9, 3 + 9)
+    assert (run / "scores_ood_pre_CSI_interp.csv").is_file()
