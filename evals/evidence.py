@@ -17,7 +17,7 @@ from common.seed import generator
 from datasets import ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
-from evals.features import Outputs, class_outputs, cocsr_outputs, code_outputs, net_outputs, rot_trans_outputs
+from evals.features import Outputs, class_outputs, cocsr_outputs, code_outputs, net_outputs
 from models.checkpoint import State, cocsr_from_state, find_weights, net_from_state, rot_trans_from_state
 from models.feature_net import CocsrNet, Features, FeatureTransform
 from models.sparse.dictionary import CodingSpec, DictionaryBank
@@ -155,6 +155,6 @@ ROT_TRANS = Evidence(
     ("last.model",),
     lambda flags, names: rotations_and_translations(),
     _read_rot_trans,
-    rot_trans_outputs,
+    net_outputs,
     plain=True,
 )

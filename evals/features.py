@@ -18,12 +18,15 @@ from models.sparse.dictionary import DictionaryBank
 Outputs = dict[str, Tensor]
 
 
-def net_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
-    """Views (b, K, 3, H, W) -> h (b, K, F), z (b, K, P), shift (b, K, K) of a stage-1 network."""
+def net_outputs(net: FeatureNet | RotTransNet) -> Callable[[Tensor], Outputs]:
+    """Views (b, K, 3, H, W) -> h (b, K, F), z (b, K, P), shift (b, K, K) of a stage-1 network.
+
+    Or the logits of Rot+Trans: rotation (b, K, 4), vertical and horizontal (b, K, 3).
+    """
 
     def outputs(views: Tensor) -> Outputs:
-        features = net(views.flatten(0, 1))
-        return {name: value.unflatten(0, views.shape[:2]) for name, value in features._asdict().items()}
+        named = net(views.flatten(0, 1))._asdict()
+        return {name: value.unflatten(0, views.shape[:2]) for name, value in named.items()}
 
     return outputs
 
@@ -35,16 +38,6 @@ def class_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
         h = net.features(views.flatten(0, 1))
         logits = {"linear": net.linear(h), "joint": net.joint_distribution_layer(h)}
         return {name: value.float().unflatten(0, views.shape[:2]) for name, value in logits.items()}
-
-    return outputs
-
-
-def rot_trans_outputs(net: RotTransNet) -> Callable[[Tensor], Outputs]:
-    """Views (b, 36, 3, H, W) -> logits rotation (b, 36, 4), vertical (b, 36, 3), horizontal (b, 36, 3)."""
-
-    def outputs(views: Tensor) -> Outputs:
-        logits = net(views.flatten(0, 1))
-        return {name: value.unflatten(0, views.shape[:2]) for name, value in logits._asdict().items()}
 
     return outputs
 
