@@ -115,6 +115,13 @@ def positive(**values: float) -> None:
             raise UserError(f"--{name} must be > 0, got {value}")
 
 
+def not_negative(**values: float) -> None:
+    """Raise UserError for the first value that is not zero or above; keyword = name of its flag."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"--{name} must be >= 0, got {value}")
+
+
 def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
     """Parse `argv` (default: the command line).
 

@@ -46,9 +46,10 @@ class DataSource:
             raise UserError(f"--num_worker must be >= 0, got {self.num_worker}")
 
     @classmethod
-    def of(cls, flags: Any, dataset: str) -> "DataSource":
-        """From the flags; only those that reading `dataset` depends on are read."""
-        return pick(cls, flags, only=DATASETS[dataset].flags)
+    def of(cls, flags: Any, dataset: str, *, training: bool = False) -> "DataSource":
+        """From the flags; only those that reading `dataset` depends on, for training or for evaluation, are read."""
+        used = DATASETS[dataset].flags
+        return pick(cls, flags, only=used if training else [flag for flag in used if flag != "image_cache"])
 
 
 @dataclass(frozen=True)

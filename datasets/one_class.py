@@ -56,13 +56,19 @@ class Split:
         return replace(data, labels=group_of[data.labels])
 
 
-def split_one_class(dataset: str, source: DataSource, one_class_idx: int | None, model_size: int) -> Split:
-    """Look the data set up and check the class. model_size: pixels the model is for, where nothing else says.
+def split_one_class(
+    dataset: str, source: DataSource, one_class_idx: int | None, model_size: int, *, fixed: bool = False
+) -> Split:
+    """Look the data set up and check the class.
 
-    Raises: UserError for a class out of range, or a folder that holds no classes.
+    model_size: pixels the model is for, where nothing else says; fixed: it takes no other.
+    Raises: UserError for a class out of range, a folder that holds no classes, or a size that the model does not take.
     """
     spec = DATASETS[dataset]
-    source = replace(source, image_size=source.image_size or spec.image_size or model_size)
+    if fixed and source.image_size not in (None, model_size):
+        raise UserError(f"--image_size {source.image_size}: the model takes images of {model_size} pixels only")
+    wanted = model_size if fixed else source.image_size or spec.image_size or model_size
+    source = replace(source, image_size=wanted)
     names = spec.classes(source)
     # A folder that only the test split has is never normal.
     n_classes = spec.n_train_classes(source) if spec.n_train_classes else len(names)

@@ -58,15 +58,29 @@ def find_outliers(
             missing.append(f"{name} ({str(error).removeprefix('--data_path: ')})")
     if missing:
         raise UserError(
-            f"--ood_dataset: not there: {'; '.join(missing)}. Put them there, say where with --ood_data_path, or choose"
-            " others with --ood_dataset"
+            f"--ood_dataset: not to be had: {'; '.join(missing)}. Put them there, say where with --ood_data_path, or"
+            " choose others with --ood_dataset"
         )
     return loaders
 
 
+def outlier_flags(name: str) -> tuple[str, ...]:
+    """What of a `DataSource` the set depends on, besides the size of the images."""
+    if name == INTERP:
+        return ()
+    if name in DATASETS:
+        return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache"))
+    return ("num_worker", "skip_bad_images") + (("data_path",) if name in PICTURE_SETS else ())
+
+
 def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: int) -> Callable[[], ImageSet]:
     if name == INTERP:
-        return lambda: interpolated(normal(), lag)
+        images = normal()
+        if len(images) <= lag:
+            raise UserError(f"{len(images)} normal test images cannot be mixed {lag} apart; lower --test_batch_size")
+        return lambda: interpolated(images, lag)
+    if name in ("folder", FOLDER):
+        raise UserError(f"give its path: {FOLDER}<path>")
     if name in DATASETS:
         data = split_one_class(name, source, None, source.image_size or 32).test()
         return lambda: data

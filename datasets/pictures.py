@@ -98,6 +98,10 @@ def open_cache(paths: Sequence[Path], short_side: int, folder: Path, *, workers:
         except OSError as error:
             raise UserError(f"--image_cache: cannot write {file} ({error.strerror})") from None
     held = json.loads(index.read_text())
+    missing = sorted(set(range(len(paths))) - set(held["places"]))
+    if missing and not skip_bad:
+        raise unreadable(paths[missing[0]], "it was left out when the cache was built")
+    tell_skipped(len(missing), len(paths), paths[0].parent)
     return Cached(file, np.array(held["sizes"], np.int64)), held["places"]
 
 
@@ -120,7 +124,6 @@ def _write_pixels(out: BinaryIO, held: dict[str, list], decoded: Decoded, worker
         held["sizes"].append(item.shape[:2])
         held["places"].append(n)
         out.write(item.tobytes())
-    tell_skipped(len(decoded) - len(held["places"]), len(decoded), decoded.paths[0].parent)
 
 
 class _OrError(Dataset):

@@ -30,11 +30,12 @@ class Looks:
 class Shift:
     """One transformation. combine: (x, other) -> x', all (B, 3, H, W).
 
-    looks: x and other are these looks at the image; None: they are the image and its partner.
+    partner: whether `other`, its mix partner, matters. looks: x and other are these two looks at the image instead.
     colours, crop: whether the aligned augmentation that follows still changes colours, and crops.
     """
 
     combine: Callable[[Tensor, Tensor], Tensor]
+    partner: bool = False
     looks: Looks | None = None
     colours: bool = True
     crop: bool = True
@@ -76,7 +77,7 @@ class ShiftSpec:
     @property
     def mixes_neighbours(self) -> bool:
         """Whether some shift needs a partner, so that one image alone cannot be shifted."""
-        return "bmix" in self.shift_trans_type
+        return any(shift.partner for shift in self.functions())
 
 
 def rotate(x: Tensor, other: Tensor, *, quarters: int) -> Tensor:
@@ -121,7 +122,7 @@ def _cut_permutations() -> list[Shift]:
 
 
 def _batch_mix(s: ShiftSpec) -> list[Shift]:
-    return [Shift(partial(mix, alpha=s.mix_alpha))]
+    return [Shift(partial(mix, alpha=s.mix_alpha), partner=True)]
 
 
 def _self_mixes(s: ShiftSpec) -> list[Shift]:
@@ -130,11 +131,11 @@ def _self_mixes(s: ShiftSpec) -> list[Shift]:
 
 def _crop_mix(s: ShiftSpec) -> list[Shift]:
     crops = AlignedSpec(0.0, s.cropmix_resize_factor, s.cropmix_resize_fix)
-    return [Shift(partial(mix, alpha=s.mix_alpha), Looks(crops, crop_only), crop=s.cropmix_crop_aug)]
+    return [Shift(partial(mix, alpha=s.mix_alpha), looks=Looks(crops, crop_only), crop=s.cropmix_crop_aug)]
 
 
 def _augment_mix(s: ShiftSpec, spec: AlignedSpec) -> list[Shift]:
-    return [Shift(partial(mix, alpha=s.mix_alpha), Looks(spec, aligned), colours=False, crop=False)]
+    return [Shift(partial(mix, alpha=s.mix_alpha), looks=Looks(spec, aligned), colours=False, crop=False)]
 
 
 @dataclass(frozen=True)

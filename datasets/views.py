@@ -92,6 +92,7 @@ def draw_views(
     # One row more than images: the flips of the reference.
     flip_NK = torch.rand(n + 1, k_shifts, device=device, generator=gen) < (0.5 if flips else 0.0)
     shift_index = torch.arange(k_shifts, device=device)
+    mixes = any(shift.partner for shift in spec.shifts)
     draw = None
     if spec.aligned is not None:
         draw = draw_aligned(n * k_shifts, images.size, spec.aligned, gen)
@@ -101,7 +102,7 @@ def draw_views(
         x = images.batch(index)
         if reference is None:
             partner_index = (index + 1) % n
-            partner = images.batch(partner_index)
+            partner = images.batch(partner_index) if mixes else x
         else:
             partner_index = torch.full_like(index, n)
             partner = reference.expand_as(x)

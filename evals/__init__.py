@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from common.flags import Flags
 from evals.accuracy import run_accuracy
@@ -20,17 +21,23 @@ class EvalMode:
     trained_by: tuple[str, ...]
 
 
-_CONTRASTIVE = ("simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI")
+# A stage-2 file holds the stage-1 network; linear heads leave it as it was.
+_CONTRASTIVE = ("simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI", "sup_linear", "sup_CSI_linear", "cocsr_dict")
+_LABELLED = ("sup_linear", "sup_CSI_linear")
+
+
+def _row(run: Callable[..., None], looks_at: Evidence, trained_by: tuple[str, ...], **settings: Any) -> EvalMode:
+    return EvalMode(partial(run, trained_by=trained_by, **settings), looks_at, trained_by)
 
 
 def _detection(evidence: Evidence, trained_by: tuple[str, ...], *, reference: bool = False) -> EvalMode:
-    return EvalMode(partial(run_detection, evidence=evidence, reference=reference), evidence, trained_by)
+    return _row(run_detection, evidence, trained_by, evidence=evidence, reference=reference)
 
 
 def _picture(
     evidence: Evidence, trained_by: tuple[str, ...], output: str | None, *, reference: bool = False
 ) -> EvalMode:
-    return EvalMode(partial(run_tsne, evidence=evidence, output=output, reference=reference), evidence, trained_by)
+    return _row(run_tsne, evidence, trained_by, evidence=evidence, output=output, reference=reference)
 
 
 EVALS: dict[str, EvalMode] = {
@@ -40,10 +47,10 @@ EVALS: dict[str, EvalMode] = {
     "ood_pre_cocsr_refmix": _detection(SPARSE, ("cocsr_dict",), reference=True),
     "ood_pre_multi_sr": _detection(MULTI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(MULTI_SR, _CONTRASTIVE, reference=True),
-    "ood": _detection(LABELLED, ("sup_linear", "sup_CSI_linear")),
+    "ood": _detection(LABELLED, _LABELLED),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",)),
-    "test_acc": EvalMode(partial(run_accuracy, marginalized=False), LABELLED, ("sup_linear", "sup_CSI_linear")),
-    "test_marginalized_acc": EvalMode(partial(run_accuracy, marginalized=True), LABELLED, ("sup_CSI_linear",)),
+    "test_acc": _row(run_accuracy, LABELLED, _LABELLED, marginalized=False),
+    "test_marginalized_acc": _row(run_accuracy, LABELLED, ("sup_CSI_linear",), marginalized=True),
 }
 
 TSNES: dict[str, EvalMode] = {

@@ -4,6 +4,7 @@ Letters: N images, C classes.
 """
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -19,16 +20,18 @@ from evals.subject import load_subject
 _BINS = 15
 
 
-def run_accuracy(flags: Flags, *, marginalized: bool) -> None:
+def run_accuracy(flags: Flags, *, marginalized: bool, trained_by: Sequence[str]) -> None:
     """Accuracy and expected calibration error on the test images of the training classes, written as JSON.
 
-    marginalized: by the joint head, averaged over the four rotations, else by the linear head.
+    trained_by: modes of training whose weights make sense. marginalized: by the joint head, averaged over the four
+    rotations, else by the linear head.
     Raises: UserError as `load_subject`; for weights of another number of classes.
     """
     begun = time.monotonic()
     if flags.one_class_idx is not None:
         raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
-    subject = load_subject(flags, LABELLED, names=["baseline_marginalized"] if marginalized else ["baseline"])
+    names = ["baseline_marginalized"] if marginalized else ["baseline"]
+    subject = load_subject(flags, LABELLED, trained_by=trained_by, names=names)
     test = subject.split.test()
     test = test.where(subject.split.normal(test.labels))
     for line in flags.tell_unread():

@@ -18,7 +18,8 @@ def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Detection:
-    """aurocs: by name of the anomalous set; mean: of those; pooled: against all anomalous images together."""
+    """aurocs: by name of the anomalous set. mean: of those of classes, where there are any, else of other sets; pooled:
+    against all images of these together, n_out of them."""
 
     aurocs: dict[str, float]
     mean: float
@@ -31,11 +32,14 @@ class Detection:
         return {"auroc": self.aurocs, "mean": self.mean, "pooled": self.pooled, "n_in": self.n_in, "n_out": self.n_out}
 
 
-def detect(normal: np.ndarray, anomalous: dict[str, np.ndarray]) -> Detection:
-    """AUROC of the scores of normal images (n,) against each named set of others."""
-    aurocs = {name: auroc(normal, scores) for name, scores in anomalous.items()}
-    everything = np.concatenate(list(anomalous.values()))
-    mean = float(np.mean(list(aurocs.values())))
+def detect(
+    normal: np.ndarray, classes: dict[str, np.ndarray], others: dict[str, np.ndarray] | None = None
+) -> Detection:
+    """AUROC of the scores of normal images (n,) against each class of the same data set, and each other set."""
+    aurocs = {name: auroc(normal, scores) for name, scores in (classes | (others or {})).items()}
+    counted = classes or others or {}
+    everything = np.concatenate(list(counted.values()))
+    mean = float(np.mean([aurocs[name] for name in counted]))
     return Detection(aurocs, mean, auroc(normal, everything), len(normal), len(everything))
 
 

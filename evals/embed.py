@@ -3,6 +3,7 @@
 Letters: N images, K shifts, F feature size, M atoms.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ _STYLE: dict[str, dict[str, Any]] = {
 _LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
 
 
-def run_tsne(flags: Flags, *, evidence: Evidence, output: str | None, reference: bool = False) -> None:
+def run_tsne(
+    flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], output: str | None, reference: bool = False
+) -> None:
     """Draw one picture per shift (and layer) beside the checkpoint.
 
     output: name of the network's output to show; None: the layers of --ood_layer. With `s`, the features that are
@@ -35,7 +38,7 @@ def run_tsne(flags: Flags, *, evidence: Evidence, output: str | None, reference:
     """
     shown = _shown(flags, output)
     limit = flags.tsne_points
-    subject = load_subject(flags, evidence, reference=reference)
+    subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference)
     for line in flags.tell_unread():
         print(line)
     test = subject.split.test().to(subject.device)

@@ -47,6 +47,7 @@ class Evidence:
     shifts: (flags, names of the scores) -> what every image is looked at under. plain: without augmentation, once.
     read: (flags, state dict, its file, K) -> network. outputs: network -> (views -> Outputs).
     finish: (flags, network, training outputs) -> what is made of averaged outputs.
+    fitted: whether scores are fitted to the normal training images; else nobody looks at them.
     """
 
     scores: tuple[str, ...]
@@ -56,6 +57,7 @@ class Evidence:
     outputs: Callable[[Any], Callable[[Tensor], Outputs]]
     finish: Callable[[Flags, Any, Outputs], Finished] = _as_they_are
     plain: bool = False
+    fitted: bool = True
 
     def load(self, flags: Flags, shifts: int) -> tuple[nn.Module, Any]:
         """The network of --load_path and its file. Raises: UserError for a missing, damaged or unfitting file."""
@@ -148,7 +150,13 @@ SPARSE = Evidence(
 )
 MULTI_SR = Evidence(_SPARSE_SCORES, _STAGE1_FILES, _trained_shifts, _read_stage1, net_outputs, _fitted_dictionary)
 LABELLED = Evidence(
-    ("baseline", "baseline_marginalized"), ("last.model",), _label_shifts, _read_labelled, class_outputs, plain=True
+    ("baseline", "baseline_marginalized"),
+    ("last.model",),
+    _label_shifts,
+    _read_labelled,
+    class_outputs,
+    plain=True,
+    fitted=False,
 )
 ROT_TRANS = Evidence(
     ("rot_trans",),
@@ -157,4 +165,5 @@ ROT_TRANS = Evidence(
     _read_rot_trans,
     net_outputs,
     plain=True,
+    fitted=False,
 )

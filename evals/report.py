@@ -4,7 +4,7 @@ import csv
 import io
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from common.files import write_json, write_text
 from common.flags import Flags, pick
 from common.run import describe_program
 from datasets import DataSource, ImageSet
-from datasets.outliers import INTERP, MULTI_CLASS, find_outliers
+from datasets.outliers import INTERP, MULTI_CLASS, find_outliers, outlier_flags
 from evals.detection import detect, quantile_line
 from evals.evidence import Evidence
 from evals.features import Outputs
@@ -26,8 +26,10 @@ from evals.subject import Subject, load_subject
 from models.feature_net import CocsrNet
 
 
-def run_detection(flags: Flags, *, evidence: Evidence, reference: bool = False) -> None:
+def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False) -> None:
     """Evaluate one checkpoint by `evidence`. reference: mix test images with reference training images.
+
+    trained_by: modes of training whose weights make sense.
 
     Raises: UserError as `load_subject`; for a score that the mode has not the means for; for missing data sets, all of
     them at once; for nothing to tell apart.
@@ -39,7 +41,9 @@ def run_detection(flags: Flags, *, evidence: Evidence, reference: bool = False) 
     begun = time.monotonic()
     options = {name: {flag: getattr(flags, flag) for flag in SCORES[name].flags} for name in names}
     print_score, save_score = flags.print_score, flags.save_score
-    subject = load_subject(flags, evidence, reference=reference, names=names)
+    for name in names:
+        trained_by = [mode for mode in trained_by if mode in (SCORES[name].trained_by or trained_by)]
+    subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, names=names)
     test = subject.split.test()
     normal = subject.split.normal(test.labels)
     others = other_sets(flags, subject, lambda: test.where(normal))
@@ -68,7 +72,7 @@ def run_detection(flags: Flags, *, evidence: Evidence, reference: bool = False) 
             )
         own = values.pop(flags.dataset)
         anomalous = _by_class(test, own, is_normal) | values
-        found = detect(own[is_normal], anomalous)
+        found = detect(own[is_normal], _by_class(test, own, is_normal), values)
         result = {"score": name, **result_facts(flags, subject, begun), **found.as_result()}
         _show(subject, result)
         if print_score:
@@ -105,11 +109,15 @@ def other_sets(flags: Flags, subject: Subject, normal: Callable[[], ImageSet]) -
     normal: the normal test images. Raises: UserError that names all that are missing.
     """
     usual = MULTI_CLASS.get(flags.dataset, ()) if flags.one_class_idx is None else ()
-    names = [name for name in dict.fromkeys(flags.ood_dataset or usual) if name != flags.dataset]
+    names = list(dict.fromkeys(flags.ood_dataset or usual))
+    if flags.dataset in names:
+        names.remove(flags.dataset)
+        print(f"note: --ood_dataset {flags.dataset} is the normal data set itself; left out")
     if not names:
         return {}
-    source = pick(DataSource, flags, only=("num_worker", "download_data", "skip_bad_images"))
-    place = flags.ood_data_path or flags.data_path
+    used = {flag for name in names for flag in outlier_flags(name)}
+    source = pick(DataSource, flags, only=used - {"data_path"})
+    place = (flags.ood_data_path or flags.data_path) if "data_path" in used else ""
     source = replace(source, data_path=place, image_size=subject.split.source.image_size)
     lag = flags.test_batch_size if INTERP in names else 1
     return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}

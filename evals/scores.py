@@ -189,11 +189,12 @@ def _baseline(train: Outputs, D: Tensor | None, *, marginalized: bool) -> Score:
 class ScoreSpec:
     """One row. fit: (outputs of the normal training images, dictionaries (K, F, M) or None, **flags) -> score.
 
-    flags: names of the flags that `fit` takes.
+    flags: names of the flags that `fit` takes. trained_by: the only modes of training that make a head it looks at.
     """
 
     fit: Callable[..., Score]
     flags: tuple[str, ...] = ()
+    trained_by: tuple[str, ...] | None = None
 
 
 _PARTS = ("disable_sim_score", "disable_shi_score")
@@ -206,6 +207,6 @@ SCORES: dict[str, ScoreSpec] = {
     "knn": ScoreSpec(_knn, ("knn_k",)),
     "ocsvm": ScoreSpec(_ocsvm),
     "baseline": ScoreSpec(partial(_baseline, marginalized=False)),
-    "baseline_marginalized": ScoreSpec(partial(_baseline, marginalized=True)),
+    "baseline_marginalized": ScoreSpec(partial(_baseline, marginalized=True), trained_by=("sup_CSI_linear",)),
     "rot_trans": ScoreSpec(lambda train, D: transformation_score),
 }

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -66,31 +67,50 @@ class Subject:
         return {name: value.float().cpu() for name, value in means.items()}
 
     def outputs_of_sets(self, tests: Mapping[str, ImageSet]) -> tuple[Outputs, dict[str, Outputs]]:
-        """Outputs of the normal training images, and of each set of test images.
+        """Outputs of the normal training images (none where nothing is fitted to them), and of each set of test images.
 
         Training images always mix with their neighbours, test images with reference images where `references` says so.
         """
+        if not self.evidence.fitted:
+            return {}, {name: self.outputs(data, f"{name} test images") for name, data in tests.items()}
         train = self.split.train().to(self.device)
         pool = reference_pool(train, self.references, self.draws.seed) if self.references else None
         seen = self.outputs(train, "training images")
         return seen, {name: self.outputs(data, f"{name} test images", pool) for name, data in tests.items()}
 
 
-def load_subject(flags: Flags, evidence: Evidence, *, reference: bool = False, names: Sequence[str] = ()) -> Subject:
+def load_subject(
+    flags: Flags,
+    evidence: Evidence,
+    *,
+    trained_by: Sequence[str],
+    reference: bool = False,
+    names: Sequence[str] = (),
+) -> Subject:
     """Read the checkpoint and look the data up as the flags say.
 
-    reference: test images mix with reference training images. names: the scores that are wanted.
-    Raises: UserError for a missing or damaged checkpoint, one of another model or number of shifts, missing data.
+    trained_by: modes of training whose weights make sense. reference: test images mix with reference training images.
+    names: the scores that are wanted.
+    Raises: UserError for a missing or damaged checkpoint, one of another mode, model or number of shifts, missing data.
     """
     device = pick_device(flags.device)
     shifts = evidence.shifts(flags, names)
     aligned = None if evidence.plain else pick(AlignedSpec, flags)
     net, path = evidence.load(flags, len(shifts))
+    trained = _training_flags(path)
+    if trained.get("mode", trained_by[0]) not in trained_by:
+        raise UserError(
+            f"--load_path: {path} was trained by --mode {trained['mode']};"
+            f" --mode {flags.mode}{' ' + ' '.join(names) if names else ''} is for weights of {', '.join(trained_by)}"
+        )
     _check_writable(path.parent)
+    backbone = backbone_spec(flags.model)
     source = DataSource.of(flags, flags.dataset)
-    split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone_spec(flags.model).image_size)
-    _tell_training(flags, path)
-    draws = DrawSpec(shifts, aligned, flags.seed, batch_size=flags.ood_batch_size)
+    split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)
+    _tell_training(flags, path, trained)
+    # Many shifts make many views of an image; no result depends on how many images come at a time.
+    batch_size = max(1, flags.ood_batch_size // max(1, len(shifts) // 8))
+    draws = DrawSpec(shifts, aligned, flags.seed, batch_size=batch_size)
     net = net.to(device).eval()
     references = flags.refmix_batch_size if reference else 0
     samples = 1 if evidence.plain else flags.ood_samples
@@ -105,13 +125,17 @@ def _check_writable(folder: Path) -> None:
         )
 
 
-def _tell_training(flags: Flags, path: Path) -> None:
-    """Say which flags differ from those the checkpoint was trained with, as its folder's args.json has them."""
+def _training_flags(path: Path) -> dict[str, Any]:
+    """The flags that a checkpoint's training depended on, as args.json beside it has them; none without that file."""
     try:
         written = json.loads((path.parent / "args.json").read_text())
-        trained = {name: written["flags"][name] for name in written["used"]}
+        return {name: written["flags"][name] for name in written["used"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return
+        return {}
+
+
+def _tell_training(flags: Flags, path: Path, trained: Mapping[str, Any]) -> None:
+    """Say which flags differ from those the checkpoint was trained with."""
     now = flags.as_dict()
     both = trained.keys() & set(flags.used())
     for name in [name for name in _SEEN if name in both]:

@@ -12,10 +12,11 @@ from models.resnet import BasicBlock, Bottleneck, ResNet
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """make: builds it with fresh weights. image_size: pixels on a side that it is for."""
+    """make: builds it with fresh weights. image_size: pixels on a side it is for; fixed_size: it takes no other."""
 
     make: Callable[[], nn.Module]
     image_size: int = 32
+    fixed_size: bool = False
 
 
 def _torchvision(name: str) -> Callable[[], nn.Module]:
@@ -68,4 +69,6 @@ def backbone_spec(name: str) -> BackboneSpec:
             net.input_mean, net.input_std = config.mean, config.std
         return net
 
-    return BackboneSpec(make, image_size=config.input_size[-1] if config is not None else 224)
+    if config is None:
+        return BackboneSpec(make, image_size=224)
+    return BackboneSpec(make, image_size=config.input_size[-1], fixed_size=config.fixed_input_size)

@@ -91,7 +91,9 @@ def net_from_state(
     except KeyError as error:
         raise UserError(f"--{flag}: {path} holds no weights of a stage-1 network (no {error})") from None
     if n_shifts not in (None, shifts_there):
-        raise UserError(f"--shift_trans_type: it has {n_shifts} shifts, but {path} was trained with {shifts_there}")
+        raise UserError(
+            f"--{flag}: {path} was trained with {shifts_there} shifts, there are {n_shifts} here (--shift_trans_type)"
+        )
     if simclr_dim not in (None, dim_there):
         print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
     net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=shifts_there, seed=0)

@@ -1,6 +1,7 @@
 """docs/coverage.md says what became of every published flag and name; here it is held against the program's tables."""
 
 import re
+import shutil
 
 import pytest
 
@@ -86,11 +87,12 @@ def test_refused_names_are_refused_in_one_line_that_says_why(section, flag, sect
 
 def test_flags_without_effect_are_told_whatever_the_script(stage1, tmp_path, capsys):
     """Flags that some shared piece of code might read in passing, each where it changes nothing."""
+    stage1 = shutil.copytree(stage1, tmp_path / "stage1")
     common = "--dataset digits --image_size 8 --model resnet8 --one_class_idx 3".split()
     idle = "--num_worker 2 --skip_bad_images --image_cache c --data_path x --download_data".split()
     args = [*common, *idle, "--mix_alpha", "0.3", "--cropmix_crop_aug", "--cropmix_resize_factor", "0.2"]
     more = ["--error_step", "3", "--test_batch_size", "9", "--load_path", "x", "--sr_rho", "2", "--ood_samples", "3"]
-    assert train.main([*args, *more, "--mode", "simclr", "--epochs", "1", "--log_root", str(tmp_path)]) == 0
+    assert train.main([*args, *more, "--mode", "simclr", "--epochs", "1", "--log_root", str(tmp_path / "l")]) == 0
     told = set(re.findall(r"note: --(\w+) has no effect here", capsys.readouterr().out))
     given = {a.removeprefix("--") for a in [*idle, *args, *more] if a.startswith("--")}
     assert told == given - {"dataset", "image_size", "model", "one_class_idx"}
@@ -100,6 +102,10 @@ def test_flags_without_effect_are_told_whatever_the_script(stage1, tmp_path, cap
     code = evaluate.main([*common, *shift, *idle, "--mode", "ood_pre", "--load_path", str(stage1)])
     told = set(re.findall(r"note: --(\w+) has no effect here", capsys.readouterr().out))
     assert code == 0 and told == {a.removeprefix("--") for a in idle if a.startswith("--")}
+    idle = "--ood_dataset interp --test_batch_size 9 --skip_bad_images --ood_data_path /no --download_data".split()
+    code = evaluate.main([*common, *shift, *idle, "--mode", "ood_pre", "--load_path", str(stage1)])
+    told = set(re.findall(r"note: --(\w+) has no effect here", capsys.readouterr().out))
+    assert code == 0 and told == {"skip_bad_images", "ood_data_path", "download_data"}
     idle = ["--ood_score", "CSI", "--print_score", "--save_score", "--ood_dataset", "interp"]
     code = tsne.main(
         [*common, *shift, *idle, "--mode", "ood_pre_tsne", "--load_path", str(stage1), "--tsne_points", "5"]

@@ -92,6 +92,17 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
     assert script(mode).main(args) == 0 and "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("given, expected", [([], 0.07), (["--temperature", "0.3"], 0.3)])
+def test_labelled_modes_have_a_temperature_of_their_own(given, expected, pictures, tmp_path, monkeypatch):
+    import training.modes.simclr as simclr
+
+    seen = []
+    real = simclr.sup_nt_xent
+    monkeypatch.setattr(simclr, "sup_nt_xent", lambda *args: (seen.append(args[-1]), real(*args))[1])
+    args = [*SMALL, "--data_path", str(pictures), "--mode", "sup_simclr", "--epochs", "1", "--log_root", str(tmp_path)]
+    assert train.main([*args, *given]) == 0 and set(seen) == {expected}
+
+
 @pytest.mark.parametrize("mode, training", [(m, t) for m, row in EVALS.items() for t in row.trained_by])
 def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
@@ -99,12 +110,14 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     folder = trained(training)[1]
     labelled = training.startswith("sup_")
     detects = mode.startswith(("ood", "rot"))
-    scores = [name for name in EVALS[mode].evidence.scores if detects]
+    # A score that looks at a head is for the modes that train this head.
+    scores = [n for n in EVALS[mode].evidence.scores if detects and training in (SCORES[n].trained_by or [training])]
     more = ["--ood_score", *scores, "--save_score"] if detects else []
-    more += ["--ood_dataset", "interp", "digits", f"folder:{pictures / 'test/b'}"] if labelled and detects else []
+    sets = ["--ood_dataset", "interp", "digits", f"folder:{pictures / 'test/b'}", "--test_batch_size", "3"]
+    more += sets if labelled and detects else []
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in mode else []
     # The heads of a labelled run were trained on the four rotations, or on none.
-    more += ["--shift_trans_type", "rotation"] if training == "sup_simclr_CSI" else []
+    more += ["--shift_trans_type", "rotation"] if "sup_" in training and "CSI" in training and "ood_pre" in mode else []
     more += ["--invert_sr_feature_norm"] if training == "cocsr_dict" else []
     found = []
     for copy in ("a", "b"):
@@ -134,6 +147,38 @@ def test_a_picture_mode_draws_every_shift(mode, trained, pictures, tmp_path):
     assert tsne.main([*args, "--tsne_points", "8"]) == 0
     pictures_made = sorted((tmp_path / "run").glob(f"{mode}_*_shift*.png"))
     assert len(pictures_made) == 5 and all(path.stat().st_size > 10_000 for path in pictures_made)
+
+
+@pytest.mark.parametrize(
+    "mode, training, score",
+    [
+        ("test_marginalized_acc", "sup_linear", None),
+        ("test_acc", "simclr_CSI", None),
+        ("ood", "sup_linear", "baseline_marginalized"),
+        ("ood", "simclr_CSI", "baseline"),
+        ("rot_trans", "simclr_CSI", "rot_trans"),
+    ],
+)
+def test_heads_that_were_never_trained_are_not_evaluated(mode, training, score, trained, pictures, capsys):
+    folder = trained(training)[1]
+    args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, "--load_path", str(folder)]
+    args = [a for a in args if a not in ("--one_class_idx", "0")]
+    assert evaluate.main([*args, *(["--ood_score", score] if score else [])]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "--load_path" in told and "rot_trans" in told + mode or training in told
+
+
+def test_weights_of_other_classes_are_told(trained, pictures, tmp_path, capsys):
+    """Two classes there, ten here: a head of the wrong size would break in the middle of the first epoch."""
+    start = str(trained("sup_simclr")[1])
+    common = "--dataset digits --image_size 8 --model resnet8 --epochs 9".split() + ["--log_root", str(tmp_path)]
+    for mode, flag in (("sup_simclr", "--resume_path"), ("sup_linear", "--load_path")):
+        assert train.main([*common, "--mode", mode, flag, start]) == 2
+        told = capsys.readouterr().err
+        assert flag in told and "2 classes" in told and not list(tmp_path.iterdir())
+    for rates in (["--lr_init", "0"], ["--lr_init", "-1"], ["--weight_decay", "-1"]):
+        args = [*SMALL, "--data_path", str(pictures), "--mode", "sup_linear", "--load_path", start, *rates]
+        assert train.main([*args, "--log_root", str(tmp_path)]) == 2 and rates[0] in capsys.readouterr().err
 
 
 def test_every_score_is_offered_by_some_mode_and_every_mode_of_training_is_evaluated():

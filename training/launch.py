@@ -40,8 +40,13 @@ def launch(
     if run.finished:
         print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
         return
+    backbone = backbone_spec(flags.model)
     split = split_one_class(
-        flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, backbone_spec(flags.model).image_size
+        flags.dataset,
+        DataSource.of(flags, flags.dataset, training=True),
+        flags.one_class_idx,
+        backbone.image_size,
+        fixed=backbone.fixed_size,
     )
     recipe = mode.build(flags, split, shifts)
     settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.errors import RunStopped
 from common.progress import progress
 from common.run import Run
-from common.seed import generator
+from common.seed import generator, seed_of
 from datasets import ImageSet, PictureSet
 from training.recipe import Batch, Recipe
 
@@ -60,6 +60,8 @@ def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, copies: int, 
         lr = 0.0
         for batch in progress(steps, total=total_steps, label=f"epoch {epoch}/{epochs}"):
             lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
+            # Layers that draw at random (dropout in models of timm) know the global generator only.
+            torch.manual_seed(seed_of(seed, "layers", epoch, batch.step))
             meter.add(_descend(recipe, batch))
         values, bad_step = meter.read()
         if bad_step is not None:

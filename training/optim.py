@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
+from common.flags import not_negative, positive
 
 
 class Lars(Optimizer):
@@ -93,12 +94,8 @@ class OptimSpec:
     epochs: int
 
     def __post_init__(self) -> None:
-        if not self.lr_init > 0:
-            raise UserError(f"--lr_init must be > 0, got {self.lr_init}")
-        if self.warmup < 0:
-            raise UserError(f"--warmup must be >= 0, got {self.warmup}")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight_decay must be >= 0, got {self.weight_decay}")
+        positive(lr_init=self.lr_init)
+        not_negative(warmup=self.warmup, weight_decay=self.weight_decay)
 
     def build(self, params: list[nn.Parameter]) -> Optimizer:
         return OPTIMIZERS[self.optimizer](params, self.lr_init, self.weight_decay)

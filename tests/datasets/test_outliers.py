@@ -5,7 +5,7 @@ from PIL import Image
 
 from common.errors import UserError
 from datasets import DATASETS, DataSource
-from datasets.outliers import MULTI_CLASS, OUTLIERS, find_outliers, interpolated
+from datasets.outliers import MULTI_CLASS, OUTLIERS, PICTURE_SETS, find_outliers, interpolated
 from datasets.sets import image_set
 from tests.datasets.test_folder import save
 
@@ -42,7 +42,6 @@ def test_interp_is_the_exact_mean_with_the_image_a_batch_before():
         image_set(torch.tensor([0, 1], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2), [0, 0]), 1
     )
     torch.testing.assert_close(odd.batch(torch.tensor([1])), torch.full((1, 3, 2, 2), 0.5 / 255))
-    assert torch.equal(interpolated(normal(), 99).images, normal().images.half())
 
 
 def test_folders_are_read_whole_and_by_path(tmp_path):
@@ -52,6 +51,25 @@ def test_folders_are_read_whole_and_by_path(tmp_path):
     assert [len(data) for data in found.values()] == [3, 2, 5]
     assert found["lsun_fix"].images[:, 0, 0, 0].tolist() == [0, 1, 2]
     assert len(found["lsun_fix"].paths) == 3
+
+
+def test_folders_of_the_published_sets():
+    assert {name: folder for name, (folder, _) in PICTURE_SETS.items()} == {
+        **{"lsun_resize": "LSUN_resize", "lsun_fix": "LSUN_fix", "imagenet_resize": "Imagenet_resize"},
+        **{"imagenet_fix": "Imagenet_fix", "stanford_dogs": "stanford_dogs", "cub": "cub200", "pets": "pets"},
+        **{"flowers102": "flowers102", "places365": "places365", "food_101": "food-101/images"},
+        **{"caltech_256": "caltech-256", "dtd": "dtd/images"},
+    }
+
+
+@pytest.mark.parametrize(
+    "name, reason", [("folder:", "give its path"), ("folder", "give its path"), ("interp", "mixed")]
+)
+def test_sets_that_make_no_sense_are_told(name, reason, tmp_path, monkeypatch):
+    solid(tmp_path, 2)
+    monkeypatch.chdir(tmp_path)  # an empty path would be the folder one stands in
+    with pytest.raises(UserError, match=reason):
+        find([name], tmp_path, lag=5)
 
 
 def test_large_sets_are_drawn_the_same_every_time(tmp_path):
@@ -74,7 +92,7 @@ def test_all_missing_sets_are_named_before_anything_is_decoded(tmp_path):
     with pytest.raises(UserError) as told:
         find(["lsun_fix", "svhn", "lsun_resize", "cub", f"folder:{tmp_path}/nothing"], tmp_path)
     text = str(told.value)
-    assert text.startswith("--ood_dataset: not there:")
+    assert text.startswith("--ood_dataset: not to be had:")
     for name in ("svhn", "lsun_resize", "cub", "folder:", "--ood_data_path"):
         assert name in text
     assert "lsun_fix" not in text

@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,9 +130,15 @@ def test_the_cache_is_built_once_and_again_when_a_picture_changed_or_the_cache_i
         file.truncate(1000)
     build()
     assert len(built) == 2
+    before = paths[3].stat()
+    data = bytearray(paths[3].read_bytes())
+    paths[3].write_bytes(data)  # as many bytes as before, at another time
+    os.utime(paths[3], ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    build()
+    assert len(built) == 3
     save(Image.new("RGB", (80, 70), "red"), paths[3])
     again, _ = build()
-    assert len(built) == 3 and again[3].reshape(-1, 3).mean(0)[0] > 200
+    assert len(built) == 4 and again[3].reshape(-1, 3).mean(0)[0] > 200
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -146,6 +153,21 @@ def test_a_damaged_picture_is_named_or_left_out(source, tmp_path, capsys, worker
     assert data.labels.tolist() == [0] * 6 + [1] * 5 and "left out 1 of 12" in capsys.readouterr().out
     assert one_epoch(data, parts=[(0, 1, 2)])[0].shape == (2, 3, 3, 28, 28)
     assert not list(tmp_path.glob("cache/.*"))
+
+
+def test_a_cache_without_the_bad_pictures_is_not_taken_for_a_whole_one(source, tmp_path, capsys):
+    source = replace(source, image_cache=str(tmp_path / "cache"), skip_bad_images=True)
+    bad = tmp_path / "ImageNet/one_class_train/acorn/2.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    stream(source), stream(source)
+    assert capsys.readouterr().out.count("left out 1 of 12") == 2
+    with pytest.raises(UserError, match=r"2\.jpg.*--skip_bad_images"):
+        stream(replace(source, skip_bad_images=False))
+
+
+def test_crops_stay_inside_their_pictures():
+    data = PictureSet([np.zeros((32, 37, 3), np.uint8)] * 500, torch.zeros(500), WIDE, 8, 0)
+    assert sum(len(c[0]) for c in one_epoch(data, count=4, parts=torch.arange(500).split(100))) == 500
 
 
 def test_a_cache_that_cannot_be_written_is_told(source, tmp_path):

@@ -3,7 +3,8 @@ import torch
 
 import train
 from common.errors import UserError
-from models import backbone_spec
+from datasets import DataSource, split_one_class
+from models import BACKBONES, BackboneSpec, backbone_spec
 from models.checkpoint import build_net, load_pretrained
 from tests.conftest import SHIFT, TINY
 
@@ -53,6 +54,36 @@ def test_timm_models_train_and_are_normalised_as_their_weights_expect(tmp_path):
     assert train.main([*args, *SHIFT, "--mode", "simclr_CSI", "--epochs", "1", "--log_root", str(tmp_path)]) == 0
     (run,) = tmp_path.iterdir()
     assert run.name.startswith(f"digits_{name}_unsup_simclr_CSI")
+
+
+def test_timm_models_of_one_size_get_it_and_refuse_another(tmp_path, capsys):
+    pytest.importorskip("timm")
+    name = "timm_vit_tiny_patch16_224"
+    assert backbone_spec(name).fixed_size and not backbone_spec("timm_resnet18").fixed_size
+    split = split_one_class("digits", DataSource(), 3, 224, fixed=True)
+    assert split.test().size == (224, 224)
+    assert train.main(["--dataset", "digits", "--model", name, "--image_size", "32", "--log_root", str(tmp_path)]) == 2
+    assert "--image_size 32: the model takes images of 224" in capsys.readouterr().err
+
+
+def test_layers_that_draw_follow_the_seed_whatever_happened_before(tmp_path, monkeypatch):
+    """Dropout knows the global generator only; the loop seeds it before every step."""
+    real = BACKBONES["resnet8"].make
+
+    def make() -> torch.nn.Module:
+        net = real()
+        net.register_forward_hook(lambda module, args, h: torch.nn.functional.dropout(h, 0.5, module.training))
+        return net
+
+    monkeypatch.setitem(BACKBONES, "resnet8", BackboneSpec(make))
+    weights = []
+    for n in range(2):
+        torch.manual_seed(n)
+        log = ["--log_root", str(tmp_path / str(n))]
+        assert train.main([*TINY, *SHIFT, "--mode", "simclr_CSI", "--epochs", "1", *log]) == 0
+        (run,) = (tmp_path / str(n)).iterdir()
+        weights.append(torch.load(run / "last.model", weights_only=True))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
 def test_unknown_timm_models_are_told_with_known_ones(capsys):

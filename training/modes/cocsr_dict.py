@@ -14,7 +14,7 @@ from torch import Tensor
 from common.device import autocast, pick_device
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, save_tensors
-from common.flags import Flags, pick, positive
+from common.flags import Flags, not_negative, pick, positive
 from common.run import Run, start_epoch
 from common.seed import generator, seed_of
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
@@ -50,8 +50,7 @@ class SparseSpec:
             sr_admm_stage=self.sr_admm_stage,
             sr_lr=self.sr_lr,
         )
-        if self.sr_decay_lr < 0:
-            raise UserError(f"--sr_decay_lr must be >= 0, got {self.sr_decay_lr}")
+        not_negative(sr_decay_lr=self.sr_decay_lr)
 
     @property
     def coding(self) -> CodingSpec:
@@ -127,9 +126,14 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     else:
         optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
     seed = flags.seed
-    shifts, amp, lr = shift_spec.functions(spec), autocast(flags.amp, device), sparse.sr_lr
+    shifts, amp, lr = shift_spec.functions(aligned), autocast(flags.amp, device), sparse.sr_lr
     norm = flags.loss_dict_constr_value
-    draws = DrawSpec(shifts, spec, seed, "k-means draw", flags.ood_batch_size) if flags.ini_sr_dict_train else None
+    # A pass over the set as evaluation makes it: of whole pictures, cropped here.
+    draws = (
+        DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.ood_batch_size)
+        if flags.ini_sr_dict_train
+        else None
+    )
     if flags.compile:
         model.feature_net.compile()
 

@@ -1,5 +1,7 @@
 """What several modes set up alike: their shifts, their images, the network they start from."""
 
+from pathlib import Path
+
 import torch
 
 from common.errors import UserError
@@ -52,7 +54,11 @@ def training_images(
     data = split.stream(aligned).to(device)
     if len(data) == 1 and shifts.mixes_neighbours:
         raise UserError(f"--data_path: one training image alone cannot be mixed by {shifts.shift_trans_type}")
-    return data, aligned.without_crop() if data.cropped else aligned
+    if not data.cropped:
+        return data, aligned
+    if shifts.cropmix_crop_aug:
+        print("note: --cropmix_crop_aug: pictures that come cropped are not cropped again in training")
+    return data, aligned.without_crop()
 
 
 def all_classes(flags: Flags, split: Split) -> None:
@@ -61,6 +67,13 @@ def all_classes(flags: Flags, split: Split) -> None:
         raise UserError(f"--one_class_idx: --mode {flags.mode} learns to tell classes apart; leave it out")
     if split.n_classes < 2:
         raise UserError(f"--data_path: --mode {flags.mode} learns to tell classes apart, and there is only one")
+
+
+def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> None:
+    """Raises: UserError where the network's linear head was made for another number of classes."""
+    there = net.linear.out_features
+    if there != split.n_classes:
+        raise UserError(f"--{flag}: {file} was made for {there} classes, the data set has {split.n_classes}")
 
 
 def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:

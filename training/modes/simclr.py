@@ -25,12 +25,11 @@ from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
-from training.modes.setup import all_classes, fresh_net, training_images
+from training.modes.setup import all_classes, fresh_net, same_classes, training_images
 from training.optim import OptimSpec, set_lr
 from training.recipe import Batch, Recipe, Step, no_values
 
 _PROBE_LR = 1e-3
-_LABELLED_TEMPERATURE = 0.07
 
 
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool = False) -> Recipe:
@@ -45,9 +44,9 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
     device = pick_device(flags.device)
     optim = pick(OptimSpec, flags)
     spec = pick(AlignedSpec, flags)
-    shifts = shift_spec.functions(spec)
     amp = autocast(flags.amp, device)
     data, aligned = training_images(split, shift_spec, spec, device)
+    shifts = shift_spec.functions(aligned)
     state: dict[str, Any] | None = None
     if flags.resume_path:
         file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
@@ -62,6 +61,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
             strict=not flags.no_strict,
             simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
         )
+        same_classes(net, split, file, flag="resume_path")
     else:
         net = fresh_net(flags, split, len(shifts))
     net.to(device).train()
@@ -70,7 +70,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
     seed, sim_lambda = flags.seed, flags.sim_lambda
-    temperature = _LABELLED_TEMPERATURE if labelled and not flags.given("temperature") else flags.temperature
+    temperature = 0.07 if labelled and not flags.given("temperature") else flags.temperature
     if flags.compile:
         net.compile()
 

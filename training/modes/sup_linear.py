@@ -10,14 +10,14 @@ from torch import Tensor
 from common.device import autocast, pick_device
 from common.errors import UserError
 from common.files import load_state_dict
-from common.flags import Flags, pick
+from common.flags import Flags, not_negative, pick, positive
 from common.seed import generator
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
-from training.modes.setup import all_classes, training_images
+from training.modes.setup import all_classes, same_classes, training_images
 from training.optim import set_lr
 from training.recipe import Batch, Recipe, Step
 
@@ -30,6 +30,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     Raises: UserError for weights of other classes or shifts; where there is but one class.
     """
     all_classes(flags, split)
+    positive(lr_init=flags.lr_init)
+    not_negative(weight_decay=flags.weight_decay)
     device = pick_device(flags.device)
     if not flags.load_path:
         raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
@@ -42,23 +44,20 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         flag="load_path",
         strict=not flags.no_strict,
     )
-    if net.linear.out_features != split.n_classes:
-        raise UserError(
-            f"--dataset: it has {split.n_classes} classes, but {file} was made for {net.linear.out_features}"
-        )
+    same_classes(net, split, file, flag="load_path")
     spec = pick(AlignedSpec, flags)
     data, aligned = training_images(split, shift_spec, spec, device)
-    shifts, amp, seed = shift_spec.functions(spec), autocast(flags.amp, device), flags.seed
+    shifts, amp, seed = shift_spec.functions(aligned), autocast(flags.amp, device), flags.seed
     net.to(device).requires_grad_(False).eval()
     heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(shifts) > 1 else [])]
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
     optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
     lr_init, epochs = flags.lr_init, flags.epochs
     if flags.compile:
-        net.compile()
+        net.backbone.compile()
 
     def before_step(epoch: float) -> float:
-        lr = lr_init * 0.1 ** sum(epoch >= share * epochs for share in _MILESTONES)
+        lr = rate(lr_init, epoch, epochs)
         set_lr(optimizer, lr)
         return lr
 
@@ -70,6 +69,11 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts)), {})
 
     return Recipe(net, data, losses, (optimizer,), before_step)
+
+
+def rate(lr_init: float, epoch: float, epochs: int) -> float:
+    """The learning rate after `epoch` of `epochs` epochs."""
+    return lr_init * 0.1 ** sum(epoch >= share * epochs for share in _MILESTONES)
 
 
 def head_losses(net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int) -> dict[str, Tensor]:

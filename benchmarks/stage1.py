@@ -1,0 +1,102 @@
+"""A step of stage 1: views, network, contrastive and shift losses, backward, LARS. Ours against the published step."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.augmentation import published_views
+from benchmarks.compare import Part
+from common.seed import generator
+from datasets.augment import AlignedSpec
+from datasets.sets import image_set
+from datasets.shifts import ShiftSpec
+from datasets.views import shift_labels, train_views
+from models.checkpoint import build_net
+from models.feature_net import FeatureNet
+from training.modes.simclr import contrastive_step
+from training.optim import Lars
+
+_SPEC = AlignedSpec()
+_SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
+_K = len(_SHIFTS)
+
+
+def part(device: torch.device, model: str = "resnet8", images: int = 64) -> Part:
+    """One step on 10 views of each of `images` images of 32 pixels."""
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=g)
+    data = image_set(pixels, torch.zeros(images)).to(device)
+    index = torch.arange(images, device=device)
+    floats, labels = data.batch(index), data.labels.to(device)
+    nets = [build_net(model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=0).to(device).train() for _ in range(2)]
+    own, theirs = nets[0], nets[1].to(memory_format=torch.contiguous_format)
+    probe = list(own.linear.parameters())
+    others = [p for name, p in own.named_parameters() if not name.startswith("linear.")]
+    optimizers = [Lars(others, lr=0.1, weight_decay=1e-6), torch.optim.Adam(probe, 1e-3)]
+    published = _PublishedStep(theirs)
+
+    def ours() -> None:
+        (copies,) = data.copies([index], 2, seed=0, epoch=1)
+        views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device))
+        step = contrastive_step(own, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        torch.stack(list(step.losses.values())).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def check(_: None, __: None) -> str:
+        views = published_views(floats[:8])
+        fresh = build_net(model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=1).to(device).train()
+        mine = contrastive_step(fresh, views, labels[:8], n_shifts=_K, temperature=0.5, sim_lambda=1.0).losses
+        same = published_losses(fresh, views, labels[:8])
+        for a, b in zip(mine.values(), same, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        return f"losses equal on the same views ({float(mine['sim']):.4f})"
+
+    return Part(f"stage-1 step, {model}", f"{10 * images} views", ours, lambda: published(floats, labels), check)
+
+
+def published_losses(net: FeatureNet, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Contrastive, shift and probe losses with whole matrices of exponentials and masks, as published."""
+    h = net.backbone((views - 0.5) / 0.5)
+    z, shift, n = net.simclr_layer(h), net.shift_cls_layer(h), len(views)
+    z = z / (z.norm(dim=1, keepdim=True) + 1e-8)
+    similarity = torch.exp(z @ z.t() / 0.5) * (1 - torch.eye(n, device=z.device))
+    similarity = -torch.log(similarity / (similarity.sum(1, keepdim=True) + 1e-8) + 1e-8)
+    half = n // 2
+    sim = (similarity[:half, half:].diag().sum() + similarity[half:, :half].diag().sum()) / n
+    target = shift_labels(_K, len(labels), 2, views.device)
+    unshifted = torch.cat([part[: len(labels)] for part in h.detach().chunk(2)])
+    return sim, F.cross_entropy(shift, target), F.cross_entropy(net.linear(unshifted), labels.repeat(2))
+
+
+class _PublishedStep:
+    """The step on its own network: contiguous memory, a loop over tensors in LARS, the losses read at every step."""
+
+    def __init__(self, net: FeatureNet):
+        self.net = net
+        self.others = [p for n, p in net.named_parameters() if not n.startswith("linear.")]
+        self.sgd = torch.optim.SGD(self.others, 0.1, momentum=0.9, foreach=False)
+        self.adam = torch.optim.Adam(net.linear.parameters(), 1e-3, foreach=False)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        losses = published_losses(self.net, published_views(images), labels)
+        self.sgd.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=True)
+        sum(losses[:2]).backward()  # type: ignore[union-attr]
+        for p in self.others:
+            if p.grad is not None:
+                _lars(p, 1e-6)
+        self.sgd.step()
+        losses[2].backward()
+        self.adam.step()
+        [loss.item() for loss in losses]
+
+
+def _lars(p: nn.Parameter, weight_decay: float) -> None:
+    assert p.grad is not None
+    with torch.no_grad():
+        w, g = p.norm(), p.grad.norm()
+        if w > 0 and g > 0:
+            p.grad.add_(p, alpha=weight_decay).mul_(0.001 * w / (g + weight_decay * w + 1e-8))
