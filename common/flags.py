@@ -246,6 +246,7 @@ def build_parser(
     g.add_argument("--sr_lambda", type=float, default=0.01, help="l1 weight inside the coding problem")
     g.add_argument("--sr_rho", type=float, default=1.0, help="ADMM penalty")
     g.add_argument("--sr_admm_stage", type=int, default=40, help="unrolled ADMM steps")
+    g.add_argument("--sr_tol", type=float, help="evaluation: stop coding at this optimality gap, relative to lambda")
     g.add_argument("--sr_layer", choices=("penultimate", "simclr"), default="penultimate", help="features to code")
     g.add_argument("--sr_lr", type=float, default=1e-3, help="learning rate of the dictionaries (Adam)")
     g.add_argument("--sr_decay_lr", type=float, default=1e-6, help="weight decay of the dictionaries")

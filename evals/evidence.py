@@ -93,9 +93,11 @@ def _read_labelled(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mod
 
 
 def _read_stage2(flags: Flags, state: State, path: Any, shifts: int) -> nn.Module:
-    transform, steps = pick(FeatureTransform, flags), flags.sr_admm_stage
-    positive(sr_admm_stage=steps)
-    net = cocsr_from_state(state, n_shifts=shifts, transform=transform, steps=steps, **_common(flags, path))
+    transform, steps, tol = pick(FeatureTransform, flags), flags.sr_admm_stage, flags.sr_tol
+    if tol is not None:
+        positive(sr_tol=tol)
+    common = _common(flags, path)
+    net = cocsr_from_state(state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **common)
     # The file's dictionary settings count; say so where a flag was given that differs.
     bank = net.sr_nets
     there = {"sr_lambda": bank.coding.lam, "sr_rho": bank.coding.rho, "sr_dict_size": bank.dictionary.shape[2]}

@@ -139,6 +139,7 @@ def cocsr_from_state(
     n_shifts: int,
     transform: FeatureTransform,
     steps: int,
+    tol: float | None = None,
     path: Path,
     strict: bool = True,
     simclr_dim: int | None = None,
@@ -168,7 +169,7 @@ def cocsr_from_state(
     settings = [state.get(f"sr_nets.{name}", torch.tensor(torch.nan)) for name in ("lambdaV", "rho")]
     if any(value.numel() != 1 or not value > 0 for value in settings):
         raise UserError(f"--load_path: {path} lacks the lambda and rho of its dictionaries (sr_nets.lambdaV, .rho > 0)")
-    coding = CodingSpec(lam=float(settings[0]), rho=float(settings[1]), steps=steps)
+    coding = CodingSpec(lam=float(settings[0]), rho=float(settings[1]), steps=steps, tol=tol)
     bank = DictionaryBank(n_shifts, size, dictionary.shape[2], coding)
     bank.load_state_dict({name: state[f"sr_nets.{name}"] for name in bank.state_dict()})
     return CocsrNet(net, bank, transform)

@@ -3,6 +3,7 @@
 import csv
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,15 @@ def test_every_mode_gives_the_same_number_again_whatever_the_batch_size(stage2, 
         assert run_eval(*args, *SPARSE) == 0
         means.append(json.loads((folder / f"result_{mode}_{score}.json").read_text())["pooled"])
     assert means[0] == pytest.approx(means[1], abs=2e-4)  # only the rounding of other matrix shapes may differ
+
+
+def test_a_tolerance_lets_codes_converge_where_40_steps_do_not(stage2, tmp_path, capsys):
+    args = ["--mode", "ood_pre_cocsr", "--load_path", shutil.copytree(stage2, tmp_path / "run"), *SPARSE]
+    gaps = []
+    for more in ([], ["--sr_admm_stage", 5000, "--sr_tol", "0.01"]):
+        assert run_eval(*args, *more) == 0
+        gaps.append(float(re.search(r"mean optimality gap (\S+) lambda", capsys.readouterr().out)[1]))
+    assert gaps[1] <= 0.01 < gaps[0]
 
 
 def test_tsne_draws_one_picture_per_shift(stage2, capsys):

@@ -4,12 +4,15 @@ Letters: K dictionaries, F feature size, M atoms, N samples.
 """
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from models.sparse.prox import lasso_gap, soft
+from models.sparse.prox import lasso_gap, soft, soft_adjoint
 
 # Steps between looks at the optimality gap, each of which waits for the device.
 _LOOK_EVERY = 20
@@ -35,13 +38,14 @@ def admm_lasso(
     steps: int = 40,
     also: Collection[int] = (),
     tol: float | None = None,
+    system: "RidgeSystem | None" = None,
 ) -> SparseCode:
     """Code samples in dictionaries: min_a 0.5 |s - D a|^2 + lam |a|_1 by `steps` steps of ADMM from zero.
 
     D (K, F, M). S (K, F, N): each dictionary codes its own samples; (F, N): every dictionary codes every sample.
-    lam >= 0 in squared feature units, rho > 0, steps >= 1. Differentiable in D and S through all steps.
+    lam >= 0 in squared feature units, rho > 0, steps >= 1. Differentiable once in D and S, through all steps.
     also: earlier steps, counted from 0, whose codes are wanted too. tol: stop before `steps` where every gap is at most
-    tol * lam (looked at now and then; waits for the device).
+    tol * lam (looked at now and then; waits for the device). system: `RidgeSystem.of(D, rho)`, where it is at hand.
 
     One step is x = (D'D + rho I)^-1 (D's + rho (y - u)); y = soft(x + u, lam / rho); u = u + x - y; the answer is the
     last y. All that a step hands to the next is w = x + u, since y = soft(w) and u = w - y. The system is solved once,
@@ -59,33 +63,95 @@ def admm_lasso(
     # The inverse of an ill-conditioned system needs more digits than half precision has.
     with torch.autocast(D.device.type, enabled=False):
         D, S = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (D, S))
-        start, inverse = ridge(D, S, rho)
-        w, earlier = start, []
-        for step in range(steps - 1):
-            y = soft(w, lam / rho)
-            if step in also:
-                earlier.append(y)
-            if tol is not None and step % _LOOK_EVERY == _LOOK_EVERY - 1 and lasso_gap(D, S, y, lam).max() <= tol * lam:
-                break
-            w = start + inverse(2 * y - w) + (w - y)
-        codes = soft(w, lam / rho)
-        if steps - 1 in also:
-            earlier.append(codes)
+        S = S.expand(len(D), -1, -1)
+        system = system or RidgeSystem.of(D, rho)
+        plan = _Plan(lam, rho, steps, frozenset(also), tol)
+        if torch.is_grad_enabled() and (D.requires_grad or S.requires_grad):
+            codes, *earlier = _Unrolled.apply(D, S, system, plan)
+        else:
+            with torch.no_grad():
+                last, earlier = _iterate(system, system.solve(S), S, plan, keep=None)
+                codes = soft(last, plan.threshold)
         with torch.no_grad():
             gap = lasso_gap(D, S, codes, lam)
     return SparseCode(codes, gap, tuple(earlier))
 
 
-def ridge(D: Tensor, S: Tensor, rho: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The ridge solution (D'D + rho I)^-1 D'S, and the map v -> rho (D'D + rho I)^-1 v."""
-    _, features, atoms = D.shape
-    if atoms <= features:
-        inverse = _inverse(D.mT @ D, rho)
-        return inverse @ (D.mT @ S), lambda v: rho * (inverse @ v)
-    inverse = _inverse(D @ D.mT, rho)
-    # (D'D + rho I)^-1 = (I - D'(DD' + rho I)^-1 D) / rho, and applied to D's it is D'(DD' + rho I)^-1 s.
-    solved = inverse @ D
-    return solved.mT @ S, lambda v: v - D.mT @ (solved @ v)
+@dataclass(frozen=True)
+class RidgeSystem:
+    """What the steps need of dictionaries D, without gradient: the map A = rho (D'D + rho I)^-1 in its cheapest form.
+
+    inverse: (D'D + rho I)^-1 where M <= F, else (D D' + rho I)^-1. A (K, M, M), or where M >= 2 F, so that two thin
+    products cost less than one with A, its factors: A = I - back @ thin, thin = (D D' + rho I)^-1 D and back = D'.
+    """
+
+    D: Tensor
+    rho: float
+    inverse: Tensor
+    A: Tensor | None
+    thin: Tensor | None = None
+    back: Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, D: Tensor, rho: float) -> "RidgeSystem":
+        """One factorisation for each dictionary of D (K, F, M)."""
+        # In float64, at little more cost: what is lost in a nearly singular system is lost in every step.
+        D = D.detach()
+        D64 = D if D.device.type == "mps" else D.double()  # Apple's GPUs have none
+        _, features, atoms = D.shape
+        with torch.autocast(D.device.type, enabled=False):
+            if atoms <= features:
+                inverse = _inverse(D64.mT @ D64, rho)
+                return cls(D, rho, inverse.to(D), (rho * inverse).to(D))
+            # Woodbury: (D'D + rho I)^-1 = (I - D'(DD' + rho I)^-1 D) / rho.
+            inverse = _inverse(D64 @ D64.mT, rho)
+            thin = inverse @ D64
+            if atoms >= 2 * features:
+                return cls(D, rho, inverse.to(D), None, thin.to(D), D.mT.contiguous())
+            return cls(D, rho, inverse.to(D), (_eye(D64) - D64.mT @ thin).to(D))
+
+    def solve(self, S: Tensor) -> Tensor:
+        """The ridge solution (D'D + rho I)^-1 D's = D'(DD' + rho I)^-1 s, (K, M, N)."""
+        if self._square:
+            return self.inverse @ (self.D.mT @ S)
+        return self.D.mT @ (self.inverse @ S)
+
+    def step(
+        self, start: Tensor, w: Tensor, threshold: float, *, out: Tensor | None = None, v: Tensor | None = None
+    ) -> Tensor:
+        """One step from w, where `start` is the ridge solution, without gradient: w of the next step, in `out`.
+
+        With c = clamp(w) = w - y, it is start + c + A (w - 2 c). v: a buffer.
+        """
+        after = torch.clamp(w, -threshold, threshold, out=out)
+        v = torch.sub(w, after, alpha=2, out=v)
+        return self.add_shrunk(after.add_(start), v)
+
+    def add_shrunk(self, sum_: Tensor, V: Tensor) -> Tensor:
+        """sum_ + A v, in place."""
+        if self.A is not None:
+            return _add_product(sum_, self.A, V)
+        assert self.thin is not None and self.back is not None
+        return sum_.add_(V).sub_(_product(self.back, _product(self.thin, V)))
+
+    def reflect(self) -> Callable[[Tensor], Tensor]:
+        """The map v -> v - 2 A v."""
+        if self.A is not None:
+            matrix = _eye(self.D) - 2 * self.A
+            return lambda V: _product(matrix, V)
+        thin, back = self.thin, self.back
+        assert thin is not None and back is not None
+        return lambda V: _product(back, _product(thin, V)).mul_(2).sub_(V)
+
+    @property
+    def _square(self) -> bool:
+        """Whether `inverse` is M x M."""
+        return len(self.inverse[0]) == self.D.shape[2]
+
+
+def _eye(D: Tensor) -> Tensor:
+    return torch.eye(D.shape[2], dtype=D.dtype, device=D.device)
 
 
 def _inverse(gram: Tensor, rho: float) -> Tensor:
@@ -93,4 +159,160 @@ def _inverse(gram: Tensor, rho: float) -> Tensor:
     # The checking form would wait for the device; a failed factor becomes NaN, which the training loop tells.
     factor, failed = torch.linalg.cholesky_ex(gram + rho * eye)
     factor = factor.masked_fill((failed > 0)[:, None, None], torch.nan)
-    return torch.cholesky_solve(eye.expand_as(gram), factor)
+    return torch.cholesky_inverse(factor)
+
+
+def _product(A: Tensor, V: Tensor) -> Tensor:
+    """A @ V for (K, ., .), without gradient."""
+    return _as_convolution(A, V) if _convolves(A) else A @ V
+
+
+def _add_product(sum_: Tensor, A: Tensor, V: Tensor) -> Tensor:
+    """sum_ + A @ V, in place."""
+    return sum_.add_(_as_convolution(A, V)) if _convolves(A) else sum_.baddbmm_(A, V)
+
+
+def _convolves(A: Tensor) -> bool:
+    """Whether products go to oneDNN: twice as fast as MKL, which lies under `bmm`, on an AMD processor with AVX-512.
+
+    torch calls it for convolutions only, those of width 1 with more than one thread.
+    """
+    fits = A.device.type == "cpu" and A.dtype == torch.float32 and torch.get_num_threads() > 1
+    return fits and torch.backends.mkldnn.is_available()
+
+
+def _as_convolution(A: Tensor, V: Tensor) -> Tensor:
+    """A @ V for (K, ., .) as a convolution of width 1 in K groups."""
+    groups, rows, inner = A.shape
+    product = F.conv1d(V.reshape(1, groups * inner, -1), A.reshape(groups * rows, inner, 1), groups=groups)
+    return product.view(groups, rows, -1)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    lam: float
+    rho: float
+    steps: int
+    also: frozenset[int]
+    tol: float | None
+
+    @property
+    def threshold(self) -> float:
+        return self.lam / self.rho
+
+
+def _iterate(
+    system: RidgeSystem, start: Tensor, S: Tensor, plan: _Plan, keep: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """w of the last step, and the codes of the steps in `also`. keep: gets w of every step; without, three are held."""
+    threshold = plan.threshold
+    w, spare, earlier = start, None, []
+    v = torch.empty_like(w)
+    for step in range(plan.steps):
+        if keep is not None:
+            keep.append(w)
+        if step in plan.also:
+            earlier.append(soft(w, threshold))
+        if step == plan.steps - 1:
+            break
+        if plan.tol is not None and step % _LOOK_EVERY == _LOOK_EVERY - 1:
+            if lasso_gap(system.D, S, soft(w, threshold), plan.lam).max() <= plan.tol * plan.lam:
+                break
+        after = system.step(start, w, threshold, out=spare, v=v)
+        spare = None if keep is not None or w is start else w
+        w = after
+    return w, earlier
+
+
+class _Unrolled(torch.autograd.Function):
+    """(D, S) -> codes, then those of the earlier steps asked for. Keeps w of each step and nothing else of its size.
+
+    Where |w| is at most the threshold, y = 0, so c = w and v = -w; elsewhere c is constant and v = w - 2 c. With m = 1
+    there and 0 elsewhere, the adjoint g of w therefore goes from a step to the one before as
+
+        g <- m g + (1 - 2 m) A g = (g + r) / 2 - (1 - m) r,    r = g - 2 A g,
+
+    that of the ridge solution is the sum of all g, and that of A the sum of g v' with the g after and the v before.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, D: Tensor, S: Tensor, system: RidgeSystem, plan: _Plan) -> tuple[Tensor, ...]:
+        kept: list[Tensor] = []
+        last, earlier = _iterate(system, system.solve(S), S, plan, kept)
+        ctx.save_for_backward(D, S, *kept)
+        ctx.system, ctx.plan = system, plan
+        ctx.set_materialize_grads(False)
+        return soft(last, plan.threshold), *earlier
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_codes: Tensor | None, *of_earlier: Tensor | None) -> tuple[Tensor | None, ...]:
+        D, S, *kept = ctx.saved_tensors
+        threshold, last = ctx.plan.threshold, len(kept) - 1
+        arriving = [(last, of_codes), *zip(sorted(ctx.plan.also), of_earlier, strict=False)]
+        with torch.autocast(D.device.type, enabled=False):
+            reflect = ctx.system.reflect()
+            of_map = _MapGradient(ctx.system) if ctx.needs_input_grad[0] else None
+            g, of_start, v = (torch.zeros_like(kept[0]) for _ in range(3))
+            for step in range(last, -1, -1):
+                w = kept[step]
+                if step < last:
+                    if of_map is not None:
+                        torch.sub(w, w.clamp(-threshold, threshold), alpha=2, out=v)
+                        of_map.add(g, v)
+                    r = reflect(g)
+                    g = g.lerp_(r, 0.5).sub_(soft_adjoint(r, w, threshold))
+                for at, gradient in arriving:
+                    if at == step and gradient is not None:
+                        g += soft_adjoint(gradient, w, threshold)
+                of_start += g
+            of_D, of_S = _system_gradients(ctx.system, D, S, kept[0], of_start, of_map)
+        return of_D, of_S if ctx.needs_input_grad[1] else None, None, None
+
+
+class _MapGradient:
+    """Gathers E = sum of g v' + v g' over steps, whose half is the gradient of the symmetric map A."""
+
+    def __init__(self, system: RidgeSystem):
+        self._system = system
+        shape = system.D.shape if system.A is None else system.A.shape
+        self._sum = system.D.new_zeros(shape)
+
+    def add(self, g: Tensor, v: Tensor) -> None:
+        thin = self._system.thin
+        if thin is None:
+            _add_product(self._sum, g, v.mT)
+        else:
+            _add_product(self._sum, _product(thin, g), v.mT)
+            _add_product(self._sum, _product(thin, v), g.mT)
+
+    def seen_through(self, ridge_map: Tensor) -> Tensor:
+        """ridge_map @ E @ A, for ridge_map = D (D'D + rho I)^-1."""
+        A, D = self._system.A, self._system.D
+        if A is not None:
+            return ridge_map @ (self._sum + self._sum.mT) @ A
+        return self._sum - (self._sum @ D.mT) @ ridge_map
+
+
+def _system_gradients(
+    system: RidgeSystem, D: Tensor, S: Tensor, start: Tensor, of_start: Tensor, of_map: _MapGradient | None
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of D, unless of_map is None, and S, from those of the ridge solution `start` and of the map A.
+
+    With R = (D'D + rho I)^-1, dR = -R (dD'D + D'dD) R. So the ridge solution R D's hands (s - D start) (R g)' - (D R g)
+    start' to D and D R g to s; and A = rho R hands -D R E A to D. For M > F, (s - D start) = rho (DD' + rho I)^-1 s.
+    """
+    if system.inverse.shape[1] == D.shape[2]:
+        solved = system.inverse @ of_start
+        of_S = D @ solved
+        if of_map is None:
+            return None, of_S
+        ridge_map = D @ system.inverse
+        of_D = (S - D @ start) @ solved.mT
+    else:
+        ridge_map = system.inverse @ D if system.thin is None else system.thin
+        of_S = ridge_map @ of_start
+        if of_map is None:
+            return None, of_S
+        of_D = (system.inverse @ S) @ system.add_shrunk(torch.zeros_like(of_start), of_start).mT
+    return of_D - of_S @ start.mT - of_map.seen_through(ridge_map), of_S

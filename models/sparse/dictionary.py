@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.sparse.admm import SparseCode, admm_lasso
+from models.sparse.admm import RidgeSystem, SparseCode, admm_lasso
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,37 @@ class DictionaryBank(nn.Module):
         self.dictionary = nn.Parameter(F.normalize(atoms_KFM, dim=1))
         self.register_buffer("rho", torch.tensor(float(coding.rho)))
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
+        self._formed: RidgeSystem | None = None
 
     def code(self, s_KFN: Tensor, also: Collection[int] = ()) -> SparseCode:
         """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N). also: as `admm_lasso`."""
         spec = self.coding
-        return admm_lasso(self.dictionary, s_KFN, lam=spec.lam, rho=spec.rho, steps=spec.steps, also=also, tol=spec.tol)
+        return admm_lasso(
+            self.dictionary,
+            s_KFN,
+            lam=spec.lam,
+            rho=spec.rho,
+            steps=spec.steps,
+            also=also,
+            tol=spec.tol,
+            system=self._system(),
+        )
+
+    def _system(self) -> RidgeSystem | None:
+        """The system of fixed dictionaries, formed once; None where they are being trained, or in half precision.
+
+        It goes by the values: a fused optimiser and writing through `.data` leave no trace but those. Waits for the
+        device.
+        """
+        D, rho, formed = self.dictionary.detach(), self.coding.rho, self._formed
+        trained = self.dictionary.requires_grad and torch.is_grad_enabled()
+        if trained or D.dtype not in (torch.float32, torch.float64):
+            self._formed = None
+        elif formed is None or formed.rho != rho or formed.D.dtype != D.dtype or formed.D.device != D.device:
+            self._formed = RidgeSystem.of(D.clone(), rho)
+        elif not torch.equal(formed.D, D):
+            self._formed = RidgeSystem.of(D.clone(), rho)
+        return self._formed
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:

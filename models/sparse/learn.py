@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from models.sparse.admm import ridge
+from models.sparse.admm import RidgeSystem
 from models.sparse.prox import soft
 
 # ADMM steps on the codes between two updates of the dictionary; they go on from where the last ones stopped.
@@ -28,14 +28,15 @@ def learn_dictionary(
     (JMLR 2010).
     """
     D = _start(S, atoms, generator)
-    w = None
-    before = torch.inf
+    w, before = None, torch.inf
     for step in range(steps):
-        solution, inverse = ridge(D, S, rho)
+        system = RidgeSystem.of(D, rho)
+        solution = system.solve(S)
         w = solution if w is None else w
+        spare, buffer = torch.empty_like(w), torch.empty_like(w)
         for _ in range(_CODE_STEPS):
-            y = soft(w, lam / rho)
-            w = solution + inverse(2 * y - w) + (w - y)
+            after = system.step(solution, w, lam / rho, out=spare, v=buffer)
+            w, spare = after, torch.empty_like(w) if w is solution else w
         codes = soft(w, lam / rho)
         D = update_atoms(D, S, codes)
         if step % _LOOK_EVERY == _LOOK_EVERY - 1:
@@ -53,19 +54,22 @@ def objective(D: Tensor, S: Tensor, codes: Tensor, lam: float) -> Tensor:
 
 def update_atoms(D: Tensor, S: Tensor, codes: Tensor) -> Tensor:
     """One round of least squares over the atoms, each with the others held and then no longer than 1: a new D."""
-    A, B = codes @ codes.mT, S @ codes.mT
-    D = D.clone()
+    A = codes @ codes.mT
     used = A.diagonal(dim1=1, dim2=2)
     # The first unused atom gets the worst-coded sample, the second the second, and so on.
     worst = (S - D @ codes).square().sum(1).argsort(dim=1, descending=True)
     rank = ((used <= 0).cumsum(1) - 1).clamp_min(0) % S.shape[2]
-    spare = F.normalize(S.gather(2, worst.gather(1, rank)[:, None, :].expand(-1, S.shape[1], -1)), dim=1)
+    spare = F.normalize(S.gather(2, worst.gather(1, rank)[:, None, :].expand(-1, S.shape[1], -1)), dim=1).mT
+    # Atoms as rows, and what is left of S codes' to explain, kept up to date: a step costs one outer product.
+    rows = D.mT.clone()
+    left = codes @ S.mT - A @ rows
     for j in range(D.shape[2]):
-        step = (B[:, :, j] - (D @ A[:, :, j, None]).squeeze(2)) / used[:, j, None].clamp_min(1e-12)
-        atom = D[:, :, j] + step
+        atom = rows[:, j] + left[:, j] / used[:, j, None].clamp_min(1e-12)
         atom = atom / atom.norm(dim=1, keepdim=True).clamp_min(1)
-        D[:, :, j] = torch.where(used[:, j, None] > 0, atom, spare[:, :, j])
-    return D
+        atom = torch.where(used[:, j, None] > 0, atom, spare[:, j])
+        left.baddbmm_(A[:, :, j, None], (atom - rows[:, j])[:, None], alpha=-1)
+        rows[:, j] = atom
+    return rows.mT.contiguous()
 
 
 def _start(S: Tensor, atoms: int, generator: Generator) -> Tensor:

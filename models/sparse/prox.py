@@ -9,6 +9,11 @@ def soft(v: Tensor, threshold: float) -> Tensor:
     return v - v.clamp(-threshold, threshold)
 
 
+def soft_adjoint(gradient: Tensor, v: Tensor, threshold: float) -> Tensor:
+    """Of soft(v, threshold), as it reaches v: `gradient` where |v| is above the threshold, else 0. In one pass."""
+    return torch.ops.aten.softshrink_backward(gradient, v, threshold)
+
+
 def lasso_gap(D_KFM: Tensor, S: Tensor, codes_KMN: Tensor, lam: float) -> Tensor:
     """How far codes are from optimal, (K, N): the largest breach over atoms of the lasso's optimality conditions.
 

@@ -1,8 +1,12 @@
+import copy
+import io
+
 import numpy as np
 import pytest
 import torch
 
-from models.sparse.admm import admm_lasso
+from models.sparse.admm import RidgeSystem, admm_lasso
+from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.prox import lasso_gap, soft
 from training.losses.dictionary import dictionary_terms
 
@@ -148,3 +152,261 @@ def test_a_tolerance_stops_as_soon_as_the_gap_allows():
     D, S = (torch.randn(2, 6, n, generator=g, dtype=torch.float64) for n in (5, 4))
     loose, tight = (admm_lasso(D, S, lam=0.1, steps=5000, tol=tol) for tol in (1e-1, 1e-8))
     assert loose.gap.max() <= 1e-1 * 0.1 and tight.gap.max() <= 1e-8 * 0.1 < loose.gap.max()
+
+
+def plain(D, S, lam, rho, steps, also=()):
+    """The steps with an explicit inverse, left to autograd: codes, then those of the steps in `also`."""
+    inverse = torch.linalg.inv(D.mT @ D + rho * torch.eye(D.shape[2], dtype=D.dtype))
+    y = u = torch.zeros(len(D), D.shape[2], S.shape[-1], dtype=D.dtype)
+    found = []
+    for step in range(steps):
+        x = inverse @ (D.mT @ S + rho * (y - u))
+        y = torch.where((x + u).abs() > lam / rho, x + u - lam / rho * (x + u).sign(), 0.0)
+        u = u + x - y
+        if step in also:
+            found.append(y)
+    return y, *found
+
+
+# As tall as wide, taller, a little wider, and so wide that the map is kept as thin factors.
+@pytest.mark.parametrize("atoms", [4, 7, 9, 14, 23])
+@pytest.mark.parametrize("wanted", ["D", "S", "DS"])
+def test_gradients_equal_plain_autograd(atoms, wanted):
+    g = torch.Generator().manual_seed(1)
+    values = {"D": unit_columns(2, 7, atoms), "S": torch.randn(2, 7, 3, dtype=torch.float64, generator=g)}
+    steps, also = 25, (3, 11, 24)
+    weights = [torch.randn(2, atoms, 3, dtype=torch.float64, generator=g) for _ in range(4)]
+    gradients = []
+    for solver in (admm_lasso, plain):
+        D, S = (values[name].clone().requires_grad_(name in wanted) for name in "DS")
+        found = solver(D, S, lam=0.05, rho=0.7, steps=steps, also=also)
+        codes = (found.codes, *found.also) if solver is admm_lasso else found
+        sum((w * c.square()).sum() for w, c in zip(weights, codes, strict=True)).backward()
+        gradients.append([x.grad for x in (D, S)])
+    for ours, expected in zip(*gradients, strict=True):
+        assert (ours is None) == (expected is None)
+        if expected is not None:
+            torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-11)
+
+
+def test_gradients_of_earlier_codes_alone_for_shared_samples():
+    S = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    D = unit_columns(2, 7, 9).requires_grad_()
+    codes = admm_lasso(D, S, lam=0.05, steps=12, also=(5,)).also[0]
+    (ours,) = torch.autograd.grad(codes.square().sum(), D)
+    (expected,) = torch.autograd.grad(plain(D, S, 0.05, 1.0, 6)[0].square().sum(), D)
+    torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-11)
+
+
+def test_gradients_after_an_early_stop():
+    S = torch.randn(2, 7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    D = unit_columns(2, 7, 9).requires_grad_()
+    codes = admm_lasso(D, S, lam=0.05, steps=4000, tol=0.1).codes
+    (ours,) = torch.autograd.grad(codes.square().sum(), D)
+    # It looks at every twentieth step.
+    reached = [plain(D, S, 0.05, 1.0, n)[0] for n in range(20, 1000, 20)]
+    (stopped,) = [c for c in reached if torch.allclose(c, codes, rtol=0, atol=1e-12)]
+    (expected,) = torch.autograd.grad(stopped.square().sum(), D)
+    torch.testing.assert_close(ours, expected, atol=1e-11, rtol=1e-11)
+
+
+def test_finite_differences_of_thin_factors_and_earlier_codes():
+    D, S = unit_columns(2, 4, 11).requires_grad_(), torch.randn(2, 4, 3, dtype=torch.float64).requires_grad_()
+
+    def outputs(D, S):
+        found = admm_lasso(D, S, lam=0.05, rho=0.7, steps=12, also=(2, 11))
+        return found.codes, *found.also
+
+    assert torch.autograd.gradcheck(outputs, (D, S))
+
+
+def test_backward_works_twice_and_second_derivatives_are_refused():
+    D, S = unit_columns(1, 5, 4).requires_grad_(), torch.randn(5, 3, dtype=torch.float64)
+    loss = admm_lasso(D, S, lam=0.05).codes.square().sum()
+    first, again = (torch.autograd.grad(loss, D, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, again)
+    (gradient,) = torch.autograd.grad(loss, D, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_training_keeps_one_tensor_for_each_step():
+    """w of every step and the codes, not the half dozen of plain autograd."""
+    D, S = unit_columns(2, 16, 16).float().requires_grad_(), torch.randn(2, 16, 32)
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
+        admm_lasso(D, S, lam=0.01, steps=20)
+    assert sizes.count((2, 16, 32)) <= 20 + 1
+
+
+@pytest.mark.parametrize("atoms", [64, 96, 160])
+def test_oneDNN_and_BLAS_give_the_same_codes_and_gradients(monkeypatch, atoms):
+    found = []
+    for convolves in (False, True):
+        monkeypatch.setattr("models.sparse.admm._convolves", lambda A, answer=convolves: answer)
+        D = unit_columns(3, 64, atoms).float().requires_grad_()
+        S = torch.randn(3, 64, 20, generator=torch.Generator().manual_seed(0))
+        codes = admm_lasso(D, S, lam=0.01).codes
+        found.append((codes, *torch.autograd.grad(codes.square().sum(), D)))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+
+
+def solves_each_step(D, S, lam, rho, steps):
+    """Codes by a Cholesky solve in each step, as published."""
+    factor = torch.linalg.cholesky(D.mT @ D + rho * torch.eye(D.shape[2], dtype=D.dtype))
+    y = u = torch.zeros(len(D), D.shape[2], S.shape[-1], dtype=D.dtype)
+    for _ in range(steps):
+        x = torch.cholesky_solve(D.mT @ S + rho * (y - u), factor)
+        y = soft(x + u, lam / rho)
+        u = u + x - y
+    return y
+
+
+@pytest.mark.parametrize("atoms", [128, 160, 300])
+@pytest.mark.parametrize("rho", [1e-3, 1e-2, 1e-1, 1.0, 10.0, 1e3])
+def test_an_inverse_is_as_exact_in_float32_as_a_solve_in_each_step(rho, atoms):
+    """On dictionaries as training starts with them: nonnegative, so all atoms are much alike."""
+    g = torch.Generator().manual_seed(0)
+    D = torch.nn.functional.normalize(torch.rand(2, 128, atoms, generator=g), dim=1)
+    S = torch.nn.functional.normalize(torch.randn(2, 128, 50, generator=g).relu(), dim=1)
+    exact = solves_each_step(D.double(), S.double(), 0.01, rho, 40)
+    ours = (admm_lasso(D, S, lam=0.01, rho=rho).codes - exact).norm()
+    solve = (solves_each_step(D, S, 0.01, rho, 40) - exact).norm()
+    print(f"M {atoms} rho {rho}: {ours / exact.norm():.1e} against {solve / exact.norm():.1e}")
+    assert ours <= 3 * solve
+
+
+SAMPLES = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def formed(monkeypatch) -> list:
+    """One entry for each system that a bank forms."""
+    calls: list[float] = []
+    formed_by = RidgeSystem.of
+
+    class Counting(RidgeSystem):
+        @classmethod
+        def of(cls, D, rho):
+            calls.append(rho)
+            return formed_by(D, rho)
+
+    monkeypatch.setattr("models.sparse.dictionary.RidgeSystem", Counting)
+    return calls
+
+
+def fresh(bank: DictionaryBank) -> torch.Tensor:
+    """What a bank's values give where nothing is kept."""
+    D = bank.dictionary.detach().clone()
+    spec = bank.coding
+    return admm_lasso(D, SAMPLES.to(D), lam=spec.lam, rho=spec.rho, steps=spec.steps).codes
+
+
+def bank(seed: int = 0) -> DictionaryBank:
+    return DictionaryBank(2, 6, 9, CodingSpec(0.1, 1.0, 10), torch.Generator().manual_seed(seed))
+
+
+def test_fixed_dictionaries_form_their_system_once(formed):
+    b = bank().requires_grad_(False)
+    assert torch.equal(b.code(SAMPLES).codes, b.code(SAMPLES).codes) and len(formed) == 1
+    samples = SAMPLES.clone().requires_grad_()
+    b.code(samples).codes.sum().backward()
+    assert samples.grad.abs().max() > 0 and len(formed) == 1
+    c = bank()
+    with torch.no_grad():
+        assert torch.equal(c.code(SAMPLES).codes, c.code(SAMPLES).codes)
+    assert len(formed) == 2
+
+
+def trained(b):
+    adam = torch.optim.Adam(b.parameters(), 0.1)
+    with torch.enable_grad():
+        b.code(SAMPLES.to(b.dictionary)).codes.square().sum().backward()
+    adam.step()
+
+
+def trained_at_once(b):
+    adam = torch.optim.Adam(b.parameters(), 0.1, fused=True)
+    b.dictionary.grad = torch.ones_like(b.dictionary)
+    adam.step()
+
+
+def in_place(b):
+    b.dictionary.mul_(1.5)
+
+
+def replaced(b):
+    b.dictionary = torch.nn.Parameter(torch.randn(2, 6, 9))
+
+
+def through_data(b):
+    b.dictionary.data = torch.randn(2, 6, 9)
+
+
+def written_through_data(b):
+    b.dictionary.data.mul_(1.5)
+
+
+def another_penalty(b):
+    b.coding = CodingSpec(0.1, 0.3, 10)
+
+
+CHANGES = {
+    "training": trained,
+    "fused optimiser": trained_at_once,
+    "load_state_dict": lambda b: b.load_state_dict(bank(1).state_dict()),
+    "load_state_dict assigning": lambda b: b.load_state_dict(bank(1).state_dict(), assign=True),
+    "set_atoms": lambda b: b.set_atoms(torch.randn(2, 6, 9), 2.0),
+    "in place": in_place,
+    "replaced": replaced,
+    "through data": through_data,
+    "written through data": written_through_data,
+    "to float64": lambda b: b.double(),
+    "another penalty": another_penalty,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@torch.no_grad()
+def test_no_change_meets_a_stale_inverse(change):
+    b = bank()
+    before = b.code(SAMPLES).codes
+    for _ in range(3):
+        change(b)
+        after = b.code(SAMPLES.to(b.dictionary)).codes
+        assert torch.equal(after, fresh(b))
+    assert after.dtype != before.dtype or not torch.allclose(after, before, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_is_kept_stays_out_of_the_state_and_of_copies():
+    b = bank()
+    b.code(SAMPLES)
+    assert set(b.state_dict()) == {"dictionary", "rho", "lambdaV"}
+    file = io.BytesIO()
+    torch.save(b, file)
+    file.seek(0)
+    for other in (copy.deepcopy(b), torch.load(file, weights_only=False)):
+        other.dictionary.mul_(0.5)
+        assert torch.equal(other.code(SAMPLES).codes, fresh(other)) and torch.equal(b.code(SAMPLES).codes, fresh(b))
+
+
+def test_training_keeps_no_system():
+    b = bank()
+    with torch.no_grad():
+        b.code(SAMPLES)
+    assert b._formed is not None
+    b.code(SAMPLES)
+    assert b._formed is None
+
+
+def test_half_precision_and_inference_mode():
+    b = bank().requires_grad_(False)
+    with torch.inference_mode():
+        codes = b.code(SAMPLES).codes
+        inside = bank()
+        torch.testing.assert_close(inside.code(SAMPLES).codes, codes, atol=0, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bank().requires_grad_(False).code(SAMPLES).codes, codes, atol=0, rtol=0)
+    assert b.bfloat16().code(SAMPLES).codes.dtype == torch.float32

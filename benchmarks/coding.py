@@ -1,0 +1,135 @@
+"""Coding draws of images in fixed dictionaries, and the CSI_sr score.
+
+Letters: N images, T draws, K shifts, F feature size, M atoms.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.compare import Part
+from benchmarks.dictionary import bank_of, code_in_every
+from evals.features import Outputs, code_outputs
+from evals.scores import CsiSparseScore, fit_csi_sr
+from models.sparse.dictionary import DictionaryBank
+
+_STEPS, _TRAINING, _BATCH = 40, 100, 100
+
+
+@dataclass(frozen=True)
+class Given:
+    """What both sides start from: features s (T, N, K, F) and logits (T, N, K, K) of all draws, and weights (K,)."""
+
+    D_KFM: Tensor
+    s_TNKF: Tensor
+    shift_TNKK: Tensor
+    error_weight_K: Tensor
+    shift_weight_K: Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """Published: ten draws of 1000 images under five shifts, in batches of 100 images."""
+
+    images: int = 1000
+    draws: int = 10
+    shifts: int = 5
+    features: int = 512
+    atoms: int = 512
+
+    def __str__(self) -> str:
+        return f"{self.images} images x {self.draws} draws x {self.shifts} shifts, F {self.features}, M {self.atoms}"
+
+    def given(self, device: torch.device) -> Given:
+        """Random dictionaries, features as a ReLU leaves them that differ a little by draw, and logits."""
+        gen = torch.Generator().manual_seed(0)
+        D = F.normalize(torch.rand(self.shifts, self.features, self.atoms, generator=gen), dim=1).to(device)
+        shape = (self.images, self.shifts, self.features)
+        image = torch.randn(shape, generator=gen)
+        noise = (torch.randn(shape, generator=gen) for _ in range(self.draws))
+        s = torch.stack([F.normalize((image + 0.3 * x).relu(), dim=2) for x in noise]).to(device)
+        shift = torch.randn(self.draws, self.images, self.shifts, self.shifts, generator=gen).to(device)
+        shift = shift + 3 * torch.eye(self.shifts, device=device)
+        # The score's weights, of some images taken for the training set.
+        bank = bank_of(D, _STEPS).requires_grad_(False)
+        train = code_outputs(bank, s[0, :_TRAINING])
+        fitted = fit_csi_sr(D, train["s"][:, None], train["codes"][:, None], shift[0, :_TRAINING, None])
+        return Given(D, s, shift, fitted.error_weight, fitted.shift_weight)
+
+
+def ours(bank: DictionaryBank, given: Given) -> Tensor:
+    """Scores (N,), as the evaluation makes them: in its own dictionary each, means over draws in a stream."""
+    means: Outputs = {}
+    draws, images, shifts, _ = given.s_TNKF.shape
+    with torch.no_grad():
+        for t in range(draws):
+            for index in torch.arange(images, device=given.s_TNKF.device).split(_BATCH):
+                outputs = {**code_outputs(bank, given.s_TNKF[t, index]), "shift": given.shift_TNKK[t, index]}
+                for name, value in outputs.items():
+                    if name not in means:
+                        means[name] = value.new_zeros(images, 1, shifts, value.shape[-1])
+                    means[name][index, 0] += value / draws
+        score = CsiSparseScore(given.D_KFM, given.error_weight_K, given.shift_weight_K)
+        return score(means["s"], means["codes"], means["shift"])
+
+
+def published(given: Given) -> Tensor:
+    """Scores (N,) by the published formulation: every view in all K dictionaries with a solve in each step, what comes
+    of every draw kept as dense tensors, and a loop over images for the scores.
+
+    Source: section 8 of the specification of ADMM-SRNet (Chiou et al. 2023), written from its description.
+    """
+    with torch.no_grad():
+        kept = [torch.cat(x) for x in zip(*_coded_batches(given), strict=True)]
+        s_NTKF, codes_NTKM, shift_NTKK, _, _ = kept
+        scores = []
+        for s, codes, shift in zip(s_NTKF, codes_NTKM, shift_NTKK, strict=True):
+            s, codes, shift = s.mean(0), codes.mean(0), shift.mean(0)
+            score = torch.zeros((), device=s.device)
+            for k in range(len(s)):
+                error = (s[k] - given.D_KFM[k] @ codes[k]).square().sum()
+                score = score - error * given.error_weight_K[k] + shift[k, k] * given.shift_weight_K[k]
+            scores.append(score / len(s))
+        return torch.stack(scores)
+
+
+def _coded_batches(given: Given) -> Iterator[tuple[Tensor, ...]]:
+    """Of each batch of images the features, own codes, logits, reconstructions and errors of all its draws."""
+    shifts = len(given.D_KFM)
+    for s_TBKF, shift_TBKK in zip(given.s_TNKF.split(_BATCH, 1), given.shift_TNKK.split(_BATCH, 1), strict=True):
+        of_draws = []
+        for s_BKF, shift_BKK in zip(s_TBKF, shift_TBKK, strict=True):
+            s_FV = s_BKF.flatten(0, 1).T
+            codes_KMV = code_in_every(given.D_KFM, s_FV, _STEPS)
+            rebuilt_KFV = given.D_KFM @ codes_KMV
+            labels = torch.arange(shifts, device=s_FV.device).repeat(len(s_BKF))
+            mask_KV = F.one_hot(labels, shifts).T.to(s_FV.dtype)
+            codes_VM, rebuilt_VF = ((x * mask_KV[:, None]).sum(0).T for x in (codes_KMV, rebuilt_KFV))
+            error_VF = (s_FV.T - rebuilt_VF).square()
+            blocks = (x.unflatten(0, (-1, shifts)) for x in (s_FV.T, codes_VM, rebuilt_VF, error_VF))
+            s, codes, rebuilt, error = blocks
+            of_draws.append((s, codes, shift_BKK, rebuilt, error))
+        yield tuple(torch.stack(x, 1) for x in zip(*of_draws, strict=True))
+
+
+def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
+    """Coding and scores of an evaluation with features given; the published side goes in batches of 100 images."""
+    given = size.given(device)
+    bank = bank_of(given.D_KFM, _STEPS).requires_grad_(False)
+
+    def check(found: Tensor, theirs: Tensor) -> str:
+        torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
+        return f"scores equal to {float((found - theirs).abs().max() / theirs.abs().max()):.0e}, float32"
+
+    products = size.images * size.draws * size.shifts * (_STEPS - 1) * 2 * size.atoms**2
+    return Part(
+        "coding and scores",
+        f"{size}, {_STEPS} steps",
+        lambda: ours(bank, given),
+        lambda: published(given),
+        check,
+        work=float(products),
+    )
