@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +15,14 @@ from common.errors import UserError
 from common.files import load_state_dict, load_tensors, save_tensors
 from common.flags import Flags, not_negative, pick, positive
 from common.run import Run, start_epoch
-from common.seed import generator, seed_of
+from common.seed import generator
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, draw_views, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.dictionary import CodingSpec, DictionaryBank
+from models.sparse.kmeans import kmeans
 from training.losses.dictionary import dictionary_terms
 from training.modes.setup import training_images
 from training.recipe import Batch, Recipe, Step
@@ -142,8 +142,9 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             with amp():
                 s_KNF = training_features(model, data, draws, at_least=2 * sparse.sr_dict_size)
-            centres = kmeans(s_KNF, sparse.sr_dict_size, seed=seed)
-            bank.set_atoms(centres.mT.to(device), norm)
+            # A generator on the CPU gives the same draws on every device.
+            centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
+            bank.set_atoms(centres.mT, norm)
         save_tensors(run.folder / START, model.state_dict())
 
     def losses(batch: Batch) -> Step:
@@ -202,17 +203,6 @@ def training_features(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawS
 def _one_pass(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, t: int) -> Iterator[Tensor]:
     for index, views in draw_views(data, draws, t):
         yield model(views).s.unflatten(0, (len(index), -1))
-
-
-def kmeans(x_KNF: Tensor, centres: int, *, seed: int) -> Tensor:
-    """k-means++ and Lloyd in each of K sets of N points: centres (K, M, F), on the CPU."""
-    from sklearn.cluster import KMeans
-
-    found = [
-        KMeans(centres, n_init=1, random_state=seed_of(seed, "k-means", k) % 2**32).fit(x.cpu().numpy())
-        for k, x in enumerate(x_KNF)
-    ]
-    return torch.from_numpy(np.stack([f.cluster_centers_ for f in found])).to(x_KNF.dtype)
 
 
 def check_frozen(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

@@ -1,12 +1,10 @@
-import numpy as np
 import pytest
 import torch
-from sklearn.cluster import KMeans
 
 from common.errors import UserError
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
-from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, kmeans, moved
+from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, moved
 
 WEIGHTS = DictionaryLossSpec(2.0, 0.3, 0.7, 1, 0.5, False, None)
 
@@ -53,20 +51,6 @@ def test_detached_codes_leave_the_direct_gradient_only():
     codes = bank.code(s).codes.detach()
     direct = -2 * (s - bank.dictionary.detach() @ codes) @ codes.mT
     torch.testing.assert_close(bank.dictionary.grad, direct, atol=1e-4, rtol=1e-4)
-
-
-def test_k_means_finds_separated_clusters_in_each_shift():
-    rng = np.random.default_rng(0)
-    centres = rng.normal(size=(2, 4, 3)) * 10
-    x = torch.from_numpy(np.repeat(centres, 25, axis=1) + 0.01 * rng.normal(size=(2, 100, 3))).float()
-    found = kmeans(x, 4, seed=0)
-    assert found.shape == (2, 4, 3)
-    for k in range(2):
-        distance = np.linalg.norm(found[k].numpy()[:, None] - centres[k][None], axis=2)
-        assert sorted(distance.argmin(1)) == [0, 1, 2, 3] and distance.min(1).max() < 0.02
-    inertia = KMeans(4, n_init=10, random_state=0).fit(x[0].numpy()).inertia_
-    own = ((x[0][:, None] - found[0][None]) ** 2).sum(2).min(1).values.sum().item()
-    assert own <= 1.01 * inertia
 
 
 def test_a_single_changed_bit_of_the_frozen_network_is_told():
