@@ -248,8 +248,8 @@ def test_oneDNN_and_BLAS_give_the_same_codes_and_gradients(monkeypatch, atoms):
         S = torch.randn(3, 64, 20, generator=torch.Generator().manual_seed(0))
         codes = admm_lasso(D, S, lam=0.01).codes
         found.append((codes, *torch.autograd.grad(codes.square().sum(), D)))
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-4)
+    for a, b in zip(*found, strict=True):  # gradients here are of the order of hundreds; both are as far from float64
+        assert (a - b).abs().max() <= 5e-6 * a.abs().max()
 
 
 def solves_each_step(D, S, lam, rho, steps):
