@@ -40,7 +40,7 @@ def stream(source, spec=WIDE) -> PictureSet:
 
 
 def one_epoch(data: PictureSet, count: int = 2, epoch: int = 1, parts=((0, 3, 6), (1, 2))) -> list[torch.Tensor]:
-    return list(data.copies([torch.tensor(part) for part in parts], count, seed=0, epoch=epoch))
+    return list(data.copies([torch.as_tensor(part) for part in parts], count, seed=0, epoch=epoch))
 
 
 def test_classes_labels_and_one_class_splits(source):
