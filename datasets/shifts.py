@@ -72,6 +72,7 @@ class ShiftSpec:
 
     @property
     def count(self) -> int:
+        """K."""
         return len(self.functions())
 
     @property

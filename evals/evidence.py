@@ -29,14 +29,16 @@ _FITTED_STEPS, _FITTED_TOL = 500, 1e-3
 
 @dataclass(frozen=True)
 class Finished:
-    """What the scores see: a function on draw-averaged outputs, and the dictionaries (K, F, M) they were coded in."""
+    """What the scores see: a function on draw-averaged outputs, and the dictionaries (K, F, M) and the l1 weight, in
+    and by which they were coded."""
 
     finish: Callable[[Outputs], Outputs]
-    dictionary: Tensor | None
+    dictionary: Tensor | None = None
+    lam: float | None = None
 
 
 def _as_they_are(flags: Flags, net: nn.Module, train: Outputs) -> Finished:
-    return Finished(lambda outputs: outputs, None)
+    return Finished(lambda outputs: outputs)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _read_rot_trans(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mo
 
 
 def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs) -> Finished:
-    return Finished(lambda outputs: outputs, net.sr_nets.dictionary.detach().cpu())
+    return Finished(lambda outputs: outputs, net.sr_nets.dictionary.detach().cpu(), net.sr_nets.coding.lam)
 
 
 def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished:
@@ -140,7 +142,7 @@ def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished
         coded = {name: torch.cat([part[name] for part in parts])[:, None].cpu() for name in parts[0]}
         return {**coded, "shift": outputs["shift"]}
 
-    return Finished(finish, D.cpu())
+    return Finished(finish, D.cpu(), coding.lam)
 
 
 _STAGE1_FILES = ("last.model", "last.cocsr_model")

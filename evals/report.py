@@ -20,10 +20,8 @@ from datasets import DataSource, ImageSet
 from datasets.outliers import INTERP, MULTI_CLASS, find_outliers, outlier_flags
 from evals.detection import detect, quantile_line
 from evals.evidence import Evidence
-from evals.features import Outputs
 from evals.scores import SCORES
 from evals.subject import Subject, load_subject
-from models.feature_net import CocsrNet
 
 
 def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False) -> None:
@@ -60,8 +58,9 @@ def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str]
     for line in flags.tell_unread():
         print(line)
     train, outputs = finished.finish(train), {name: finished.finish(means) for name, means in outputs.items()}
-    if finished.dictionary is not None:
-        _tell_gap(flags, subject, outputs)
+    if finished.lam is not None:
+        gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
+        print(f"codes: mean optimality gap {gap / finished.lam:.3g} lambda (more ADMM steps lower it)")
     is_normal = normal.numpy()
     for name in names:
         score = SCORES[name].fit(train, finished.dictionary, **options[name])
@@ -71,12 +70,12 @@ def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str]
                 f"--load_path: {subject.checkpoint} gives scores that are no numbers; its weights are spoilt"
             )
         own = values.pop(flags.dataset)
-        anomalous = _by_class(test, own, is_normal) | values
-        found = detect(own[is_normal], _by_class(test, own, is_normal), values)
+        classes = _by_class(test, own, is_normal)
+        found = detect(own[is_normal], classes, values)
         result = {"score": name, **result_facts(flags, subject, begun), **found.as_result()}
         _show(subject, result)
         if print_score:
-            for title, scores in {"normal test": own[is_normal], **anomalous}.items():
+            for title, scores in {"normal test": own[is_normal], **classes, **values}.items():
                 print(f"quantiles of {name}, {title}: {quantile_line(scores)}")
         kind = f"{flags.mode}_{name}{subject.tag}"
         write_json(subject.folder / f"result_{kind}.json", result)
@@ -121,12 +120,6 @@ def other_sets(flags: Flags, subject: Subject, normal: Callable[[], ImageSet]) -
     source = replace(source, data_path=place, image_size=subject.split.source.image_size)
     lag = flags.test_batch_size if INTERP in names else 1
     return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
-
-
-def _tell_gap(flags: Flags, subject: Subject, outputs: dict[str, Outputs]) -> None:
-    gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
-    lam = subject.net.sr_nets.coding.lam if isinstance(subject.net, CocsrNet) else flags.sr_lambda
-    print(f"codes: mean optimality gap {gap / lam:.3g} lambda (more ADMM steps lower it)")
 
 
 def _file_name(title: str) -> str:

@@ -29,11 +29,11 @@ def test_calibration_error_against_a_loop_over_the_bins():
 
 
 def test_a_confidence_on_a_border_belongs_to_the_bin_below():
-    """Two bins: 0.5 right falls into the first, with 0.4 wrong, |1 - 0.9|; 0.6 right into the second, |1 - 0.6|."""
+    """Two bins: 0.5 right falls into the first, with 0.4 wrong, |1 - 0.9|; 0.6 wrong into the second, |0 - 0.6|."""
     first = torch.tensor([0.5, 0.4, 0.6], dtype=torch.float64)
     probabilities = torch.stack([first, torch.tensor([0.3, 0.3, 0.3]), torch.tensor([0.2, 0.3, 0.1])], 1)
-    labels = torch.tensor([0, 1, 0])
-    assert calibration_error(probabilities, labels, bins=2) == pytest.approx((0.1 + 0.4) / 3, abs=1e-12)
+    labels = torch.tensor([0, 1, 1])
+    assert calibration_error(probabilities, labels, bins=2) == pytest.approx((0.1 + 0.6) / 3, abs=1e-12)
 
 
 def test_certain_and_right_is_perfectly_calibrated_and_certain_and_wrong_not_at_all():
