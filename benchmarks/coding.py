@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare import Part
 from benchmarks.dictionary import bank_of, code_in_every
-from evals.features import Outputs, code_outputs
+from evals.features import code_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
 
@@ -61,19 +61,15 @@ class Size:
 
 
 def ours(bank: DictionaryBank, given: Given) -> Tensor:
-    """Scores (N,), as the evaluation makes them: in its own dictionary each, means over draws in a stream."""
-    means: Outputs = {}
-    draws, images, shifts, _ = given.s_TNKF.shape
+    """Scores (N,), as the evaluation makes them: in its own dictionary each, and batch by batch of the images."""
+    score = CsiSparseScore(given.D_KFM, given.error_weight_K, given.shift_weight_K)
+    scores = []
     with torch.no_grad():
-        for t in range(draws):
-            for index in torch.arange(images, device=given.s_TNKF.device).split(_BATCH):
-                outputs = {**code_outputs(bank, given.s_TNKF[t, index]), "shift": given.shift_TNKK[t, index]}
-                for name, value in outputs.items():
-                    if name not in means:
-                        means[name] = value.new_zeros(images, 1, shifts, value.shape[-1])
-                    means[name][index, 0] += value / draws
-        score = CsiSparseScore(given.D_KFM, given.error_weight_K, given.shift_weight_K)
-        return score(means["s"], means["codes"], means["shift"])
+        for s_TBKF, shift_TBKK in zip(given.s_TNKF.split(_BATCH, 1), given.shift_TNKK.split(_BATCH, 1), strict=True):
+            draws = zip(s_TBKF, shift_TBKK, strict=True)
+            means = mean_outputs({**code_outputs(bank, s), "shift": shift} for s, shift in draws)
+            scores.append(score(means["s"], means["codes"], means["shift"]))
+    return torch.cat(scores)
 
 
 def published(given: Given) -> Tensor:

@@ -191,24 +191,26 @@ def _from_hexagon(hue6: Tensor, chroma: Tensor, value: Tensor) -> Tensor:
     the hexagonal wave of `hsv_to_rgb`, written so that it takes few passes over memory.
     """
     base = value - chroma
-    rgb = base.new_empty(len(base), 3, *base.shape[1:])
-    for channel, (place, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
+    rgb = []
+    for place, sign, offset in ((3, 1, -1), (2, -1, 2), (4, -1, 2)):
         wave = (hue6 - place).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(base, wave, chroma, out=rgb[:, channel])
-    return rgb
+        rgb.append(wave.mul_(chroma).add_(base))
+    return torch.stack(rgb, 1)
 
 
 def hsv_jitter(x: Tensor, hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     """Add `hue` * 255 / 360 to the hue, scale saturation and value, each (V,); clamped to [0, 1].
 
-    The same as `hsv_to_rgb` of changed `rgb_to_hsv`, without the planes in between: half the time on a CPU.
+    The same as `hsv_to_rgb` of changed `rgb_to_hsv`, without the planes in between: half the time on a CPU, where the
+    remainder by `floor` takes a sixth of the time of `remainder`.
     """
     r, g, b = x.unbind(1)
     top = x.amax(1)
     chroma = top - x.amin(1)
     # 2 r - g - b and g - b, the coordinates of the colour circle.
     hue6 = torch.atan2((g - b).mul_(math.sqrt(3)), (r - g).add_(r).sub_(b)).mul_(6 / (2 * math.pi))
-    hue6 = hue6.add_(_per_plane(hue * (6 * 255 / 360))).remainder_(6)
+    hue6 = hue6.add_(_per_plane(hue * (6 * 255 / 360)))
+    hue6 = hue6.sub_((hue6 / 6).floor_(), alpha=6)
     chroma = chroma.div_(top.clamp_min(1e-12)).mul_(_per_plane(saturation)).clamp_(0, 1)
     top = top.mul_(_per_plane(value)).clamp_(0, 1)
     return _from_hexagon(hue6, chroma.mul_(top), top)
@@ -226,9 +228,40 @@ def gray(x: Tensor, chosen: Tensor) -> Tensor:
 
 
 def crop(x: Tensor, box: Tensor) -> Tensor:
-    """Crop each image to its box (V, 4) and resize to full size: bilinear sampling with reflection at the border."""
+    """Crop each image to its box (V, 4), which lies within it, and resize to full size by bilinear sampling."""
+    if x.device.type == "cpu":
+        return _crop_by_rows(x, box)
     theta = x.new_zeros(len(x), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = box[:, 0], box[:, 1]
     theta[:, 0, 2], theta[:, 1, 2] = box[:, 2], box[:, 3]
     grid = F.affine_grid(theta, list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _crop_by_rows(x: Tensor, box: Tensor) -> Tensor:
+    """`crop`, first along the width, then along the height: a fourth of the time of `grid_sample` on a CPU.
+
+    The pixels along the direction at hand become rows of a table, of which each new row is a weighted sum of two. The
+    result lies in memory channels last, as networks want it.
+    """
+    views, channels, height, width = x.shape
+    columns = x.permute(0, 3, 1, 2).reshape(views, width, channels * height)
+    across = _resample(columns, box[:, 0], box[:, 2]).view(views, width, channels, height)
+    rows = across.permute(0, 3, 1, 2).reshape(views, height, width * channels)
+    return _resample(rows, box[:, 1], box[:, 3]).view(views, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _resample(x: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
+    """Rows of x (V, n, .) at n places spread over `scale` of its length about `centre` in half lengths, (V,) each."""
+    views, n, _ = x.shape
+    place = torch.arange(1, 2 * n, 2, device=x.device) / n - 1
+    place = (((place * scale[:, None] + centre[:, None] + 1) * n - 1) / 2).clamp(0, n - 1)
+    below = place.long()
+    share = place - below
+    rows = (
+        torch.stack([below, (below + 1).clamp(max=n - 1)], 2) + n * torch.arange(views, device=x.device)[:, None, None]
+    )
+    weights = torch.stack([1 - share, share], 2).to(x.dtype)
+    return F.embedding_bag(
+        rows.view(-1, 2), x.flatten(0, 1), mode="sum", per_sample_weights=weights.view(-1, 2)
+    ).view_as(x)

@@ -3,7 +3,7 @@
 Letters: N images of a set, B of a batch, C copies, K shifts. Images come in as floats in [0, 1].
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +18,37 @@ from datasets.shifts import Shift
 LookDraws = tuple[AlignedDraw, AlignedDraw] | None
 
 
-def train_views(copies: Tensor, shifts: Sequence[Shift], spec: AlignedSpec, generator: Generator) -> Tensor:
+def render_views(
+    copies: Tensor, shifts: Sequence[Shift], looks: Sequence[Sequence[LookDraws]], draw: AlignedDraw
+) -> Tensor:
+    """Copies (C, B, 3, H, W) by their draws: looks of each copy under each shift, draw of all C * K * B views.
+
+    It draws nothing and calls on no device, so that `torch.compile` makes a few fused passes of it.
+    """
+    views = []
+    for x, looks_of_copy in zip(copies, looks, strict=True):
+        partner = x.roll(-1, 0)
+        views += [apply_shift(shift, x, partner, look) for shift, look in zip(shifts, looks_of_copy, strict=True)]
+    return aligned(torch.cat(views), draw)
+
+
+def train_views(
+    copies: Tensor,
+    shifts: Sequence[Shift],
+    spec: AlignedSpec,
+    generator: Generator,
+    render: Callable[..., Tensor] = render_views,
+) -> Tensor:
     """Copies of each image (C, B, 3, H, W) under all K shifts, then augmented: (C * K * B, 3, H, W).
 
     Order: [copy 1: shift 0 of all B images, shift 1, ...; copy 2: the same]. The mix partner of image i is image
-    (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one.
+    (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one. render: `render_views`, or that compiled.
     """
-    size = (copies.shape[3], copies.shape[4])
-    views = []
-    for x in copies:
-        partner = x.roll(-1, 0)
-        looks = [_draw_looks(shift, len(x), size, generator) for shift in shifts]
-        views += [apply_shift(shift, x, partner, look) for shift, look in zip(shifts, looks, strict=True)]
-    draw = draw_aligned(len(copies) * len(shifts) * copies.shape[1], size, spec, generator)
-    which = shift_labels(len(shifts), copies.shape[1], len(copies), copies.device)
-    return aligned(torch.cat(views), _spared(draw, shifts, which))
+    count, batch, _, *size = copies.shape
+    looks = [[_draw_looks(shift, batch, (size[0], size[1]), generator) for shift in shifts] for _ in copies]
+    draw = draw_aligned(count * len(shifts) * batch, (size[0], size[1]), spec, generator)
+    which = shift_labels(len(shifts), batch, count, copies.device)
+    return render(copies, shifts, looks, _spared(draw, shifts, which))
 
 
 def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> Tensor:
@@ -86,30 +102,56 @@ def draw_views(
     Each shift gets its own flip with probability 0.5 before it (none at all for K = 1), then the aligned augmentation.
     The mix partner of image i is image (i + 1) mod N of the set, or `reference` (1, 3, H, W) for all.
     """
-    n, device, k_shifts = len(images), images.device, len(spec.shifts)
-    gen = generator(spec.seed, spec.purpose, t, device=device)
+    draw = draw_set(images, spec, t)
+    for index in batches_of(images, spec):
+        yield index, set_views(images, spec, draw, index, reference)
+
+
+def batches_of(images: ImageSet | PictureSet, spec: DrawSpec) -> tuple[Tensor, ...]:
+    """All indices of the images, batch by batch."""
+    return torch.arange(len(images), device=images.device).split(spec.batch_size)
+
+
+@dataclass(frozen=True)
+class SetDraw:
+    """What is drawn for one look at a whole set: about 35 bytes a view."""
+
+    flip: Tensor  # (N + 1, K) bool; the last row are the flips of the reference
+    looks: Sequence[LookDraws]  # by shift, of all N images
+    aligned: AlignedDraw | None  # of all N * K views, image-major
+
+
+def draw_set(images: ImageSet | PictureSet, spec: DrawSpec, t: int) -> SetDraw:
+    """The parameters of draw t of every image."""
+    n, k_shifts = len(images), len(spec.shifts)
+    gen = generator(spec.seed, spec.purpose, t, device=images.device)
     flips = k_shifts > 1 and spec.aligned is not None
-    # One row more than images: the flips of the reference.
-    flip_NK = torch.rand(n + 1, k_shifts, device=device, generator=gen) < (0.5 if flips else 0.0)
-    shift_index = torch.arange(k_shifts, device=device)
-    mixes = any(shift.partner for shift in spec.shifts)
+    flip_NK = torch.rand(n + 1, k_shifts, device=images.device, generator=gen) < (0.5 if flips else 0.0)
     draw = None
     if spec.aligned is not None:
         draw = draw_aligned(n * k_shifts, images.size, spec.aligned, gen)
-        draw = _spared(draw, spec.shifts, shift_index.repeat(n))
-    looks = [_draw_looks(shift, n, images.size, gen) for shift in spec.shifts]
-    for index in torch.arange(n, device=device).split(spec.batch_size):
-        x = images.batch(index)
-        if reference is None:
-            partner_index = (index + 1) % n
-            partner = images.batch(partner_index) if mixes else x
-        else:
-            partner_index = torch.full_like(index, n)
-            partner = reference.expand_as(x)
-        views = []
-        for k, (shift, look) in enumerate(zip(spec.shifts, looks, strict=True)):
-            own, other = hflip(x, flip_NK[index, k]), hflip(partner, flip_NK[partner_index, k])
-            views.append(apply_shift(shift, own, other, look and (look[0][index], look[1][index])))
-        rows = (index[:, None] * k_shifts + shift_index).flatten()
-        both = torch.stack(views, 1).flatten(0, 1)
-        yield index, both if draw is None else aligned(both, draw[rows])
+        draw = _spared(draw, spec.shifts, torch.arange(k_shifts, device=images.device).repeat(n))
+    return SetDraw(flip_NK, [_draw_looks(shift, n, images.size, gen) for shift in spec.shifts], draw)
+
+
+def set_views(
+    images: ImageSet | PictureSet, spec: DrawSpec, draw: SetDraw, index: Tensor, reference: Tensor | None = None
+) -> Tensor:
+    """The views (b * K, 3, H, W) of the images at `index` (b,) by their draw, as `draw_views` says."""
+    n, k_shifts = len(images), len(spec.shifts)
+    x = images.batch(index)
+    if reference is None:
+        partner_index = (index + 1) % n
+        partner = images.batch(partner_index) if any(shift.partner for shift in spec.shifts) else x
+    else:
+        partner_index = torch.full_like(index, n)
+        partner = reference.expand_as(x)
+    views = []
+    for k, (shift, look) in enumerate(zip(spec.shifts, draw.looks, strict=True)):
+        own, other = hflip(x, draw.flip[index, k]), hflip(partner, draw.flip[partner_index, k])
+        views.append(apply_shift(shift, own, other, look and (look[0][index], look[1][index])))
+    both = torch.stack(views, 1).flatten(0, 1)
+    if draw.aligned is None:
+        return both
+    rows = index[:, None] * k_shifts + torch.arange(k_shifts, device=index.device)
+    return aligned(both, draw.aligned[rows.flatten()])

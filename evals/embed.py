@@ -42,8 +42,8 @@ def run_tsne(
     for line in flags.tell_unread():
         print(line)
     test = subject.split.test().to(subject.device)
-    train, outputs = subject.outputs_of_sets({flags.dataset: test})
-    test_outputs = outputs[flags.dataset]
+    train, references = subject.training()
+    test_outputs = subject.outputs(test, f"{flags.dataset} test images", references)
     normal = subject.split.normal(test.labels).cpu().numpy()
     idx = flags.one_class_idx
     of = "all classes" if idx is None else f"{subject.split.class_names[idx]} ({idx})"

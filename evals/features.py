@@ -3,7 +3,7 @@
 Letters: N images, b of a batch, T draws, K shifts, F feature size, P projection size, M atoms.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet
-from datasets.views import DrawSpec, draw_views
+from datasets.views import DrawSpec, batches_of, draw_set, set_views
 from models.feature_net import CocsrNet, FeatureNet, RotTransNet
 from models.sparse.dictionary import DictionaryBank
 
@@ -62,6 +62,17 @@ def code_outputs(bank: DictionaryBank, s: Tensor) -> Outputs:
     return {"s": s, "codes": code.codes.permute(2, 0, 1), "gap": code.gap.T[..., None]}
 
 
+def mean_outputs(draws: Iterable[Outputs]) -> Outputs:
+    """The means (b, 1, K, .) of the outputs (b, K, .) of several draws of the same images, added up as they come."""
+    sums: Outputs = {}
+    count = 0
+    for outputs in draws:
+        count += 1
+        for name, value in outputs.items():
+            sums[name] = sums[name].add_(value) if name in sums else value.clone()
+    return {name: value.div_(count)[:, None] for name, value in sums.items()}
+
+
 @torch.no_grad()
 def draw_means(
     outputs: Callable[[Tensor], Outputs],
@@ -71,24 +82,24 @@ def draw_means(
     *,
     label: str,
     references: Tensor | None = None,
-) -> Outputs:
-    """Every output averaged over `draws` draws of every image: (N, 1, K, .) each, on the images' device.
+) -> Iterator[Outputs]:
+    """Every output averaged over `draws` draws, batch by batch of the images: (b, 1, K, .) each, on their device.
 
     references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
-    its neighbour by index. Only the means stay, so memory does not grow with the draws.
+    its neighbour by index. All draws of a batch come together: what they give is held for one batch only, and of the
+    others the few numbers that their views are drawn by.
     """
-    means: Outputs = {}
-    n, n_shifts = len(images), len(spec.shifts)
-    steps = draws * -(-n // spec.batch_size)
-    everything = (
-        step for t in range(draws) for step in draw_views(images, spec, t, _reference(references, spec.seed, t))
-    )
-    for index, views in progress(everything, total=steps, label=label):
-        for name, value in outputs(views.unflatten(0, (-1, n_shifts))).items():
-            if name not in means:
-                means[name] = value.new_zeros(n, 1, n_shifts, value.shape[-1])
-            means[name][index, 0] += value / draws
-    return means
+    looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(draws)]
+    parts = batches_of(images, spec)
+    for index in progress(parts, total=len(parts), label=label):
+        views = (set_views(images, spec, draw, index, reference) for draw, reference in looks)
+        yield mean_outputs(outputs(v.unflatten(0, (-1, len(spec.shifts)))) for v in views)
+
+
+def concatenate(blocks: Iterable[Outputs]) -> Outputs:
+    """One set of outputs (N, ...) of those of its batches."""
+    parts = list(blocks)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _reference(references: Tensor | None, seed: int, t: int) -> Tensor | None:

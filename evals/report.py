@@ -19,9 +19,12 @@ from common.run import describe_program
 from datasets import DataSource, ImageSet
 from datasets.outliers import INTERP, MULTI_CLASS, find_outliers, outlier_flags
 from evals.detection import detect, quantile_line
-from evals.evidence import Evidence
-from evals.scores import SCORES
+from evals.evidence import Evidence, Finished
+from evals.scores import SCORES, Score
 from evals.subject import Subject, load_subject
+
+# Of the outputs, the optimality gap of codes.
+_GAP = "gap"
 
 
 def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False) -> None:
@@ -53,18 +56,20 @@ def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str]
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
     tests = {name: data.to(subject.device) for name, data in {flags.dataset: test, **others}.items()}
-    train, outputs = subject.outputs_of_sets(tests)
+    train, references = subject.training()
     finished = evidence.finish(flags, subject.net, train)
     for line in flags.tell_unread():
         print(line)
-    train, outputs = finished.finish(train), {name: finished.finish(means) for name, means in outputs.items()}
+    train = finished.finish(train)
+    scores = {name: SCORES[name].fit(train, finished.dictionary, **options[name]) for name in names}
+    del train
+    found_of = {title: _scored(subject, data, title, references, finished, scores) for title, data in tests.items()}
     if finished.lam is not None:
-        gap = float(torch.cat([means["gap"].flatten() for means in outputs.values()]).mean())
+        gap = float(np.concatenate([found[_GAP] for found in found_of.values()]).mean())
         print(f"codes: mean optimality gap {gap / finished.lam:.3g} lambda (more ADMM steps lower it)")
     is_normal = normal.numpy()
     for name in names:
-        score = SCORES[name].fit(train, finished.dictionary, **options[name])
-        values = {title: score(means).numpy() for title, means in outputs.items()}
+        values = {title: found[name] for title, found in found_of.items()}
         if not all(np.isfinite(scores).all() for scores in values.values()):
             raise UserError(
                 f"--load_path: {subject.checkpoint} gives scores that are no numbers; its weights are spoilt"
@@ -75,15 +80,36 @@ def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str]
         result = {"score": name, **result_facts(flags, subject, begun), **found.as_result()}
         _show(subject, result)
         if print_score:
-            for title, scores in {"normal test": own[is_normal], **classes, **values}.items():
-                print(f"quantiles of {name}, {title}: {quantile_line(scores)}")
+            for title, of_images in {"normal test": own[is_normal], **classes, **values}.items():
+                print(f"quantiles of {name}, {title}: {quantile_line(of_images)}")
         kind = f"{flags.mode}_{name}{subject.tag}"
         write_json(subject.folder / f"result_{kind}.json", result)
         if save_score:
-            for title, scores in {flags.dataset: own, **values}.items():
+            for title, of_images in {flags.dataset: own, **values}.items():
                 path = subject.folder / f"scores_{kind}_{_file_name(title)}.csv"
-                write_text(path, _table(tests[title], scores))
+                write_text(path, _table(tests[title], of_images))
     print(f"results are in {subject.folder}")
+
+
+def _scored(
+    subject: Subject,
+    images: ImageSet,
+    title: str,
+    references: torch.Tensor | None,
+    finished: Finished,
+    scores: dict[str, Score],
+) -> dict[str, np.ndarray]:
+    """Each score of all images (N,), and the mean optimality gaps of their codes where they have any.
+
+    Batch by batch: of an image nothing stays but its scores.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    for block in subject.blocks(images, f"{title} test images", references):
+        outputs = finished.finish(block)
+        parts.append({name: score(outputs).numpy() for name, score in scores.items()})
+        if _GAP in outputs:
+            parts[-1][_GAP] = outputs[_GAP].mean((1, 2, 3)).numpy()
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def result_facts(flags: Flags, subject: Subject, begun: float) -> dict[str, Any]:

@@ -22,13 +22,14 @@ from evals.features import Outputs
 
 Array = np.ndarray | Tensor
 
-# Entries of a block of the similarity matrix, to bound its memory.
-_BLOCK = 2**26
+# Entries of a block of similarities, or of reconstructions, to bound their memory.
+_BLOCK = 2**22
 
 
 def _mean_draws(x: Array) -> Tensor:
-    """(N, T, K, .) -> (K, N, .)"""
-    return torch.as_tensor(x).mean(1).transpose(0, 1)
+    """(N, T, K, .) -> (K, N, .), without a copy where there is one draw, or their mean already."""
+    x = torch.as_tensor(x)
+    return (x[:, 0] if x.shape[1] == 1 else x.mean(1)).transpose(0, 1)
 
 
 def _own_logit(shift: Array) -> Tensor:
@@ -77,7 +78,9 @@ def _reconstruction_error(D_KFM: Tensor, s: Array, codes: Array) -> Tensor:
     """(K, N) squared error of the mean feature under the mean code."""
     k = len(D_KFM)
     s_KNF, a_KNM = _mean_draws(s)[:k], _mean_draws(codes)[:k]
-    return (s_KNF - a_KNM @ D_KFM.mT).square().sum(2)
+    rows = max(1, _BLOCK // s_KNF[:, 0].numel())
+    parts = zip(s_KNF.split(rows, 1), a_KNM.split(rows, 1), strict=True)
+    return torch.cat([(s - a @ D_KFM.mT).square_().sum(2) for s, a in parts], 1)
 
 
 def _weights(mean_K: Tensor, *, on: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from datasets import DataSource, ImageSet, Split, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec
 from evals.evidence import Evidence
-from evals.features import Outputs, draw_means, reference_pool
+from evals.features import Outputs, concatenate, draw_means, reference_pool
 from models import backbone_spec
 
 # Flags that decide what the network saw in training: evaluation under others is told.
@@ -59,24 +59,29 @@ class Subject:
         """Where results go: beside the checkpoint."""
         return self.checkpoint.parent
 
+    def blocks(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Iterator[Outputs]:
+        """Draw-averaged outputs (b, 1, K, .), batch by batch of the images, on the CPU in float32."""
+        inner, amp = self.evidence.outputs(self.net), autocast(self.amp, self.device)
+
+        def function(views: torch.Tensor) -> Outputs:
+            with amp():
+                return {name: value.float() for name, value in inner(views).items()}
+
+        for block in draw_means(function, images, self.draws, self.samples, label=label, references=references):
+            yield {name: value.cpu() for name, value in block.items()}
+
     def outputs(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Outputs:
-        """Draw-averaged outputs (N, 1, K, .), on the CPU in float32."""
-        function = self.evidence.outputs(self.net)
-        with autocast(self.amp, self.device)():
-            means = draw_means(function, images, self.draws, self.samples, label=label, references=references)
-        return {name: value.float().cpu() for name, value in means.items()}
+        """Those of all images, (N, 1, K, .)."""
+        return concatenate(self.blocks(images, label, references))
 
-    def outputs_of_sets(self, tests: Mapping[str, ImageSet]) -> tuple[Outputs, dict[str, Outputs]]:
-        """Outputs of the normal training images (none where nothing is fitted to them), and of each set of test images.
-
-        Training images always mix with their neighbours, test images with reference images where `references` says so.
-        """
+    def training(self) -> tuple[Outputs, torch.Tensor | None]:
+        """Outputs of the normal training images, which always mix with their neighbours, none where nothing is fitted
+        to them; and the reference images that test images mix with, None for their neighbours."""
         if not self.evidence.fitted:
-            return {}, {name: self.outputs(data, f"{name} test images") for name, data in tests.items()}
+            return {}, None
         train = self.split.train().to(self.device)
         pool = reference_pool(train, self.references, self.draws.seed) if self.references else None
-        seen = self.outputs(train, "training images")
-        return seen, {name: self.outputs(data, f"{name} test images", pool) for name, data in tests.items()}
+        return self.outputs(train, "training images"), pool
 
 
 def load_subject(

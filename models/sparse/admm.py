@@ -159,7 +159,8 @@ def _inverse(gram: Tensor, rho: float) -> Tensor:
     # The checking form would wait for the device; a failed factor becomes NaN, which the training loop tells.
     factor, failed = torch.linalg.cholesky_ex(gram + rho * eye)
     factor = factor.masked_fill((failed > 0)[:, None, None], torch.nan)
-    return torch.cholesky_inverse(factor)
+    # It comes column by column; products would copy it at every step.
+    return torch.cholesky_inverse(factor).contiguous()
 
 
 def _product(A: Tensor, V: Tensor) -> Tensor:

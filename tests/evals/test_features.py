@@ -4,7 +4,7 @@ from datasets.augment import AlignedSpec
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
-from evals.features import cocsr_outputs, draw_means, net_outputs, reference_pool
+from evals.features import cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import admm_lasso
@@ -28,8 +28,8 @@ def spec(batch_size: int) -> DrawSpec:
 
 def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
     net, data = network(), images()
-    found = draw_means(net_outputs(net), data, spec(3), 4, label="test")
-    whole = draw_means(net_outputs(net), data, spec(7), 4, label="test")
+    found = concatenate(draw_means(net_outputs(net), data, spec(3), 4, label="test"))
+    whole = concatenate(draw_means(net_outputs(net), data, spec(7), 4, label="test"))
     draws = []
     with torch.inference_mode():
         for t in range(4):
@@ -44,7 +44,7 @@ def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
 def test_each_feature_is_coded_in_its_own_shifts_dictionary():
     bank = DictionaryBank(5, 64, 9, CodingSpec(0.01, 1.0, 40), torch.Generator().manual_seed(0))
     model, data = CocsrNet(network(), bank, FeatureTransform()).eval(), images()
-    found = draw_means(cocsr_outputs(model), data, spec(3), 1, label="test")
+    found = concatenate(draw_means(cocsr_outputs(model), data, spec(3), 1, label="test"))
     s = found["s"][:, 0]
     for k in range(5):
         alone = admm_lasso(bank.dictionary[k : k + 1], s[:, k].T, lam=0.01).codes[0].T
@@ -61,7 +61,7 @@ def test_references_are_training_images_chosen_by_the_seed():
 
 def test_references_take_the_place_of_neighbours_in_the_mixed_view_only():
     net, data, pool = network(), images(), torch.rand(4, 3, 8, 8)
-    found = draw_means(net_outputs(net), data, spec(2), 2, label="test", references=pool)
-    plain = draw_means(net_outputs(net), data, spec(2), 2, label="test")
+    found = concatenate(draw_means(net_outputs(net), data, spec(2), 2, label="test", references=pool))
+    plain = concatenate(draw_means(net_outputs(net), data, spec(2), 2, label="test"))
     torch.testing.assert_close(found["z"][:, 0, :4], plain["z"][:, 0, :4], atol=1e-6, rtol=1e-5)
     assert (found["z"][:, 0, 4] - plain["z"][:, 0, 4]).abs().amax(1).min() > 1e-4
