@@ -119,14 +119,14 @@ class RidgeSystem:
 
     def step(
         self, start: Tensor, w: Tensor, threshold: float, *, out: Tensor | None = None, v: Tensor | None = None
-    ) -> Tensor:
-        """One step from w, where `start` is the ridge solution, without gradient: w of the next step, in `out`.
+    ) -> tuple[Tensor, Tensor]:
+        """One step from w, where `start` is the ridge solution, without gradient: w of the next step, in `out`, and v.
 
-        With c = clamp(w) = w - y, it is start + c + A (w - 2 c). v: a buffer.
+        With c = clamp(w) = w - y and v = w - 2 c, in the buffer `v`, which may be w, it is start + c + A v.
         """
         after = torch.clamp(w, -threshold, threshold, out=out)
         v = torch.sub(w, after, alpha=2, out=v)
-        return self.add_shrunk(after.add_(start), v)
+        return self.add_shrunk(after.add_(start), v), v
 
     def add_shrunk(self, sum_: Tensor, V: Tensor) -> Tensor:
         """sum_ + A v, in place."""
@@ -205,10 +205,10 @@ class _Plan:
 def _iterate(
     system: RidgeSystem, start: Tensor, S: Tensor, plan: _Plan, keep: list[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """w of the last step, and the codes of the steps in `also`. keep: gets w of every step; without, three are held."""
+    """w of the last step, and the codes of the steps in `also`. keep: gets w of every step; without, two are held."""
     threshold = plan.threshold
-    w, spare, earlier = start, None, []
-    v = torch.empty_like(w)
+    w, earlier = start, []
+    v: Tensor | None = None
     for step in range(plan.steps):
         if keep is not None:
             keep.append(w)
@@ -219,9 +219,10 @@ def _iterate(
         if plan.tol is not None and step % _LOOK_EVERY == _LOOK_EVERY - 1:
             if lasso_gap(system.D, S, soft(w, threshold), plan.lam).max() <= plan.tol * plan.lam:
                 break
-        after = system.step(start, w, threshold, out=spare, v=v)
-        spare = None if keep is not None or w is start else w
-        w = after
+        if keep is not None or w is start:
+            w, v = system.step(start, w, threshold, v=v)
+        else:
+            w, v = system.step(start, w, threshold, out=v, v=w)
     return w, earlier
 
 

@@ -33,10 +33,9 @@ def learn_dictionary(
         system = RidgeSystem.of(D, rho)
         solution = system.solve(S)
         w = solution if w is None else w
-        spare, buffer = torch.empty_like(w), torch.empty_like(w)
+        v = None
         for _ in range(_CODE_STEPS):
-            after = system.step(solution, w, lam / rho, out=spare, v=buffer)
-            w, spare = after, torch.empty_like(w) if w is solution else w
+            w, v = system.step(solution, w, lam / rho, out=v, v=None if w is solution else w)
         codes = soft(w, lam / rho)
         D = update_atoms(D, S, codes)
         if step % _LOOK_EVERY == _LOOK_EVERY - 1:
