@@ -12,7 +12,7 @@ from common.seed import generator
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
-from datasets.views import train_views
+from datasets.views import render_views, train_views
 
 _SHIFTS = ShiftSpec("rot_bmix", 0.2)
 _SPEC = AlignedSpec()
@@ -25,14 +25,15 @@ def part(device: torch.device, images: int = 64, compiled: bool = False) -> Part
     data = image_set(pixels, torch.zeros(images)).to(device)
     index, shifts = torch.arange(images, device=device), _SHIFTS.functions(_SPEC)
     floats = data.batch(index)
-    views = torch.compile(train_views, dynamic=False) if compiled else train_views
+    render = torch.compile(render_views, dynamic=False) if compiled else render_views
 
     def ours() -> Tensor:
         (copies,) = data.copies([index], 2, seed=0, epoch=1)
-        return views(copies, shifts, _SPEC, generator(0, "augment", 1, 0, device=device))
+        return train_views(copies, shifts, _SPEC, generator(0, "augment", 1, 0, device=device), render)
 
     name = "augmentation, compiled" if compiled else "augmentation"
-    return Part(name, f"{10 * images} views", ours, partial(published_views, floats), check)
+    traffic = pixels.nbytes + 10 * floats.nbytes
+    return Part(name, f"{10 * images} views", ours, partial(published_views, floats), check, traffic)
 
 
 def check(ours: Tensor, published: Tensor) -> str:

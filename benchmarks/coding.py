@@ -120,12 +120,10 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
         torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
         return f"scores equal to {float((found - theirs).abs().max() / theirs.abs().max()):.0e}, float32"
 
-    products = size.images * size.draws * size.shifts * (_STEPS - 1) * 2 * size.atoms**2
     return Part(
         "coding and scores",
         f"{size}, {_STEPS} steps",
         lambda: ours(bank, given),
         lambda: published(given),
         check,
-        work=float(products),
     )

@@ -135,13 +135,10 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
             f" of gradient {gradient[0]:.1e} (published {gradient[1]:.1e})"
         )
 
-    # Two products of a step forward, its adjoint and the gradient of the map: 2 M M B each, for every dictionary.
-    products = 3 * (size.steps - 1) * 2 * size.atoms**2 * size.batch * size.shifts
     return Part(
         "dictionary step",
         str(size),
         lambda: ours(bank, s),
         lambda: published(D, s, size.steps),
         check,
-        work=float(products),
     )

@@ -10,7 +10,7 @@ from common.seed import generator
 from datasets.augment import AlignedSpec
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
-from datasets.views import shift_labels, train_views
+from datasets.views import render_views, shift_labels, train_views
 from models.checkpoint import build_net
 from models.feature_net import FeatureNet
 from training.modes.simclr import contrastive_step
@@ -21,7 +21,7 @@ _SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
 _K = len(_SHIFTS)
 
 
-def part(device: torch.device, model: str = "resnet8", images: int = 64) -> Part:
+def part(device: torch.device, model: str = "resnet8", images: int = 64, compiled: bool = False) -> Part:
     """One step on 10 views of each of `images` images of 32 pixels."""
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=g)
@@ -34,10 +34,14 @@ def part(device: torch.device, model: str = "resnet8", images: int = 64) -> Part
     others = [p for name, p in own.named_parameters() if not name.startswith("linear.")]
     optimizers = [Lars(others, lr=0.1, weight_decay=1e-6), torch.optim.Adam(probe, 1e-3)]
     published = _PublishedStep(theirs)
+    render = render_views
+    if compiled:
+        own.compile(dynamic=False)
+        render = torch.compile(render_views, dynamic=False)
 
     def ours() -> None:
         (copies,) = data.copies([index], 2, seed=0, epoch=1)
-        views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device))
+        views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device), render)
         step = contrastive_step(own, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -52,9 +56,10 @@ def part(device: torch.device, model: str = "resnet8", images: int = 64) -> Part
         same = published_losses(fresh, views, labels[:8])
         for a, b in zip(mine.values(), same, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        return f"losses equal on the same views ({float(mine['sim']):.4f})"
+        return f"losses equal on the same views ({float(mine['sim'].detach()):.4f})"
 
-    return Part(f"stage-1 step, {model}", f"{10 * images} views", ours, lambda: published(floats, labels), check)
+    name = f"stage-1 step, {model}{', compiled' if compiled else ''}"
+    return Part(name, f"{10 * images} views", ours, lambda: published(floats, labels), check)
 
 
 def published_losses(net: FeatureNet, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -213,7 +213,7 @@ def build_parser(
     g.add_argument("--pretrained_model", help=argparse.SUPPRESS)
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     g.add_argument("--amp", choices=("auto", "bf16", "off"), default="auto", help="auto: bf16 on GPUs that have it")
-    g.add_argument("--compile", help="torch.compile the network (needs a C++ compiler on a CPU)", **on)
+    g.add_argument("--compile", help="torch.compile network and views (needs a C++ compiler on a CPU)", **on)
     g.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
     g = parser.add_argument_group("shifts and augmentation")

@@ -76,8 +76,8 @@ def _torchlars(params: list[nn.Parameter], lr: float, weight_decay: float) -> Op
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] = {
     "lars": lambda params, lr, wd: Lars(params, lr, momentum=0.9, weight_decay=wd),
-    "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=wd),
-    "adam": lambda params, lr, wd: torch.optim.Adam(params, lr, weight_decay=wd),
+    "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=wd, fused=True),
+    "adam": lambda params, lr, wd: torch.optim.Adam(params, lr, weight_decay=wd, fused=True),
     "torchlars": _torchlars,
 }
 

@@ -24,7 +24,7 @@ from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import dictionary_terms
-from training.modes.setup import training_images
+from training.modes.setup import training_images, view_renderer
 from training.recipe import Batch, Recipe, Step
 
 START = "start.cocsr_model"
@@ -124,7 +124,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
             if flags.given(name):
                 print(f"note: --{name} trains nothing under --freeze_sr_dict")
     else:
-        optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr),)
+        optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr, fused=True),)
     seed = flags.seed
     shifts, amp, lr = shift_spec.functions(aligned), autocast(flags.amp, device), sparse.sr_lr
     norm = flags.loss_dict_constr_value
@@ -134,6 +134,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         if flags.ini_sr_dict_train
         else None
     )
+    render = view_renderer(flags)
     if flags.compile:
         model.feature_net.compile()
 
@@ -149,7 +150,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen)
+        views = train_views(batch.copies, shifts, aligned, gen, render)
         with amp():
             s = model(views).s
         return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec)

@@ -1,14 +1,17 @@
 """What several modes set up alike: their shifts, their images, the network they start from."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from common.errors import UserError
 from common.flags import Flags
 from common.seed import seed_of
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
+from datasets.views import render_views
 from models.checkpoint import build_net, load_pretrained
 from models.feature_net import BackboneNet, FeatureNet
 
@@ -59,6 +62,12 @@ def training_images(
     if shifts.cropmix_crop_aug:
         print("note: --cropmix_crop_aug: pictures that come cropped are not cropped again in training")
     return data, aligned.without_crop()
+
+
+def view_renderer(flags: Flags) -> Callable[..., Tensor]:
+    """What makes views of their draws: `render_views`, fused into a few passes by --compile."""
+    # Not dynamic: the whole batch and the last one are all the shapes there are.
+    return torch.compile(render_views, dynamic=False) if flags.compile else render_views
 
 
 def all_classes(flags: Flags, split: Split) -> None:

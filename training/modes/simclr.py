@@ -25,7 +25,7 @@ from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
-from training.modes.setup import all_classes, fresh_net, same_classes, training_images
+from training.modes.setup import all_classes, fresh_net, same_classes, training_images, view_renderer
 from training.optim import OptimSpec, set_lr
 from training.recipe import Batch, Recipe, Step, no_values
 
@@ -67,10 +67,11 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
     net.to(device).train()
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
-    optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR))
+    optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
     seed, sim_lambda = flags.seed, flags.sim_lambda
     temperature = 0.07 if labelled and not flags.given("temperature") else flags.temperature
+    render = view_renderer(flags)
     if flags.compile:
         net.compile()
 
@@ -78,7 +79,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.copies, shifts, aligned, gen),
+            train_views(batch.copies, shifts, aligned, gen, render),
             batch.labels,
             n_shifts=len(shifts),
             n_classes=split.n_classes if labelled else None,

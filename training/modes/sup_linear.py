@@ -17,7 +17,7 @@ from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
-from training.modes.setup import all_classes, same_classes, training_images
+from training.modes.setup import all_classes, same_classes, training_images, view_renderer
 from training.optim import set_lr
 from training.recipe import Batch, Recipe, Step
 
@@ -53,6 +53,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
     optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
     lr_init, epochs = flags.lr_init, flags.epochs
+    render = view_renderer(flags)
     if flags.compile:
         net.backbone.compile()
 
@@ -63,7 +64,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen)
+        views = train_views(batch.copies, shifts, aligned, gen, render)
         with amp(), torch.no_grad():
             h = net.features(views)
         return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts)), {})
