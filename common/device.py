@@ -2,13 +2,15 @@
 
 import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 
-from common.errors import UserError
+from common.errors import RunStopped, UserError
 
+# What torch says when host memory cannot be had.
+_HOST_MEMORY = "can't allocate memory"
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -23,6 +25,18 @@ def reuse_host_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def memory_errors(remedy: str) -> Iterator[None]:
+    """Turn an allocation that fails, on a GPU or in host memory, into RunStopped with `remedy`, which names flags."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        lines = str(error).splitlines() or [""]
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and _HOST_MEMORY not in str(error):
+            raise
+        raise RunStopped(f"out of memory; {remedy} ({lines[0]})") from None
 
 
 def pick_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.device import reuse_host_memory
+from common.device import memory_errors, reuse_host_memory
 from common.flags import Tables, build_parser, parse, print_dry_run
 from datasets import DATASETS, SHIFTS
 from datasets.outliers import OUTLIERS
@@ -17,7 +17,8 @@ def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalM
     reuse_host_memory()
     mode = modes[flags.mode]
     if not flags.dry_run:
-        mode.run(flags)
+        with memory_errors(f"lower --ood_batch_size {flags.ood_batch_size}"):
+            mode.run(flags)
         return
     shifts = len(mode.evidence.shifts(flags, flags.ood_score or [flags.mode]))
     place = Path(flags.load_path or flags.log_root)

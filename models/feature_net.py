@@ -21,6 +21,11 @@ class Features(NamedTuple):
     shift: Tensor
 
 
+def _full(x: Tensor) -> Tensor:
+    """Half precision to float32, in which losses and scores are computed; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class BackboneNet(nn.Module):
     """A backbone (normalised images -> (N, F), with attribute `feature_dim`), to which subclasses add heads.
 
@@ -64,7 +69,7 @@ class FeatureNet(BackboneNet):
     def forward(self, images: Tensor) -> Features:
         """images (N, 3, H, W) in [0, 1]."""
         h = self.features(images)
-        return Features(h.float(), self.simclr_layer(h).float(), self.shift_cls_layer(h).float())
+        return Features(_full(h), _full(self.simclr_layer(h)), _full(self.shift_cls_layer(h)))
 
 
 class Transformation(NamedTuple):
@@ -87,7 +92,7 @@ class RotTransNet(BackboneNet):
     def forward(self, images: Tensor) -> Transformation:
         """images (N, 3, H, W) in [0, 1]."""
         h = self.features(images)
-        return Transformation(self.rotation(h).float(), self.vertical(h).float(), self.horizontal(h).float())
+        return Transformation(_full(self.rotation(h)), _full(self.vertical(h)), _full(self.horizontal(h)))
 
 
 def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

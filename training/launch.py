@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from common.device import reuse_host_memory
-from common.flags import Tables, build_parser, parse, print_dry_run, run_name
+from common.device import memory_errors, reuse_host_memory
+from common.flags import Flags, Tables, build_parser, parse, print_dry_run, run_name
 from common.run import Run
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
 from datasets.outliers import OUTLIERS
@@ -48,13 +48,26 @@ def launch(
         backbone.image_size,
         fixed=backbone.fixed_size,
     )
-    recipe = mode.build(flags, split, shifts)
+    with memory_errors(_remedy(flags)):
+        recipe = mode.build(flags, split, shifts)
     settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}
     settings |= {"save_step": flags.save_step, "copies": mode.copies}
     run.open()
     try:
         run.say(f"{folder.name}: {len(recipe.data)} images, {shifts.count} shifts, epochs up to {flags.epochs}")
-        fit(recipe, run, **settings)
+        with memory_errors(_remedy(flags)):
+            fit(recipe, run, **settings)
         run.say(f"wrote {run.weights}")
     finally:
         run.close()
+
+
+def _remedy(flags: Flags) -> str:
+    """Which flags make a step smaller."""
+    values = flags.as_dict()
+    pieces = values["micro_batch"] or values["batch_size"]
+    smaller = f"give --micro_batch {max(1, pieces // 2)} (the same gradient in smaller pieces)" if pieces > 1 else ""
+    dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if values["mode"] == "cocsr_dict" else ""
+    passes = f"--ood_batch_size {values['ood_batch_size']} for k-means" if values["ini_sr_dict_train"] else ""
+    last = f"lower --batch_size {values['batch_size']}"
+    return ", or ".join(text for text in (smaller, dictionary, passes, last) if text)

@@ -44,8 +44,11 @@ class DictionaryBank(nn.Module):
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
         self._formed: RidgeSystem | None = None
 
-    def code(self, s_KFN: Tensor, also: Collection[int] = ()) -> SparseCode:
-        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N). also: as `admm_lasso`."""
+    def code(self, s_KFN: Tensor, also: Collection[int] = (), system: RidgeSystem | None = None) -> SparseCode:
+        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N).
+
+        also, system: as `admm_lasso`.
+        """
         spec = self.coding
         return admm_lasso(
             self.dictionary,
@@ -55,10 +58,14 @@ class DictionaryBank(nn.Module):
             steps=spec.steps,
             also=also,
             tol=spec.tol,
-            system=self._system(),
+            system=system or self._kept_system(),
         )
 
-    def _system(self) -> RidgeSystem | None:
+    def system(self) -> RidgeSystem:
+        """The system of the dictionaries as they are, to code several batches with."""
+        return self._kept_system() or RidgeSystem.of(self.dictionary, self.coding.rho)
+
+    def _kept_system(self) -> RidgeSystem | None:
         """The system of fixed dictionaries, formed once; None where they are being trained, or in half precision.
 
         It goes by the values: a fused optimiser and writing through `.data` leave no trace but those. Waits for the

@@ -21,10 +21,12 @@ from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, draw_views, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import CocsrNet, FeatureTransform
+from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
-from training.losses.dictionary import dictionary_terms
+from training.losses.dictionary import atom_norm, code_terms
 from training.modes.setup import training_images, view_renderer
+from training.pieces import in_pieces, piece_size, recomputed
 from training.recipe import Batch, Recipe, Step
 
 START = "start.cocsr_model"
@@ -134,7 +136,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         if flags.ini_sr_dict_train
         else None
     )
-    render = view_renderer(flags)
+    render, micro_batch = view_renderer(flags), piece_size(flags)
     if flags.compile:
         model.feature_net.compile()
 
@@ -152,8 +154,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         views = train_views(batch.copies, shifts, aligned, gen, render)
         with amp():
-            s = model(views).s
-        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec)
+            s = in_pieces(model, views, len(batch.labels), micro_batch).s
+        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch)
 
     def finish(run: Run) -> None:
         start = load_tensors(run.folder / START, flag="resume_path")
@@ -164,34 +166,46 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     return Recipe(model, data, losses, optimizers, lambda epoch: lr, begin, finish=finish, first_epoch=first_epoch)
 
 
-def dictionary_step(bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec) -> Step:
+def dictionary_step(
+    bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, micro_batch: int | None = None
+) -> Step:
     """The losses of one batch of features, each coded in its own shift's dictionary only. s (K, F, B).
 
     Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
     unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
+    micro_batch: samples of each shift that are coded at a time.
     Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes.
     """
-    codes, gap, also = bank.code(s_KFB, also=spec.steps)
-    used = [c.detach() if spec.loss_dict_detach_sr_coef else c for c in (codes, *also)]
-    terms = dictionary_terms(
-        bank.dictionary,
-        used[0],
-        s_KFB,
-        constraint_mode=spec.loss_dict_constr_mode,
-        constraint=spec.loss_dict_constr_value,
-        also=used[1:],
-    )
+    batch = s_KFB.shape[2]
+    if micro_batch is None or micro_batch >= batch:
+        fit, l1, gap, zeros = sample_terms(bank, s_KFB, spec)
+    else:
+        system = bank.system()
+        parts = [recomputed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
+        fit, l1, gap, zeros = (torch.stack(x).sum() for x in zip(*parts, strict=True))
+    constraint = atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value)
     losses = {
-        "sr": spec.loss_lambda_sr * terms["fit"],
-        "sr_l1": spec.loss_lambda_sr_l1 * terms["l1"],
-        "sr_dict": spec.loss_lambda_dict_constr * terms["atom_norm"],
+        "sr": spec.loss_lambda_sr * fit,
+        "sr_l1": spec.loss_lambda_sr_l1 * l1,
+        "sr_dict": spec.loss_lambda_dict_constr * constraint,
     }
     watch = {
-        "sr/gap": gap.mean() / bank.coding.lam,
+        "sr/gap": gap / (len(s_KFB) * batch) / bank.coding.lam,
         "sr/atom_norm": bank.dictionary.detach().norm(dim=1).mean(),
-        "sr/sparsity": (codes.detach() == 0).float().mean(),
+        "sr/sparsity": zeros / (len(s_KFB) * batch * bank.dictionary.shape[2]),
     }
     return Step(losses, watch)
+
+
+def sample_terms(
+    bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, system: RidgeSystem | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sums over samples: the fit and l1 terms of the loss, the optimality gaps, the number of zero codes."""
+    codes, gap, also = bank.code(s_KFB, also=spec.steps, system=system)
+    used = [c.detach() if spec.loss_dict_detach_sr_coef else c for c in (codes, *also)]
+    terms = [code_terms(bank.dictionary, c, s_KFB) for c in used]
+    fit, l1 = (torch.stack(x).sum() for x in zip(*terms, strict=True))
+    return fit, l1, gap.sum(), (codes.detach() == 0).float().sum()
 
 
 def training_features(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, *, at_least: int) -> Tensor:

@@ -18,6 +18,7 @@ from models.checkpoint import build_rot_trans
 from models.feature_net import Transformation
 from training.modes.setup import start_from_pretrained, training_images
 from training.optim import OptimSpec, set_lr
+from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step
 
 
@@ -37,6 +38,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     net.to(device).train()
     optimizer = optim.build(list(net.parameters()))
     amp, seed = autocast(flags.amp, device), flags.seed
+    micro_batch = piece_size(flags)
     if flags.compile:
         net.compile()
 
@@ -44,7 +46,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         views, labels = transformed(batch.copies[0], gen)
         with amp():
-            logits = net(views)
+            logits = in_pieces(net, views, len(batch.labels), micro_batch)
         return Step(transformation_losses(logits, labels), {})
 
     def before_step(epoch: float) -> float:

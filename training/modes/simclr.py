@@ -27,6 +27,7 @@ from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.modes.setup import all_classes, fresh_net, same_classes, training_images, view_renderer
 from training.optim import OptimSpec, set_lr
+from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step, no_values
 
 _PROBE_LR = 1e-3
@@ -71,7 +72,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
     seed, sim_lambda = flags.seed, flags.sim_lambda
     temperature = 0.07 if labelled and not flags.given("temperature") else flags.temperature
-    render = view_renderer(flags)
+    render, micro_batch = view_renderer(flags), piece_size(flags)
     if flags.compile:
         net.compile()
 
@@ -86,6 +87,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
             temperature=temperature,
             sim_lambda=sim_lambda,
             amp=amp,
+            micro_batch=micro_batch,
         )
 
     def before_step(epoch: float) -> float:
@@ -116,16 +118,18 @@ def contrastive_step(
     temperature: float,
     sim_lambda: float,
     amp: Callable[[], AbstractContextManager] = nullcontext,
+    micro_batch: int | None = None,
 ) -> Step:
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
     so that another shift of the same image is a negative. `shift`: cross-entropy of the shift, absent for K = 1.
     With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
-    `cls`: the probe's, on detached features. Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
+    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time.
+    Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
     """
     with amp():
-        features = net(views)
+        features = in_pieces(net, views, len(labels), micro_batch)
     z0, z1 = features.z.chunk(2)
     shift = shift_labels(n_shifts, len(labels), 1, views.device)
     if n_classes is not None:

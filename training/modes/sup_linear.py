@@ -19,6 +19,7 @@ from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.modes.setup import all_classes, same_classes, training_images, view_renderer
 from training.optim import set_lr
+from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step
 
 _MILESTONES = (0.6, 0.75, 0.9)
@@ -53,7 +54,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
     optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
     lr_init, epochs = flags.lr_init, flags.epochs
-    render = view_renderer(flags)
+    render, micro_batch = view_renderer(flags), piece_size(flags)
     if flags.compile:
         net.backbone.compile()
 
@@ -66,7 +67,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         views = train_views(batch.copies, shifts, aligned, gen, render)
         with amp(), torch.no_grad():
-            h = net.features(views)
+            h = in_pieces(net.features, views, len(batch.labels), micro_batch)
         return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts)), {})
 
     return Recipe(net, data, losses, (optimizer,), before_step)

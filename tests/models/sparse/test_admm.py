@@ -8,7 +8,7 @@ import torch
 from models.sparse.admm import RidgeSystem, admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.prox import lasso_gap, soft
-from training.losses.dictionary import dictionary_terms
+from training.losses.dictionary import atom_norm, code_terms
 
 
 def unit_columns(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -47,16 +47,15 @@ def test_known_codes_losses_and_gradient(golden, name):
     everything = admm_lasso(D, S, **settings).codes
     torch.testing.assert_close(everything, g["codes"], atol=1e-9, rtol=0)
 
-    terms = {"fit": 0.0, "l1": 0.0}
+    parts = []
     for k in range(len(D)):
         own = S[None, :, g["labels"] == k]
-        codes = admm_lasso(D[k : k + 1], own, **settings).codes
-        part = dictionary_terms(D[k : k + 1], codes, own, constraint_mode=g["constraint_mode"])
-        terms = {key: terms[key] + part[key] for key in terms}
-    norm = dictionary_terms(D, everything, S, constraint_mode=g["constraint_mode"])["atom_norm"]
-    loss = terms["fit"] + g["lambda_l1"] * terms["l1"] + g["lambda_constraint"] * norm
+        parts.append(code_terms(D[k : k + 1], admm_lasso(D[k : k + 1], own, **settings).codes, own))
+    fit, l1 = (torch.stack(x).sum() for x in zip(*parts, strict=True))
+    norm = atom_norm(D, g["constraint_mode"])
+    loss = fit + g["lambda_l1"] * l1 + g["lambda_constraint"] * norm
     loss.backward()
-    found = [terms["fit"].item(), terms["l1"].item(), norm.item(), loss.item()]
+    found = [fit.item(), l1.item(), norm.item(), loss.item()]
     expected = [g["loss_reconstruction"], g["loss_l1"], g["loss_constraint"], g["loss"]]
     assert found == pytest.approx(expected, abs=1e-9)
     torch.testing.assert_close(D.grad, g["grad_dictionary"], atol=1e-9, rtol=0)

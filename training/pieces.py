@@ -1,0 +1,74 @@
+"""A batch in pieces: the losses and gradients of the whole, with the memory of one piece.
+
+Contrastive losses need the projections of all views at once, so gradients cannot simply be added up over pieces.
+Instead each piece goes through the network without keeping its activations, the losses see the outputs of all, and the
+backward pass computes each piece's activations again (gradient caching: Gao et al. 2021; checkpointing: Chen et al.
+2016). One more forward pass is the price.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from common.flags import Flags
+
+
+def piece_size(flags: Flags) -> int | None:
+    """--micro_batch, None for whole batches. Raises: UserError where it is not above zero."""
+    if flags.micro_batch is not None and flags.micro_batch < 1:
+        raise UserError(f"--micro_batch must be > 0, got {flags.micro_batch}")
+    return flags.micro_batch
+
+
+def in_pieces(net: Callable[[Tensor], Any], views: Tensor, images: int, size: int | None) -> Any:
+    """net(views), a (V, .) tensor or a named tuple of them, computed from `size` images at a time.
+
+    views (R * images, ...): R blocks of all images, as `train_views` has them; a piece takes its images of every block.
+    size: None, or at least `images`: in one piece, as net(views). Normalisation over the batch sees one piece at a
+    time, as it would on several GPUs, and keeps its running statistics once; all else is the same to rounding.
+    """
+    if size is None or size >= images:
+        return net(views)
+    blocks = views.unflatten(0, (-1, images))
+    parts = [recomputed(net, piece.flatten(0, 1)) for piece in blocks.split(size, 1)]
+
+    def join(*found: Tensor) -> Tensor:
+        return torch.cat([x.unflatten(0, (len(blocks), -1)) for x in found], 1).flatten(0, 1)
+
+    if isinstance(parts[0], Tensor):
+        return join(*parts)
+    return type(parts[0])(*map(join, *parts))
+
+
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), whose activations are computed again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    contexts = partial(_first_and_again, function)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _first_and_again(function: Any) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return contextlib.nullcontext(), _still_statistics(function)
+
+
+@contextlib.contextmanager
+def _still_statistics(function: Any) -> Iterator[None]:
+    """Running statistics stay as they are: the second pass shows them nothing new."""
+    modules = function.modules() if isinstance(function, nn.Module) else ()
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
