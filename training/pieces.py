@@ -62,13 +62,15 @@ def _first_and_again(function: Any) -> tuple[AbstractContextManager, AbstractCon
 
 @contextlib.contextmanager
 def _still_statistics(function: Any) -> Iterator[None]:
-    """Running statistics stay as they are: the second pass shows them nothing new."""
+    """Running statistics and their counts stay as they are: the second pass shows them nothing new."""
     modules = function.modules() if isinstance(function, nn.Module) else ()
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.num_batches_tracked is not None]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)

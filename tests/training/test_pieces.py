@@ -47,7 +47,7 @@ def test_running_statistics_see_every_piece_once():
             by_hand(piece.flatten(0, 1))
     for (name, a), b in zip(net.named_buffers(), by_hand.buffers(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-10, msg=name)
-    assert all(m.track_running_stats for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert all(m.momentum == 0.1 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
 
 
 def test_pieces_hold_fewer_activations():
