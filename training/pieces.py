@@ -64,13 +64,15 @@ def _first_and_again(function: Any) -> tuple[AbstractContextManager, AbstractCon
 def _still_statistics(function: Any) -> Iterator[None]:
     """Running statistics and their counts stay as they are: the second pass shows them nothing new."""
     modules = function.modules() if isinstance(function, nn.Module) else ()
-    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training and m.num_batches_tracked is not None]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [m for m in modules if isinstance(m, _BatchNorm) and m.training]
+    counts = [count for m in norms if (count := m.num_batches_tracked) is not None]
+    before = [norm.momentum for norm in norms], [count.clone() for count in counts]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, before[0], strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for count, was in zip(counts, before[1], strict=True):
+            count.copy_(was)
