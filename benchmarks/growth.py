@@ -1,16 +1,20 @@
 """How the cost of an evaluation and of a training step grows, and whether it stays: `python -m benchmarks.growth`.
 
 Growth: exponents of time over four sizes (1 = linear), in images, draws and shifts. Stability: thousands of training
-steps of either stage; the median step of the last tenth against that of the second tenth, and resident memory likewise.
+steps of either stage, each in a process of its own; a step of the last tenth against one of the second tenth (the 10th
+percentile of both, which other work on the machine moves least), and resident memory likewise.
 """
 
 import argparse
+import contextlib
+import io
 import math
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +61,7 @@ def sparse_net(shifts: int, device: torch.device) -> CocsrNet:
     return CocsrNet(net, bank, FeatureTransform()).to(device)
 
 
-def evaluation(device: torch.device, *, images: int = 100, draws: int = 1, shifts: int = 2) -> Callable[[], Any]:
+def evaluation(device: torch.device, *, images: int = 200, draws: int = 1, shifts: int = 2) -> Callable[[], Any]:
     """Features, codes and CSI_sr scores of `images` images."""
     net, data = sparse_net(shifts, device).eval(), pictures(images, device)
     spec = DrawSpec(_SHIFTS[:shifts], _SPEC, seed=0, batch_size=50)
@@ -70,7 +74,7 @@ def evaluation(device: torch.device, *, images: int = 100, draws: int = 1, shift
     return run
 
 
-def training_step(device: torch.device, *, images: int = 16, shifts: int = 2) -> Callable[[], Any]:
+def training_step(device: torch.device, *, images: int = 64, shifts: int = 2) -> Callable[[], Any]:
     """Views, network, losses and their gradient, of one step of stage 1."""
     net = build_net("resnet8", n_classes=2, simclr_dim=128, n_shifts=shifts, seed=0).to(device).train()
     data, index = pictures(images, device), torch.arange(images, device=device)
@@ -95,10 +99,10 @@ def exponent(times: Sequence[float], sizes: Sequence[int] = _SIZES) -> float:
 def growth(device: torch.device, repeats: int) -> list[list[str]]:
     """A row for each thing that grows: times at the four sizes, in turns, and the exponent."""
     what: dict[str, list[Callable[[], Any]]] = {
-        "evaluation, images": [evaluation(device, images=100 * n) for n in _SIZES],
+        "evaluation, images": [evaluation(device, images=200 * n) for n in _SIZES],
         "evaluation, draws": [evaluation(device, draws=n) for n in _SIZES],
         "evaluation, shifts": [evaluation(device, shifts=n) for n in _SIZES],
-        "stage-1 step, images": [training_step(device, images=16 * n) for n in _SIZES],
+        "stage-1 step, images": [training_step(device, images=64 * n) for n in _SIZES],
         "stage-1 step, shifts": [training_step(device, shifts=n) for n in _SIZES],
     }
     rows = []
@@ -136,8 +140,14 @@ def stage2(device: torch.device) -> Recipe:
     return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 1e-4)
 
 
-def stability(name: str, recipe: Recipe, copies: int, steps: int) -> list[str]:
-    """A row: medians of the steps of the second and the last tenth, and resident memory at the end of both."""
+_STAGES: dict[str, tuple[Callable[[torch.device], Recipe], int]] = {"stage 1": (stage1, 2), "stage 2": (stage2, 1)}
+
+
+def stability(name: str, device: torch.device, steps: int) -> list[str]:
+    """A row: times of a step in the second and the last tenth, and resident memory at the end of both."""
+    reuse_host_memory()
+    make, copies = _STAGES[name]
+    recipe = make(device)
     marks: list[tuple[float, int]] = []
     before_step = recipe.before_step
 
@@ -148,7 +158,7 @@ def stability(name: str, recipe: Recipe, copies: int, steps: int) -> list[str]:
     recipe = Recipe(recipe.model, recipe.data, recipe.losses, recipe.optimizers, watched)
     batch_size = 8
     epochs = max(1, steps * batch_size // len(recipe.data))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         flags = Flags({"mode": name, "dataset": "growth", "epochs": epochs, "overwrite": False})
         run = Run(Path(folder) / "run", flags, weights="last.model", resume="last.resume")
         run.open()
@@ -156,7 +166,7 @@ def stability(name: str, recipe: Recipe, copies: int, steps: int) -> list[str]:
         run.close()
     taken = [b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)]
     tenth = len(taken) // 10
-    second, last = (statistics.median(part) for part in (taken[tenth : 2 * tenth], taken[-tenth:]))
+    second, last = (statistics.quantiles(part, n=10)[0] for part in (taken[tenth : 2 * tenth], taken[-tenth:]))
     memory = [marks[i][1] for i in (2 * tenth, -1)]
     return [
         f"{name}, {len(marks)} steps",
@@ -186,11 +196,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("this benchmark reads /proc; it needs Linux")
     device = pick_device(args.device)
     reuse_host_memory()
+    steady = []
+    for name in _STAGES:
+        with get_context("spawn").Pool(1) as alone:
+            steady.append(alone.apply(stability, (name, device, args.steps)))
     rows = growth(device, args.repeats)
-    steady = [
-        stability("stage 1", stage1(device), 2, args.steps),
-        stability("stage 2", stage2(device), 1, args.steps),
-    ]
     print(f"{device_name(device)}, torch {torch.__version__}")
     print(markdown(["what grows", *(f"x {n}" for n in _SIZES), "exponent"], rows))
     print(
