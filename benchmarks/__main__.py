@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[torch.device], Part]] = {
     "stage1_resnet8": partial(stage1.part, model="resnet8"),
     "stage1_resnet8_compiled": partial(stage1.part, model="resnet8", compiled=True),
     "stage1_resnet18": partial(stage1.part, model="resnet18", images=16),
+    "stage1_resnet18_bf16": partial(stage1.part, model="resnet18", bf16=True),
     "stage1_resnet18_compiled": partial(stage1.part, model="resnet18", images=16, compiled=True),
 }
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     reuse_host_memory()
     limits = Ceilings.of(device)
     found = []
-    for name in args.only or PARTS:
+    for name in args.only or [name for name in PARTS if limits.product_bf16 or not name.endswith("_bf16")]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found.append(compare(PARTS[name](device), device, repeats=args.repeats))
     if args.json:

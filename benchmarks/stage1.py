@@ -1,11 +1,15 @@
 """A step of stage 1: views, network, contrastive and shift losses, backward, LARS. Ours against the published step."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.augmentation import published_views
 from benchmarks.compare import Part
+from common.device import autocast
 from common.seed import generator
 from datasets.augment import AlignedSpec
 from datasets.sets import image_set
@@ -21,8 +25,15 @@ _SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
 _K = len(_SHIFTS)
 
 
-def part(device: torch.device, model: str = "resnet8", images: int = 64, compiled: bool = False) -> Part:
-    """One step on 10 views of each of `images` images of 32 pixels."""
+def part(
+    device: torch.device, model: str = "resnet8", images: int = 64, compiled: bool = False, bf16: bool = False
+) -> Part:
+    """One step on 10 views of each of `images` images of 32 pixels, more of them on a GPU.
+
+    bf16: both sides by autocast.
+    """
+    images = max(images, 512) if device.type == "cuda" else images
+    amp = autocast("bf16" if bf16 else "off", device)
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=g)
     data = image_set(pixels, torch.zeros(images)).to(device)
@@ -42,7 +53,7 @@ def part(device: torch.device, model: str = "resnet8", images: int = 64, compile
     def ours() -> None:
         (copies,) = data.copies([index], 2, seed=0, epoch=1)
         views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device), render)
-        step = contrastive_step(own, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0)
+        step = contrastive_step(own, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0, amp=amp)
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         torch.stack(list(step.losses.values())).sum().backward()
@@ -58,8 +69,11 @@ def part(device: torch.device, model: str = "resnet8", images: int = 64, compile
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         return f"losses equal on the same views ({float(mine['sim'].detach()):.4f})"
 
-    name = f"stage-1 step, {model}{', compiled' if compiled else ''}"
-    return Part(name, f"{10 * images} views", ours, lambda: published(floats, labels), check)
+    def theirs_under_amp() -> None:
+        published(floats, labels, amp)
+
+    name = f"stage-1 step, {model}{', compiled' if compiled else ''}{', bf16' if bf16 else ''}"
+    return Part(name, f"{10 * images} views", ours, theirs_under_amp, check)
 
 
 def published_losses(net: FeatureNet, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,8 +99,10 @@ class _PublishedStep:
         self.sgd = torch.optim.SGD(self.others, 0.1, momentum=0.9, foreach=False)
         self.adam = torch.optim.Adam(net.linear.parameters(), 1e-3, foreach=False)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        losses = published_losses(self.net, published_views(images), labels)
+    def __call__(self, images: Tensor, labels: Tensor, amp: Callable[[], AbstractContextManager]) -> None:
+        views = published_views(images)
+        with amp():
+            losses = published_losses(self.net, views, labels)
         self.sgd.zero_grad(set_to_none=True)
         self.adam.zero_grad(set_to_none=True)
         sum(losses[:2]).backward()  # type: ignore[union-attr]

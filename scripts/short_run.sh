@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Every row of the published tables at a size that a CPU can carry: resnet8, EPOCHS of stage 1, MORE of stage 2, on the
-# photographs in DATA_PATH ({train,test}/<class>/*) with class CLASS as the normal one. The commands are those of
+# Every row of the published tables, by default at a size that a CPU can carry: MODEL, EPOCHS of stage 1, MORE of stage 2,
+# on the photographs in DATA_PATH ({train,test}/<class>/*) with class CLASS as the normal one. The commands are those of
 # CIFAR10_*.sh but for data set, paths, epochs and model. What is finished is not trained again.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 : "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
-CLASS=${CLASS:-8} EPOCHS=${EPOCHS:-24} MORE=${MORE:-20} LOG_ROOT=${LOG_ROOT:-./logs}
+CLASS=${CLASS:-8} EPOCHS=${EPOCHS:-24} MORE=${MORE:-20} MODEL=${MODEL:-resnet8} DEVICE=${DEVICE:-auto}
+LOG_ROOT=${LOG_ROOT:-./logs}
 
-data=(--dataset folder --data_path "$DATA_PATH" --model resnet8 --one_class_idx "$CLASS")
+data=(--dataset folder --data_path "$DATA_PATH" --model "$MODEL" --one_class_idx "$CLASS" --device "$DEVICE")
 train=(--batch_size 128 --log_root "$LOG_ROOT")
 csi=(--simclr_dim 512 --shift_trans_type rot_bmix --mix_alpha 0.2)
 draws=(--ood_samples 10 --resize_factor 0.54 --resize_fix)
 coding=(--sr_lambda 1e-3 --sr_dict_size 512 --invert_sr_feature_norm)
-run=$LOG_ROOT/folder_resnet8_unsup
+run=$LOG_ROOT/folder_${MODEL}_unsup
 class=one_class_${CLASS}_f512
 stage1=${run}_simclr_CSI_shift_rot_bmix_${class}_mix82
 stage2=${run}_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_${class}_mix82_dm1_init

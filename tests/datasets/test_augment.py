@@ -3,6 +3,7 @@ import colorsys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from common.errors import UserError
 from common.seed import generator
@@ -90,6 +91,28 @@ def test_whole_image_box_changes_nothing_and_quarter_box_magnifies():
     corner = crop(x, torch.tensor([[0.5, 0.5, -0.5, -0.5]]))
     inside = torch.nn.functional.interpolate(x[..., :4, :4], scale_factor=2, mode="bilinear", align_corners=False)
     torch.testing.assert_close(corner[..., 1:-1, 1:-1], inside[..., 1:-1, 1:-1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 5), (33, 32)])
+def test_crop_is_bilinear_sampling(size):
+    """On a CPU rows are weighted sums of rows; a GPU samples the grid."""
+    x = torch.rand(40, 3, *size, dtype=torch.float64, generator=generator(0, "crop"))
+    box = crop_boxes(draw_tries(40, generator(1, "crop")), size, AlignedSpec()).double()
+    theta = x.new_zeros(40, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, 0, 2], theta[:, 1, 2] = box.unbind(1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    sampled = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    torch.testing.assert_close(crop(x, box), sampled, atol=1e-6, rtol=0)
+    assert crop(x, box).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_hue_goes_round_however_far():
+    x = torch.rand(6, 3, 4, 4, generator=generator(0, "hue"))
+    one, turn = torch.ones(6), 360 / 255  # one turn of the circle
+    hues = torch.tensor([0.0, 0.1, -0.1, 0.4, -0.4, 0.25])
+    back, here, on = (hsv_jitter(x, hues + n * turn, one, one) for n in (-3, 0, 5))
+    torch.testing.assert_close(back, here, atol=2e-5, rtol=0)
+    torch.testing.assert_close(on, here, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("factor, fix", [(0.08, False), (0.54, True), (1.0, True)])

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from datasets.augment import AlignedSpec, crop, draw_aligned
 from datasets.augment import aligned as aligned_views
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
-from datasets.views import DrawSpec, apply_shift, draw_views, shift_labels, train_views
+from datasets.views import DrawSpec, apply_shift, draw_views, render_views, shift_labels, train_views
 
 PLAIN = AlignedSpec(color_jitter_strength=0.0, resize_factor=1.0, resize_fix=True)
 SHIFTS = ShiftSpec("rot_bmix", 0.2).functions()
@@ -147,3 +149,11 @@ def test_plain_views_are_the_shifted_images_themselves():
     x = images.batch(torch.arange(5))
     for q in range(4):
         assert torch.equal(views[:, q], torch.rot90(x, q, (2, 3)))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_views_are_the_same():
+    x = torch.rand(2, 4, 3, 8, 8, generator=generator(0, "x"))
+    render = torch.compile(render_views, dynamic=False, fullgraph=True)
+    a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2), f) for f in (render_views, render))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

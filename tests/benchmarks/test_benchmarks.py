@@ -1,0 +1,142 @@
+"""What benchmarks compare is compared here at small sizes, and how they count; nothing is timed."""
+
+import ctypes
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import augmentation, coding, compare, dictionary, growth, stage1
+from benchmarks.ceilings import Ceilings
+from benchmarks.floors import ByteCounter
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda: dictionary.part(CPU, dictionary.Size(2, 12, 10, 6, 8)),
+        lambda: dictionary.part(CPU, dictionary.Size(2, 8, 20, 6, 8)),
+        lambda: coding.part(CPU, coding.Size(120, 2, 3, 12, 10)),
+        lambda: augmentation.part(CPU),
+        lambda: stage1.part(CPU, "resnet8", images=8),
+    ],
+)
+def test_both_sides_agree(part):
+    found = part()
+    assert found.check(found.ours(), found.published())
+
+
+def test_a_side_that_is_wrong_is_not_timed():
+    found = coding.part(CPU, coding.Size(20, 2, 3, 12, 10))
+    with pytest.raises(AssertionError):
+        found.check(found.ours() * 1.01, found.published())
+    views = augmentation.part(CPU)
+    with pytest.raises(AssertionError, match="other distribution"):
+        views.check(views.ours() ** 2, views.published())
+
+
+def test_rows_say_what_was_measured(monkeypatch):
+    """The published side sleeps 20 ms under the C library's policy, half of that under ours."""
+    kept = []
+    monkeypatch.setattr(compare, "reuse_host_memory", lambda: kept.append(True))
+    monkeypatch.setattr(compare, "glibc_memory", lambda: kept.append(False))
+    a = torch.rand(50, 60)
+
+    def published():
+        time.sleep(0.01 if kept[-1] else 0.02)
+
+    part = compare.Part("p", "s", lambda: time.sleep(0.005) or a @ a.T, published, lambda x, y: "same", 1e6)
+    found = compare.compare(part, CPU, repeats=3)
+    assert found.rounds == 3 and found.remark == "same" and found.work == 2 * 50 * 60 * 50
+    assert found.published_s >= 0.02 > found.published_kept_s >= 0.01 > found.ours_s >= 0.005
+    assert found.ours_bytes >= 50 * 50 * 4
+    assert found.share(found.work / found.ours_s, 1e12) == pytest.approx(1)
+    assert found.share(1e15, 1e6 / found.ours_s / 2) == pytest.approx(2)
+
+
+def test_peak_is_what_lives_at_one_time():
+    def run():
+        for _ in range(3):
+            x = torch.zeros(2**18)  # 1 MiB
+            del x
+        y = torch.zeros(2**19)
+        return y
+
+    result, peak = compare.peak_bytes(run, CPU)
+    assert result.shape == (2**19,) and 2**21 <= peak < 2**21 + 2**16
+
+
+def test_glibcs_thresholds_are_those_it_grows_to(monkeypatch):
+    calls = []
+
+    class Libc:
+        def mallopt(self, *args):
+            calls.append(args)
+
+        def malloc_trim(self, pad):
+            calls.append("trim")
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Libc())
+    compare.glibc_memory()
+    assert calls == [(-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20), "trim"]
+
+
+def test_counted_operations_of_the_dictionary_step_are_those_of_its_formula():
+    size = dictionary.Size(3, 16, 12, 7, 9)
+    D, s = size.inputs(CPU)
+    bank = dictionary.bank_of(D, size.steps)
+    with FlopCounterMode(display=False) as counter:
+        dictionary.ours(bank, s)
+    products = 3 * (size.steps - 1) * 2 * size.atoms**2 * size.batch * size.shifts
+    # Beside the steps: the system, the start, the loss, the gap and their gradients, some twenty products.
+    assert products < counter.get_total_flops() < products + 25 * 2 * 16**2 * 12 * size.shifts
+
+
+def test_bytes_are_of_what_is_read_and_written_but_views():
+    x = torch.zeros(100)
+    with ByteCounter() as counter:
+        y = x.view(10, 10).T[:5]
+        assert counter.total == 0
+        z = x + 1  # reads and writes 400 bytes
+        assert counter.total == 800
+        z.mul_(2)
+        assert counter.total >= 1600
+        torch.cat([y, y])
+    assert counter.total >= 1600 + 2 * 200 + 400
+
+
+def test_ceilings_are_positive_and_told():
+    found = Ceilings.of(CPU, size=64, repeats=1)
+    assert found.product > 0 and found.copy > 0 and found.product_bf16 == 0
+    assert "GFLOP/s, copy" in str(found) and "bf16" not in str(found)
+
+
+def test_exponent_is_the_slope_in_logarithms():
+    assert growth.exponent([3, 6, 12, 24]) == pytest.approx(1)
+    assert growth.exponent([1, 4, 16, 64]) == pytest.approx(2)
+
+
+def test_growth_runs_make_scores_and_gradients():
+    scores = growth.evaluation(CPU, images=5, draws=2, shifts=3)()
+    assert scores.shape == (5,) and scores.isfinite().all()
+    growth.training_step(CPU, images=4)()
+
+
+@pytest.mark.parametrize("name", ["stage 1", "stage 2"])
+def test_stability_compares_tenths(name, monkeypatch):
+    monkeypatch.setattr(growth, "reuse_host_memory", lambda: None)
+    row = growth.stability(name, CPU, 24)
+    assert row[0] == f"{name}, 24 steps" and row[3].endswith(" %") and len(row) == 7
+
+
+def test_published_dictionary_step_knows_own_blocks_only():
+    """The masks of the published side take the block diagonal: another shift's features do not matter to D_k."""
+    D, s = dictionary.Size(2, 6, 5, 4, 5).inputs(CPU, torch.float64)
+    _, gradient = dictionary.published(D, s, 5)
+    _, other = dictionary.published(D, torch.stack([s[0], F.normalize(s[1] + 1, dim=0)]), 5)
+    torch.testing.assert_close(gradient[0], other[0], atol=1e-12, rtol=0)
+    assert (gradient[1] - other[1]).abs().max() > 1e-3
