@@ -16,7 +16,7 @@ from evals.features import code_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
 
-_STEPS, _TRAINING, _BATCH = 40, 100, 100
+_STEPS, _TRAINING, _BATCH = 40, 100, 50
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Size:
-    """Published: ten draws of 1000 images under five shifts, in batches of 100 images."""
+    """Published: ten draws of 1000 images under five shifts, in batches of 50 images."""
 
     images: int = 1000
     draws: int = 10
@@ -55,7 +55,7 @@ class Size:
         shift = shift + 3 * torch.eye(self.shifts, device=device)
         # The score's weights, of some images taken for the training set.
         bank = bank_of(D, _STEPS).requires_grad_(False)
-        train = code_outputs(bank, s[0, :_TRAINING])
+        train = code_outputs(bank, s[0, :_TRAINING], bank.system())
         fitted = fit_csi_sr(D, train["s"][:, None], train["codes"][:, None], shift[0, :_TRAINING, None])
         return Given(D, s, shift, fitted.error_weight, fitted.shift_weight)
 
@@ -65,9 +65,10 @@ def ours(bank: DictionaryBank, given: Given) -> Tensor:
     score = CsiSparseScore(given.D_KFM, given.error_weight_K, given.shift_weight_K)
     scores = []
     with torch.no_grad():
+        system = bank.system()
         for s_TBKF, shift_TBKK in zip(given.s_TNKF.split(_BATCH, 1), given.shift_TNKK.split(_BATCH, 1), strict=True):
             draws = zip(s_TBKF, shift_TBKK, strict=True)
-            means = mean_outputs({**code_outputs(bank, s), "shift": shift} for s, shift in draws)
+            means = mean_outputs({**code_outputs(bank, s, system), "shift": shift} for s, shift in draws)
             scores.append(score(means["s"], means["codes"], means["shift"]))
     return torch.cat(scores)
 
@@ -112,7 +113,7 @@ def _coded_batches(given: Given) -> Iterator[tuple[Tensor, ...]]:
 
 
 def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
-    """Coding and scores of an evaluation with features given; the published side goes in batches of 100 images."""
+    """Coding and scores of an evaluation with features given; the published side goes in the same batches."""
     given = size.given(device)
     bank = bank_of(given.D_KFM, _STEPS).requires_grad_(False)
 

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.device import reuse_host_memory
 
-# A part whose rounds are slow gets fewer of them: as many as fit in so many seconds, one at least.
-_SECONDS = 180
+# A part whose rounds are slow gets fewer of them: as many as fit in so many seconds, one at least; and sides that take
+# so many seconds are not warmed up.
+_SECONDS, _SLOW = 120, 1.0
 # From malloc.h; the sizes are the largest that glibc lets its thresholds grow to by themselves.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _GLIBC = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 * 2**20, _M_TRIM_THRESHOLD: 64 * 2**20}
@@ -72,14 +73,15 @@ class Comparison:
 def compare(part: Part, device: torch.device, *, repeats: int) -> Comparison:
     """Check that both agree, then time them in turns, `repeats` times each or as often as time allows."""
     reuse_host_memory()
-    begun = time.perf_counter()
     mine, ours_bytes = peak_bytes(part.ours, device)
+    begun = time.perf_counter()
     theirs, published_bytes = peak_bytes(part.published, device)
+    taken = time.perf_counter() - begun
     remark = part.check(mine, theirs)
     del mine, theirs
     with FlopCounterMode(display=False) as counter:
         part.ours()
-    rounds = max(1, min(repeats, int(_SECONDS / (time.perf_counter() - begun))))
+    rounds = max(1, min(repeats, int(_SECONDS / (3 * taken))))
     sides = (
         (part.ours, reuse_host_memory),
         (part.published, glibc_memory),
@@ -89,7 +91,7 @@ def compare(part: Part, device: torch.device, *, repeats: int) -> Comparison:
     for _ in range(rounds):
         for (run, policy), found in zip(sides, seconds, strict=True):
             policy()
-            if rounds == repeats:
+            if taken < _SLOW:
                 run()  # The heap grows to what this side keeps; of no weight in a slow part.
             found.append(timed(run, device))
     reuse_host_memory()

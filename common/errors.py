@@ -13,6 +13,10 @@ class RunStopped(Exception):
     """A run that cannot go on (a non-finite loss, say). The last good checkpoint stays; exit code 1."""
 
 
+class Terminated(Exception):
+    """A run that was told to end (SIGTERM) and has saved where it stands; exit code 143, as a shell gives."""
+
+
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
     """Turn `main(argv)` into a command: exit codes instead of tracebacks for what a user can put right."""
 
@@ -26,6 +30,9 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
         except RunStopped as error:
             print(f"stopped: {_one_line(error)}", file=sys.stderr)
             return 1
+        except Terminated as error:
+            print(f"stopped: {_one_line(error)}", file=sys.stderr)
+            return 143
         except KeyboardInterrupt:
             print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
             return 130

@@ -1,23 +1,36 @@
 """Files that are whole or not there, and checkpoints that hold tensors and numbers only."""
 
+import contextlib
+import errno
 import io
 import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from common.errors import RunStopped, UserError
+
+# What our checkpoints end in, and the 8 hex digits after it: the CRC-32 of all that comes before.
+_SEAL = b"admm-srnet crc32 "
+_DIGITS = 8
+_CHUNK = 2**22
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the new one."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
+    """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the new one.
+
+    keep: where the old file, if there is one, stays.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -25,10 +38,47 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from colleagues
+        if keep is not None and path.exists():
+            _keep(path, keep)
         os.replace(name, path)
+        _sync_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk (or quota) into RunStopped; what was whole in `folder` is so still."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunStopped(
+            f"no space left on the disk of {folder} ({error.strerror}); the last checkpoint is whole."
+            " Make room and start the same command again"
+        ) from None
+
+
+def _keep(path: Path, keep: Path) -> None:
+    spare = keep.with_name(f".{keep.name}")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:  # a file system without links
+        shutil.copyfile(path, spare)
+    os.replace(spare, keep)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where folders can be synchronised."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -39,9 +89,57 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def save_tensors(path: Path, state: Any) -> None:
-    """`torch.save`, whole or not at all."""
-    write_whole(path, lambda file: torch.save(state, file))
+def previous(path: Path) -> Path:
+    """Where the file that a new `path` took the place of is kept."""
+    return path.with_name(f"previous.{path.name.removeprefix('last.')}")
+
+
+def save_tensors(path: Path, state: Any, *, keep: bool = False) -> None:
+    """`torch.save`, whole or not at all, sealed with a checksum in the comment that ends a zip file.
+
+    Any program that reads torch's files reads it. keep: leave the file that was there as `previous(path)`.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    # The last two bytes of a zip file without a comment are the comment's length.
+    body = buffer.getbuffer()[:-2]
+    length = (len(_SEAL) + _DIGITS).to_bytes(2, "little")
+    digits = f"{zlib.crc32(length, zlib.crc32(body)):0{_DIGITS}x}".encode()
+
+    def write(file: BinaryIO) -> None:
+        file.write(body)
+        file.write(length + _SEAL + digits)
+
+    write_whole(path, write, keep=previous(path) if keep else None)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file's checksum fits: our own over every byte, else those that a zip file has of its parts.
+
+    A file of an older format, which has none, counts as whole.
+    """
+    seal = len(_SEAL) + _DIGITS
+    with path.open("rb") as file:
+        left = file.seek(0, os.SEEK_END) - seal
+        file.seek(max(left, 0))
+        tail = file.read()
+        if left > 0 and tail.startswith(_SEAL):
+            file.seek(0)
+            crc = 0
+            while left > 0 and (chunk := file.read(min(_CHUNK, left))):
+                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+            return f"{crc:0{_DIGITS}x}".encode() == tail[len(_SEAL) :]
+    try:
+        with zipfile.ZipFile(path) as parts:
+            return not parts.comment and parts.testzip() is None
+    except Exception:  # whatever the byte at hand leads to
+        # Files of torch before 1.6 are no zip files.
+        return not _looks_zipped(path)
+
+
+def _looks_zipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def load_tensors(path: Path, *, flag: str) -> Any:
@@ -52,14 +150,24 @@ def load_tensors(path: Path, *, flag: str) -> Any:
     if not path.is_file():
         raise UserError(f"--{flag}: no checkpoint at {path}")
     try:
+        if not is_whole(path):
+            raise UserError(f"--{flag}: {path} is truncated or altered{_offer(path)}")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     # Damaged files raise whatever the byte at hand leads to: struct.error, AssertionError, KeyError, ...
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and re.search(r"Unsupported (global|class)|GLOBAL", str(error)):
             raise UserError(
                 f"--{flag}: {path} holds more than tensors (its pickle would run code) or is damaged; refused unrun"
             ) from None
-        raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
+        raise UserError(f"--{flag}: {path} is truncated or not a checkpoint{_offer(path)}") from None
+
+
+def _offer(path: Path) -> str:
+    """Where the checkpoint before a damaged one is, if there is one that is whole."""
+    before = previous(path)
+    return f"; the one before it, {before}, is whole" if before.is_file() and is_whole(before) else ""
 
 
 def load_state_dict(path: Path, *, flag: str) -> dict[str, Tensor]:

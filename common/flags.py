@@ -239,6 +239,7 @@ def build_parser(
     g.add_argument("--temperature", type=float, default=0.5, help="of the contrastive loss (labelled modes: 0.07)")
     g.add_argument("--sim_lambda", type=float, default=1.0, help="weight of the contrastive loss")
     g.add_argument("--save_step", type=int, default=10, help="epochs between checkpoints")
+    g.add_argument("--save_minutes", type=float, default=15.0, help="minutes between checkpoints, 0: none by time")
     g.add_argument("--error_step", type=int, default=5, help="epochs between tests of the linear probe (multi-class)")
     g.add_argument("--test_batch_size", type=int, default=100, help="images per batch of that test, and of interp")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -13,13 +14,13 @@ from typing import Any, TextIO
 import torch
 
 from common.errors import UserError
-from common.files import load_tensors, published_epoch, save_tensors, write_json, write_text
+from common.files import is_whole, load_tensors, previous, published_epoch, save_tensors, write_json, write_text
 from common.flags import Flags
 
 # Flags that are read and do not change what a run computes: it may go on under other values of these.
 _FREE = frozenset(
     "overwrite dry_run num_worker image_cache log_root download_data local_rank"
-    " save_step error_step test_batch_size".split()
+    " save_step save_minutes error_step test_batch_size".split()
 )
 # Flags that change numbers only as another machine does: a run may go on, and a line says so.
 _MACHINE = frozenset(("device", "compile"))
@@ -43,6 +44,9 @@ class Run:
         self._board: Any = None
         self.state: dict[str, Any] | None = None
         self._replace = False
+        self._damaged = False
+        self._seen: tuple[int, int] | None = None
+        self._lock: int | None = None
         self._started: list[dict[str, Any]] = []
         try:
             if folder.exists():
@@ -76,8 +80,22 @@ class Run:
         for name in sorted(_MACHINE & before.keys()):
             if before[name] != self.flags.as_dict()[name]:
                 print(f"note: --{name} was {before[name]}; the run goes on, not bit for bit as it would have")
-        if self._resume.is_file():
-            self.state = load_tensors(self._resume, flag="overwrite")
+        self.state = self._read_state()
+        self._seen = _stamp(self._resume)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """Of the last checkpoint, or of the one before it where the last is damaged."""
+        before = previous(self._resume)
+        if not self._resume.is_file():
+            return None
+        try:
+            return load_tensors(self._resume, flag="overwrite")
+        except UserError as error:
+            if not before.is_file() or not is_whole(before):
+                raise
+            print(f"note: {self._resume} is damaged ({error}); going on from {before.name}")
+            self._damaged = True
+            return load_tensors(before, flag="overwrite")
 
     @property
     def finished(self) -> bool:
@@ -88,9 +106,14 @@ class Run:
         """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read."""
         started = [*self._started, describe_program()]
         try:
-            if self._replace:
-                shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            if self._replace:
+                _empty(self.folder)
+            elif _stamp(self._resume) != self._seen:
+                raise UserError(f"--log_root: another process went on with {self.folder} meanwhile; start again")
+            if self._damaged:
+                previous(self._resume).replace(self._resume)
             config = {"flags": self.flags.as_dict(), "used": self.flags.used(), "started": started}
             write_json(self.folder / "args.json", config)
             self._log = (self.folder / "log.txt").open("a", buffering=1)
@@ -109,14 +132,24 @@ class Run:
 
     def record(self, epoch: int, values: dict[str, float]) -> None:
         """One row of metrics.jsonl and one point of each TensorBoard curve; keys are tags ("train/loss_sim")."""
+        if self._metrics:
+            self._metrics.write(json.dumps({"epoch": epoch, **values}) + "\n")
+        for tag, value in values.items():
+            self._tensorboard(epoch).add_scalar(tag, value, epoch)
+
+    def show(self, epoch: int, images: dict[str, torch.Tensor], histograms: dict[str, torch.Tensor]) -> None:
+        """Images (3, H, W) in [0, 1] and distributions of values for TensorBoard, by tag."""
+        for tag, image in images.items():
+            self._tensorboard(epoch).add_image(tag, image, epoch)
+        for tag, values in histograms.items():
+            self._tensorboard(epoch).add_histogram(tag, values, epoch)
+
+    def _tensorboard(self, epoch: int) -> Any:
         if self._board is None:
             from torch.utils.tensorboard import SummaryWriter  # 1 s of import that only training needs
 
             self._board = SummaryWriter(str(self.folder), purge_step=epoch)
-        if self._metrics:
-            self._metrics.write(json.dumps({"epoch": epoch, **values}) + "\n")
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, epoch)
+        return self._board
 
     def save(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
         """Write both checkpoint files; `state["epoch"]` says how far the run is.
@@ -124,14 +157,55 @@ class Run:
         The weights come first: a kill between the two leaves a run that has yet to make this epoch, never one that is
         finished with older weights.
         """
-        save_tensors(self.weights, weights)
-        save_tensors(self._resume, state)
+        save_tensors(self.weights, weights, keep=True)
+        save_tensors(self._resume, state, keep=True)
 
     def close(self) -> None:
         for stream in (self._log, self._metrics, self._board):
             if stream is not None:
                 stream.close()
         self._log = self._metrics = self._board = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold the folder against other processes for as long as the handle is open; None where that cannot be had.
+
+    Raises: UserError where another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--log_root: another process is at work in {folder}; let it end, or give a --suffix") from None
+    except OSError:  # some network file systems lock no folders
+        os.close(handle)
+        return None
+    return handle
+
+
+def _empty(folder: Path) -> None:
+    for child in folder.iterdir():
+        if child.is_dir() and not child.is_symlink():
+            shutil.rmtree(child)
+        else:
+            child.unlink()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """What changes when a file is written anew; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -219,9 +219,10 @@ class PictureSet:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
         return self._floats(torch.from_numpy(np.stack(middles)))
 
-    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
+    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int, first: int = 0) -> Iterator[Tensor]:
         """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), floats.
 
+        first: how many batches to pass over.
         Raises: UserError for a picture that cannot be read.
         """
         gen = generator(seed, "crop", epoch)
@@ -229,7 +230,7 @@ class PictureSet:
         flips = torch.rand(len(self), count, generator=gen) < 0.5
         loader = DataLoader(
             _OrError(_Crops(self.pixels, tries, flips, self.spec, self.side)),
-            batch_sampler=[part.tolist() for part in parts],
+            batch_sampler=[part.tolist() for part in parts[first:]],
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",

@@ -54,9 +54,12 @@ class ImageSet:
         chosen = self.images[index.to(self.images.device)]
         return chosen.to(self.device, non_blocking=True).float().div_(255)
 
-    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
-        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), floats."""
-        for step, index in enumerate(parts):
+    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int, first: int = 0) -> Iterator[Tensor]:
+        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), floats.
+
+        first: how many batches to pass over.
+        """
+        for step, index in enumerate(parts[first:], first):
             x = self.batch(index)
             gen = generator(seed, "flip", epoch, step, device=self.device)
             flip = torch.rand(count, len(x), device=self.device, generator=gen) < 0.5

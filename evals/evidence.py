@@ -135,10 +135,11 @@ def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished
     D = learn_dictionary(s_KFN, flags.sr_dict_size, generator=generator(flags.seed, "multi_sr"), **fit)
     bank = DictionaryBank(len(D), D.shape[1], D.shape[2], coding).requires_grad_(False).to(device)
     bank.dictionary.copy_(D)
+    system = bank.system()
 
     def finish(outputs: Outputs) -> Outputs:
         blocks = sparse_features(outputs).split(4096)
-        parts = [code_outputs(bank, block) for block in blocks]
+        parts = [code_outputs(bank, block, system) for block in blocks]
         coded = {name: torch.cat([part[name] for part in parts])[:, None].cpu() for name in parts[0]}
         return {**coded, "shift": outputs["shift"]}
 

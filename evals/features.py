@@ -13,6 +13,7 @@ from common.seed import generator
 from datasets import ImageSet
 from datasets.views import DrawSpec, batches_of, draw_set, set_views
 from models.feature_net import CocsrNet, FeatureNet, RotTransNet
+from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import DictionaryBank
 
 Outputs = dict[str, Tensor]
@@ -45,20 +46,21 @@ def class_outputs(net: FeatureNet) -> Callable[[Tensor], Outputs]:
 def cocsr_outputs(net: CocsrNet) -> Callable[[Tensor], Outputs]:
     """Views (b, K, 3, H, W) -> s (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
 
-    Each feature is coded in the dictionary of its own shift only.
+    Each feature is coded in the dictionary of its own shift only. The dictionaries are taken as they are now.
     """
+    system = net.sr_nets.system()
 
     def outputs(views: Tensor) -> Outputs:
         features = net(views.flatten(0, 1))
         s, shift = (x.unflatten(0, views.shape[:2]) for x in (features.s, features.shift))
-        return {**code_outputs(net.sr_nets, s), "shift": shift}
+        return {**code_outputs(net.sr_nets, s, system), "shift": shift}
 
     return outputs
 
 
-def code_outputs(bank: DictionaryBank, s: Tensor) -> Outputs:
+def code_outputs(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> Outputs:
     """Features s (b, K, F) coded, each in the dictionary of its own shift: s, codes (b, K, M), gap (b, K, 1)."""
-    code = bank.code(s.permute(1, 2, 0))
+    code = bank.code(s.permute(1, 2, 0), system=system)
     return {"s": s, "codes": code.codes.permute(2, 0, 1), "gap": code.gap.T[..., None]}
 
 

@@ -1,10 +1,14 @@
 """From flags to a finished run: what the training scripts do."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
-from common.flags import Flags, Tables, build_parser, parse, print_dry_run, run_name
+from common.files import disk_errors
+from common.flags import Flags, Tables, build_parser, not_negative, parse, print_dry_run, run_name
 from common.run import Run
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
 from datasets.outliers import OUTLIERS
@@ -29,6 +33,7 @@ def launch(
     """
     flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
     reuse_host_memory()
+    not_negative(save_minutes=flags.save_minutes)
     mode = modes[flags.mode]
     shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)
@@ -51,15 +56,37 @@ def launch(
     with memory_errors(_remedy(flags)):
         recipe = mode.build(flags, split, shifts)
     settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}
-    settings |= {"save_step": flags.save_step, "copies": mode.copies}
+    settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
     run.open()
-    try:
+    with disk_errors(folder), contextlib.closing(run), stop_signal() as stop:
         run.say(f"{folder.name}: {len(recipe.data)} images, {shifts.count} shifts, epochs up to {flags.epochs}")
         with memory_errors(_remedy(flags)):
-            fit(recipe, run, **settings)
+            fit(recipe, run, **settings, stop=stop)
         run.say(f"wrote {run.weights}")
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM has come, which clusters send some time before they kill. Outside the main thread: never."""
+    asked: list[int] = []
+    own = os.getpid()
+
+    def ask(number: int, frame: object) -> None:
+        if os.getpid() == own:
+            asked.append(number)
+        else:  # a process that loads pictures, and that only copied this handler
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, ask)
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
     finally:
-        run.close()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _remedy(flags: Flags) -> str:

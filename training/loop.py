@@ -2,12 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import RunStopped
+from common.errors import RunStopped, Terminated
 from common.progress import progress
 from common.run import Run
 from common.seed import generator, seed_of
@@ -15,12 +16,17 @@ from datasets import ImageSet, PictureSet
 from training.recipe import Batch, Recipe
 
 
-def batches(data: ImageSet | PictureSet, batch_size: int, *, copies: int, seed: int, epoch: int) -> Iterator[Batch]:
-    """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before."""
+def batches(
+    data: ImageSet | PictureSet, batch_size: int, *, copies: int, seed: int, epoch: int, first: int = 0
+) -> Iterator[Batch]:
+    """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before.
+
+    first: the step to begin with.
+    """
     order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.index_device)
     labels = data.labels.to(data.index_device)
     parts = _split(order, batch_size)
-    for step, images in enumerate(data.copies(parts, copies, seed=seed, epoch=epoch)):
+    for step, images in enumerate(data.copies(parts, copies, seed=seed, epoch=epoch, first=first), first):
         yield Batch(images, labels[parts[step]].to(data.device, non_blocking=True), epoch, step)
 
 
@@ -36,50 +42,107 @@ def _split(order: Tensor, batch_size: int) -> list[Tensor]:
     return parts
 
 
-def fit(recipe: Recipe, run: Run, *, epochs: int, batch_size: int, copies: int, seed: int, save_step: int) -> None:
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
+
+
+def fit(
+    recipe: Recipe,
+    run: Run,
+    *,
+    epochs: int,
+    batch_size: int,
+    copies: int,
+    seed: int,
+    save_step: int,
+    save_minutes: float = 0.0,
+    stop: Callable[[], bool] = never,
+) -> None:
     """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
 
-    Writes a checkpoint every `save_step` epochs and at the end. The device is read once an epoch: losses are summed
-    there, and a non-finite one is told by the epoch and the step at which it first appeared.
-    Raises: RunStopped for a non-finite loss; the checkpoint before it stays.
+    Writes a checkpoint every `save_step` epochs, every `save_minutes` minutes (0: not by time) and at the end. The
+    device is read once an epoch: losses are summed there, and a non-finite one is told by the epoch and the step at
+    which it first appeared. stop: looked at after every step; when it says so, the run saves where it stands and ends.
+    Every draw follows from seed, epoch and step, so a run goes on bit for bit from any step.
+    Raises: RunStopped for a non-finite loss, and the checkpoint before it stays; Terminated when asked to stop.
     """
     total_steps = steps_per_epoch(len(recipe.data), batch_size)
-    first = recipe.first_epoch
+    first, first_step, meter = recipe.first_epoch, 0, _Meter()
     if run.state is not None:
         _restore(recipe, run.state)
-        first = run.state["epoch"]
-        run.say(f"continuing after epoch {first}")
+        first, first_step = run.state["epoch"], run.state.get("step", 0)
+        meter = _Meter.of(run.state.get("meter"))
+        within = f", step {first_step} of {total_steps} of the next" if first_step else ""
+        run.say(f"continuing after epoch {first}{within}")
     else:
         recipe.begin(run)
         _save(recipe, run, first)
-    started = told = time.monotonic()
+    ringing: set[str] = set()
+    started = told = saved = time.monotonic()
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
-        meter = _Meter()
-        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch)
-        lr = 0.0
-        for batch in progress(steps, total=total_steps, label=f"epoch {epoch}/{epochs}"):
+        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step)
+        done, lr = 0, 0.0
+        for batch in progress(steps, total=total_steps - first_step, label=f"epoch {epoch}/{epochs}"):
             lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
             # Layers that draw at random (dropout in models of timm) know the global generator only.
             torch.manual_seed(seed_of(seed, "layers", epoch, batch.step))
             meter.add(_descend(recipe, batch))
-        values, bad_step = meter.read()
-        if bad_step is not None:
-            raise RunStopped(
-                f"non-finite loss in epoch {epoch}, step {bad_step}; the checkpoint before it is in {run.folder}."
-                " A lower --lr_init (stage 2: --sr_lr) is the usual remedy"
-            )
+            done = batch.step + 1
+            if done == total_steps:
+                continue  # The end of the epoch saves by rules of its own.
+            asked, due = stop(), save_minutes > 0 and time.monotonic() - saved >= 60 * save_minutes
+            if asked or due:
+                _read(meter, run, epoch)
+                _save(recipe, run, epoch - 1, done, meter)
+                saved = time.monotonic()
+            if asked:
+                raise Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}")
+        values = _read(meter, run, epoch)
         elapsed = time.monotonic() - begun
-        values |= {"train/lr": lr, "train/batch_time": elapsed / total_steps, **recipe.end_epoch(epoch)}
+        batch_time = elapsed / max(1, done - first_step)
+        values |= {"train/lr": lr, "train/batch_time": batch_time, **recipe.end_epoch(epoch)}
+        first_step, meter = 0, _Meter()
         run.record(epoch, values)
+        ringing = _ring(recipe, run, epoch, values, ringing)
+        if epoch == first + 1 or epoch % save_step == 0:
+            run.show(epoch, *recipe.show(epoch))
         left = (time.monotonic() - started) / (epoch - first) * (epochs - epoch)
         # Epochs of a small set take a fraction of a second; one line a second is enough to read.
         if epoch in (first + 1, epochs) or time.monotonic() - told >= 1:
             run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
             told = time.monotonic()
-        if epoch % save_step == 0 or epoch == epochs:
+        asked, due = stop(), save_minutes > 0 and time.monotonic() - saved >= 60 * save_minutes
+        if epoch % save_step == 0 or epoch == epochs or asked or due:
             _save(recipe, run, epoch)
+            saved = time.monotonic()
+        if asked and epoch < epochs:
+            raise Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}")
     recipe.finish(run)
+
+
+_GO_ON = "The same command goes on from there"
+
+
+def _ring(recipe: Recipe, run: Run, epoch: int, values: dict[str, float], before: set[str]) -> set[str]:
+    """Tell the alarms that ring now and did not ring after the epoch before; all that ring now."""
+    now = {alarm.text for alarm in recipe.alarms if alarm.rings(values)}
+    for alarm in recipe.alarms:
+        if alarm.text in now - before:
+            run.say(f"warning: epoch {epoch}, {alarm.tag} {values[alarm.tag]:.3g}: {alarm.text}")
+    return now
+
+
+def _read(meter: "_Meter", run: Run, epoch: int) -> dict[str, float]:
+    """The means of an epoch so far. Raises: RunStopped where one is not finite."""
+    values, bad_step = meter.read()
+    if bad_step is not None:
+        raise RunStopped(
+            f"non-finite loss in epoch {epoch}, step {bad_step}; the checkpoint before it is in {run.folder}."
+            " A lower --lr_init (stage 2: --sr_lr) is the usual remedy"
+        )
+    return values
 
 
 def _descend(recipe: Recipe, batch: Batch) -> dict[str, Tensor]:
@@ -103,6 +166,22 @@ class _Meter:
     def __init__(self) -> None:
         self.rows: list[Tensor] = []
         self.names: list[str] = []
+        self._before: list[Tensor] = []
+
+    @classmethod
+    def of(cls, state: dict[str, Any] | None) -> "_Meter":
+        """A meter that goes on from `state()`; a fresh one for None."""
+        meter = cls()
+        if state is not None:
+            meter.names, meter._before = list(state["names"]), [state["rows"]]
+        return meter
+
+    def state(self) -> dict[str, Any]:
+        """What it has seen, on the CPU."""
+        return {"names": self.names, "rows": self._table()}
+
+    def _table(self) -> Tensor:
+        return torch.cat([*self._before, torch.stack(self.rows).cpu()])
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.names = list(values)
@@ -110,7 +189,7 @@ class _Meter:
 
     def read(self) -> tuple[dict[str, float], int | None]:
         """The means, and the first step at which a value was not finite."""
-        table = torch.stack(self.rows).cpu()
+        table = self._table()
         bad = (~table.isfinite()).any(1).nonzero().flatten().tolist()
         return dict(zip(self.names, table.mean(0).tolist(), strict=True)), bad[0] if bad else None
 
@@ -119,9 +198,12 @@ def _line(values: dict[str, float]) -> str:
     return "  ".join(f"{tag.removeprefix('train/')} {value:.4g}" for tag, value in values.items())
 
 
-def _save(recipe: Recipe, run: Run, epoch: int) -> None:
+def _save(recipe: Recipe, run: Run, epoch: int, step: int = 0, meter: "_Meter | None" = None) -> None:
+    """step: how many steps of the epoch after `epoch` are done, whose values `meter` has."""
     state = {
         "epoch": epoch,
+        "step": step,
+        "meter": meter.state() if meter is not None else None,
         "model": recipe.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in recipe.optimizers],
     }

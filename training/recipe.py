@@ -1,5 +1,6 @@
 """What a mode hands to the training loop."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,30 @@ class Step(NamedTuple):
     watch: dict[str, Tensor]
 
 
+class Shown(NamedTuple):
+    """What TensorBoard gets to see now and then: images (3, H, W) in [0, 1] and values for histograms, by tag."""
+
+    images: dict[str, Tensor]
+    histograms: dict[str, Tensor]
+
+
+class Alarm(NamedTuple):
+    """A text, what is wrong and what to try, told after an epoch whose mean of `tag` is out of bounds."""
+
+    tag: str
+    text: str
+    below: float = -math.inf
+    above: float = math.inf
+
+    def rings(self, values: dict[str, float]) -> bool:
+        return self.tag in values and not self.below <= values[self.tag] <= self.above
+
+
+def show_nothing(epoch: int) -> Shown:
+    """A `show` for modes without pictures."""
+    return Shown({}, {})
+
+
 def do_nothing(run: Run) -> None:
     """A hook for modes that need none."""
 
@@ -46,6 +71,8 @@ class Recipe:
     begin: once, on a fresh start only, before the first epoch.
     before_step: (fractional epochs) -> learning rate to report.
     end_epoch: (epoch) -> further values to record, by tag.
+    show: (epoch) -> pictures and histograms; after the first epoch and with checkpoints made by --save_step.
+    alarms: signs of a collapse, looked for after every epoch.
     finish: once, after the last epoch.
     first_epoch: epochs that came before, in the run this one starts from.
     """
@@ -57,5 +84,7 @@ class Recipe:
     before_step: Callable[[float], float]
     begin: Callable[[Run], None] = do_nothing
     end_epoch: Callable[[int], dict[str, float]] = no_values
+    show: Callable[[int], Shown] = show_nothing
+    alarms: tuple[Alarm, ...] = ()
     finish: Callable[[Run], None] = do_nothing
     first_epoch: int = 0

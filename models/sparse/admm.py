@@ -16,6 +16,7 @@ from models.sparse.prox import lasso_gap, soft, soft_adjoint
 
 # Steps between looks at the optimality gap, each of which waits for the device.
 _LOOK_EVERY = 20
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class SparseCode(NamedTuple):
@@ -62,7 +63,7 @@ def admm_lasso(
         raise ValueError(f"further steps must lie in 0..{steps - 1}, got {sorted(also)}")
     # The inverse of an ill-conditioned system needs more digits than half precision has.
     with torch.autocast(D.device.type, enabled=False):
-        D, S = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (D, S))
+        D, S = (x.float() if x.dtype in _HALF else x for x in (D, S))
         S = S.expand(len(D), -1, -1)
         system = system or RidgeSystem.of(D, rho)
         plan = _Plan(lam, rho, steps, frozenset(also), tol)
@@ -81,41 +82,43 @@ def admm_lasso(
 class RidgeSystem:
     """What the steps need of dictionaries D, without gradient: the map A = rho (D'D + rho I)^-1 in its cheapest form.
 
-    inverse: (D'D + rho I)^-1 where M <= F, else (D D' + rho I)^-1. A (K, M, M), or where M >= 2 F, so that two thin
-    products cost less than one with A, its factors: A = I - back @ thin, thin = (D D' + rho I)^-1 D and back = D'.
+    A (K, M, M), or where M >= 2 F, so that two thin products cost less than one with A, its factors: A = I - back @
+    thin, thin = (D D' + rho I)^-1 D and back = D'. inverse: (D D' + rho I)^-1, where M > F.
     """
 
     D: Tensor
     rho: float
-    inverse: Tensor
     A: Tensor | None
+    inverse: Tensor | None = None
     thin: Tensor | None = None
     back: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
     def of(cls, D: Tensor, rho: float) -> "RidgeSystem":
-        """One factorisation for each dictionary of D (K, F, M)."""
-        # In float64, at little more cost: what is lost in a nearly singular system is lost in every step.
+        """One factorisation for each dictionary of D (K, F, M); of half precision in float32."""
         D = D.detach()
-        D64 = D if D.device.type == "mps" else D.double()  # Apple's GPUs have none
-        _, features, atoms = D.shape
+        D = D.float() if D.dtype in _HALF else D
+        # A CPU factors them one by one anyway, and so needs the room of one.
+        parts = D.split(1) if D.device.type == "cpu" else (D,)
         with torch.autocast(D.device.type, enabled=False):
-            if atoms <= features:
-                inverse = _inverse(D64.mT @ D64, rho)
-                return cls(D, rho, inverse.to(D), (rho * inverse).to(D))
-            # Woodbury: (D'D + rho I)^-1 = (I - D'(DD' + rho I)^-1 D) / rho.
-            inverse = _inverse(D64 @ D64.mT, rho)
-            thin = inverse @ D64
-            if atoms >= 2 * features:
-                return cls(D, rho, inverse.to(D), None, thin.to(D), D.mT.contiguous())
-            return cls(D, rho, inverse.to(D), (_eye(D64) - D64.mT @ thin).to(D))
+            formed = [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*(_formed(d, rho) for d in parts), strict=True)]
+        if len(formed) == 1:
+            return cls(D, rho, formed[0])
+        if D.shape[2] >= 2 * D.shape[1]:
+            return cls(D, rho, None, formed[0], formed[1], D.mT.contiguous())
+        return cls(D, rho, formed[1], formed[0])
 
     def solve(self, S: Tensor) -> Tensor:
         """The ridge solution (D'D + rho I)^-1 D's = D'(DD' + rho I)^-1 s, (K, M, N)."""
-        if self._square:
-            return self.inverse @ (self.D.mT @ S)
-        return self.D.mT @ (self.inverse @ S)
+        if self.inverse is not None:
+            return self.D.mT @ (self.inverse @ S)
+        return self.small_inverse(self.D.mT @ S)
+
+    def small_inverse(self, V: Tensor) -> Tensor:
+        """(D'D + rho I)^-1 v for v (K, M, N), where M <= F."""
+        assert self.A is not None
+        return (self.A @ V).div_(self.rho)
 
     def step(
         self, start: Tensor, w: Tensor, threshold: float, *, out: Tensor | None = None, v: Tensor | None = None
@@ -144,21 +147,30 @@ class RidgeSystem:
         assert thin is not None and back is not None
         return lambda V: _product(back, _product(thin, V)).mul_(2).sub_(V)
 
-    @property
-    def _square(self) -> bool:
-        """Whether `inverse` is M x M."""
-        return len(self.inverse[0]) == self.D.shape[2]
-
 
 def _eye(D: Tensor) -> Tensor:
     return torch.eye(D.shape[2], dtype=D.dtype, device=D.device)
 
 
+def _formed(D: Tensor, rho: float) -> tuple[Tensor, ...]:
+    """Of dictionaries (K, F, M): A where M <= F; else (D D' + rho I)^-1, and A or, where M >= 2 F, the thin factor."""
+    # In float64, at little more cost: what is lost in a nearly singular system is lost in every step.
+    D64 = D if D.device.type == "mps" else D.double()  # Apple's GPUs have none
+    _, features, atoms = D.shape
+    if atoms <= features:
+        return (_inverse(D64.mT @ D64, rho).mul_(rho).to(D),)
+    # Woodbury: (D'D + rho I)^-1 = (I - D'(DD' + rho I)^-1 D) / rho.
+    inverse = _inverse(D64 @ D64.mT, rho)
+    thin = inverse @ D64
+    return inverse.to(D), (thin if atoms >= 2 * features else _eye(D64) - D64.mT @ thin).to(D)
+
+
 def _inverse(gram: Tensor, rho: float) -> Tensor:
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    """(gram + rho I)^-1; changes gram."""
+    gram.diagonal(dim1=1, dim2=2).add_(rho)
     # The checking form would wait for the device; a failed factor becomes NaN, which the training loop tells.
-    factor, failed = torch.linalg.cholesky_ex(gram + rho * eye)
-    factor = factor.masked_fill((failed > 0)[:, None, None], torch.nan)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    factor.masked_fill_((failed > 0)[:, None, None], torch.nan)
     # It comes column by column; products would copy it at every step.
     return torch.cholesky_inverse(factor).contiguous()
 
@@ -304,12 +316,13 @@ def _system_gradients(
     With R = (D'D + rho I)^-1, dR = -R (dD'D + D'dD) R. So the ridge solution R D's hands (s - D start) (R g)' - (D R g)
     start' to D and D R g to s; and A = rho R hands -D R E A to D. For M > F, (s - D start) = rho (DD' + rho I)^-1 s.
     """
-    if system.inverse.shape[1] == D.shape[2]:
-        solved = system.inverse @ of_start
+    if system.inverse is None:
+        solved = system.small_inverse(of_start)
         of_S = D @ solved
         if of_map is None:
             return None, of_S
-        ridge_map = D @ system.inverse
+        assert system.A is not None
+        ridge_map = (D @ system.A).div_(system.rho)
         of_D = (S - D @ start) @ solved.mT
     else:
         ridge_map = system.inverse @ D if system.thin is None else system.thin

@@ -42,7 +42,6 @@ class DictionaryBank(nn.Module):
         self.dictionary = nn.Parameter(F.normalize(atoms_KFM, dim=1))
         self.register_buffer("rho", torch.tensor(float(coding.rho)))
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
-        self._formed: RidgeSystem | None = None
 
     def code(self, s_KFN: Tensor, also: Collection[int] = (), system: RidgeSystem | None = None) -> SparseCode:
         """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N).
@@ -58,28 +57,12 @@ class DictionaryBank(nn.Module):
             steps=spec.steps,
             also=also,
             tol=spec.tol,
-            system=system or self._kept_system(),
+            system=system,
         )
 
     def system(self) -> RidgeSystem:
-        """The system of the dictionaries as they are, to code several batches with."""
-        return self._kept_system() or RidgeSystem.of(self.dictionary, self.coding.rho)
-
-    def _kept_system(self) -> RidgeSystem | None:
-        """The system of fixed dictionaries, formed once; None where they are being trained, or in half precision.
-
-        It goes by the values: a fused optimiser and writing through `.data` leave no trace but those. Waits for the
-        device.
-        """
-        D, rho, formed = self.dictionary.detach(), self.coding.rho, self._formed
-        trained = self.dictionary.requires_grad and torch.is_grad_enabled()
-        if trained or D.dtype not in (torch.float32, torch.float64):
-            self._formed = None
-        elif formed is None or formed.rho != rho or formed.D.dtype != D.dtype or formed.D.device != D.device:
-            self._formed = RidgeSystem.of(D.clone(), rho)
-        elif not torch.equal(formed.D, D):
-            self._formed = RidgeSystem.of(D.clone(), rho)
-        return self._formed
+        """The system of the dictionaries as they are now, to code several batches with."""
+        return RidgeSystem.of(self.dictionary, self.coding.rho)
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:

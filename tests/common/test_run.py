@@ -62,11 +62,11 @@ def test_a_kill_between_the_two_files_of_a_save_never_leaves_old_weights_in_a_fi
     run, real, calls = run_in(half_done), module.save_tensors, []
     run.open()
 
-    def killed(path, state):
+    def killed(path, state, *, keep):
         calls.append(path.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(path, state)
+        real(path, state, keep=keep)
 
     monkeypatch.setattr(module, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):

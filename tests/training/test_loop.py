@@ -1,12 +1,15 @@
+import dataclasses
+import json
+
 import pytest
 import torch
 
-from common.errors import RunStopped
+from common.errors import RunStopped, Terminated
 from common.flags import Flags
 from common.run import Run
 from datasets.sets import image_set
 from training.loop import batches, fit, steps_per_epoch
-from training.recipe import Recipe, Step
+from training.recipe import Alarm, Recipe, Shown, Step
 
 
 @pytest.mark.parametrize(
@@ -83,3 +86,53 @@ def test_a_non_finite_loss_stops_with_epoch_and_step_and_keeps_the_checkpoint_be
         go(recipe, run, 5)
     state = torch.load(tmp_path / "run" / "r", weights_only=True)
     assert state["epoch"] == 2 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_run_goes_on_from_any_step(tmp_path):
+    """Stopped after each step in turn, with checkpoints by time in between, it ends where the whole one does."""
+    recipe, run, _ = make(tmp_path / "whole", 3)
+    whole = go(recipe, run, 3)
+    rows = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    settings = {"epochs": 3, "batch_size": 4, "copies": 1, "seed": 0, "save_step": 1, "save_minutes": 1e-9}
+    for _ in range(20):
+        recipe, run, _ = make(tmp_path / "parts", 3)
+        steps = []
+
+        def stop(steps=steps):
+            steps.append(1)
+            return len(steps) == 1
+
+        run.open()
+        try:
+            fit(recipe, run, **settings, stop=stop)
+            break
+        except Terminated as asked:
+            assert "saved after" in str(asked)
+        finally:
+            run.close()
+    # 10 images in batches of 4 are 3 steps an epoch; every start made one step, the last of all none.
+    assert all(torch.equal(a, b) for a, b in zip(whole, recipe.model.parameters(), strict=True))
+
+    def fit_of(text):
+        return [(row["epoch"], row["train/loss_fit"]) for row in map(json.loads, text.splitlines())]
+
+    assert fit_of((tmp_path / "parts" / "metrics.jsonl").read_text()) == fit_of(rows)
+
+
+def test_alarms_ring_once_and_pictures_come_with_checkpoints(tmp_path, capsys):
+    recipe, run, _ = make(tmp_path / "run", 5)
+    seen, shown = [], []
+    recipe = dataclasses.replace(
+        recipe,
+        alarms=(
+            Alarm("sr/gap", "flat, try --x", below=10.0),
+            Alarm("sr/gap", "steep", above=10.0),
+            Alarm("no", "no", 1.0),
+        ),
+        show=lambda epoch: seen.append(epoch) or Shown({"a": torch.zeros(3, 2, 2)}, {"b": torch.ones(4)}),
+    )
+    run.show = lambda *args: shown.append(args)
+    go(recipe, run, 5, save_step=2)
+    assert seen == [1, 2, 4] and [args[0] for args in shown] == seen
+    told = capsys.readouterr().out
+    assert told.count("warning: epoch 1, sr/gap") == 1 and told.count("warning") == 1 and "flat, try --x" in told

@@ -25,9 +25,9 @@ from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import atom_norm, code_terms
-from training.modes.setup import training_images, view_renderer
+from training.modes.setup import few_views, sheet, training_images, view_renderer
 from training.pieces import in_pieces, piece_size, recomputed
-from training.recipe import Batch, Recipe, Step
+from training.recipe import Alarm, Batch, Recipe, Shown, Step
 
 START = "start.cocsr_model"
 _MOVED = 1e-3
@@ -57,6 +57,20 @@ class SparseSpec:
     @property
     def coding(self) -> CodingSpec:
         return CodingSpec(lam=self.sr_lambda, rho=self.sr_rho, steps=self.sr_admm_stage)
+
+
+_ALARMS = (
+    Alarm(
+        "sr/sparsity",
+        "every code is zero, so nothing is learned. Try a lower --sr_lambda, or --normalize_sr_dict_feature",
+        above=0.9999,
+    ),
+    Alarm(
+        "sr/dead_atoms",
+        "hardly an atom is in use. Try a lower --sr_lambda, a smaller --sr_dict_size, or --ini_sr_dict_train",
+        above=0.99,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,25 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         check_frozen(start, end)
         run.say(moved(start["sr_nets.dictionary"], end["sr_nets.dictionary"], trained=bool(optimizers)))
 
-    return Recipe(model, data, losses, optimizers, lambda epoch: lr, begin, finish=finish, first_epoch=first_epoch)
+    def show(epoch: int) -> Shown:
+        views = few_views(data, shifts, aligned, seed, epoch)
+        with torch.no_grad(), amp():
+            s = model(views.flatten(0, 1)).s
+            codes = bank.code(s.unflatten(0, (len(shifts), -1)).mT).codes
+        return Shown({"views/shifts": sheet(views)}, {"sr/codes": codes[codes != 0]} if codes.any() else {})
+
+    return Recipe(
+        model,
+        data,
+        losses,
+        optimizers,
+        lambda epoch: lr,
+        begin,
+        show=show,
+        alarms=_ALARMS,
+        finish=finish,
+        first_epoch=first_epoch,
+    )
 
 
 def dictionary_step(
@@ -174,15 +206,16 @@ def dictionary_step(
     Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
     unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
     micro_batch: samples of each shift that are coded at a time.
-    Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes.
+    Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes, share of atoms that no
+    sample of the batch uses.
     """
     batch = s_KFB.shape[2]
     if micro_batch is None or micro_batch >= batch:
-        fit, l1, gap, zeros = sample_terms(bank, s_KFB, spec)
+        fit, l1, gap, used = sample_terms(bank, s_KFB, spec)
     else:
         system = bank.system()
         parts = [recomputed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
-        fit, l1, gap, zeros = (torch.stack(x).sum() for x in zip(*parts, strict=True))
+        fit, l1, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
     constraint = atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value)
     losses = {
         "sr": spec.loss_lambda_sr * fit,
@@ -192,7 +225,8 @@ def dictionary_step(
     watch = {
         "sr/gap": gap / (len(s_KFB) * batch) / bank.coding.lam,
         "sr/atom_norm": bank.dictionary.detach().norm(dim=1).mean(),
-        "sr/sparsity": zeros / (len(s_KFB) * batch * bank.dictionary.shape[2]),
+        "sr/sparsity": 1 - used.mean() / batch,
+        "sr/dead_atoms": (used == 0).float().mean(),
     }
     return Step(losses, watch)
 
@@ -200,12 +234,12 @@ def dictionary_step(
 def sample_terms(
     bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, system: RidgeSystem | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over samples: the fit and l1 terms of the loss, the optimality gaps, the number of zero codes."""
+    """Sums over samples: the fit and l1 terms of the loss, the optimality gaps, and how many use each atom, (K, M)."""
     codes, gap, also = bank.code(s_KFB, also=spec.steps, system=system)
     used = [c.detach() if spec.loss_dict_detach_sr_coef else c for c in (codes, *also)]
     terms = [code_terms(bank.dictionary, c, s_KFB) for c in used]
     fit, l1 = (torch.stack(x).sum() for x in zip(*terms, strict=True))
-    return fit, l1, gap.sum(), (codes.detach() == 0).float().sum()
+    return fit, l1, gap.sum(), (codes.detach() != 0).float().sum(2)
 
 
 def training_features(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, *, at_least: int) -> Tensor:

@@ -1,19 +1,24 @@
 """What several modes set up alike: their shifts, their images, the network they start from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from common.errors import UserError
 from common.flags import Flags
-from common.seed import seed_of
+from common.seed import generator, seed_of
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
-from datasets.views import render_views
+from datasets.shifts import Shift
+from datasets.views import render_views, train_views
 from models.checkpoint import build_net, load_pretrained
 from models.feature_net import BackboneNet, FeatureNet
+
+# Images in a picture of views.
+_SHOWN = 8
 
 
 def no_shifts(flags: Flags) -> ShiftSpec:
@@ -68,6 +73,21 @@ def view_renderer(flags: Flags) -> Callable[..., Tensor]:
     """What makes views of their draws: `render_views`, fused into a few passes by --compile."""
     # Not dynamic: the whole batch and the last one are all the shapes there are.
     return torch.compile(render_views, dynamic=False) if flags.compile else render_views
+
+
+def few_views(
+    data: ImageSet | PictureSet, shifts: Sequence[Shift], aligned: AlignedSpec, seed: int, epoch: int
+) -> Tensor:
+    """The first images of a set as training sees them, to be looked at: (K, n, 3, H, W), n at most 8."""
+    index = torch.arange(min(_SHOWN, len(data)), device=data.index_device)
+    (copies,) = data.copies([index], 1, seed=seed, epoch=0)
+    views = train_views(copies, shifts, aligned, generator(seed, "show", epoch, device=data.device))
+    return views.unflatten(0, (len(shifts), -1))
+
+
+def sheet(views: Tensor) -> Tensor:
+    """Views (K, n, 3, H, W) as one picture (3, ., .), a row for each shift."""
+    return make_grid(views.flatten(0, 1), nrow=views.shape[1], padding=1)
 
 
 def all_classes(flags: Flags, split: Split) -> None:

@@ -25,12 +25,26 @@ from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
-from training.modes.setup import all_classes, fresh_net, same_classes, training_images, view_renderer
+from training.modes.setup import (
+    all_classes,
+    few_views,
+    fresh_net,
+    same_classes,
+    sheet,
+    training_images,
+    view_renderer,
+)
 from training.optim import OptimSpec, set_lr
 from training.pieces import in_pieces, piece_size
-from training.recipe import Batch, Recipe, Step, no_values
+from training.recipe import Alarm, Batch, Recipe, Shown, Step, no_values
 
 _PROBE_LR = 1e-3
+_COLLAPSE = Alarm(
+    "train/z_spread",
+    "all projections point the same way, the network has collapsed. Try a lower --lr_init, more --warmup, or a larger"
+    " --batch_size",
+    below=0.01,
+)
 
 
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool = False) -> Recipe:
@@ -105,7 +119,20 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
             due = epoch % every == 0 or epoch == optim.epochs
             return {"test/probe_error": probe_error(net, test, size)} if due else {}
 
-    return Recipe(net, data, losses, optimizers, before_step, end_epoch=end_epoch, first_epoch=first_epoch)
+    def show(epoch: int) -> Shown:
+        return Shown({"views/shifts": sheet(few_views(data, shifts, aligned, seed, epoch))}, {})
+
+    return Recipe(
+        net,
+        data,
+        losses,
+        optimizers,
+        before_step,
+        end_epoch=end_epoch,
+        show=show,
+        alarms=(_COLLAPSE,),
+        first_epoch=first_epoch,
+    )
 
 
 def contrastive_step(
@@ -141,7 +168,12 @@ def contrastive_step(
             terms["shift"] = F.cross_entropy(features.shift, shift.repeat(2))
     unshifted = torch.cat([h[: len(labels)] for h in features.h.detach().chunk(2)])
     terms["cls"] = F.cross_entropy(net.linear(unshifted), labels.repeat(2))
-    return Step(terms, {})
+    return Step(terms, {"train/z_spread": spread(features.z)})
+
+
+def spread(z: Tensor) -> Tensor:
+    """One minus the squared length of the mean of unit projections (V, P): 0 where all point the same way."""
+    return 1 - F.normalize(z.detach(), dim=1).mean(0).square().sum()
 
 
 def probe_images(split: Split, device: torch.device) -> ImageSet | None:

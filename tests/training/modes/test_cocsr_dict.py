@@ -20,6 +20,7 @@ def test_step_weighs_the_terms_and_sums_over_the_batch():
         torch.testing.assert_close(step.losses[name], value)
     assert step.watch["sr/sparsity"].item() == pytest.approx((codes == 0).float().mean().item())
     assert step.watch["sr/atom_norm"].item() == pytest.approx(1.0)
+    assert step.watch["sr/dead_atoms"].item() == pytest.approx((codes == 0).all(2).float().mean().item())
     # Twice the batch, twice the fit: sums, as published.
     twice = dictionary_step(bank, s.repeat(1, 1, 2), WEIGHTS)
     torch.testing.assert_close(twice.losses["sr"], 2 * step.losses["sr"])

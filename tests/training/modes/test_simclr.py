@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from models.checkpoint import build_net
 from training.losses.contrastive import nt_xent, sup_nt_xent
-from training.modes.simclr import contrastive_step, probe_error
+from training.modes.simclr import contrastive_step, probe_error, spread
 
 
 def test_step_adds_contrastive_shift_and_probe_terms():
@@ -20,6 +20,13 @@ def test_step_adds_contrastive_shift_and_probe_terms():
     torch.testing.assert_close(terms["cls"], F.cross_entropy(net.linear(features.h[rows]), labels.repeat(2)))
     terms["cls"].backward()
     assert net.linear.weight.grad is not None and net.backbone.conv1.weight.grad is None
+
+
+def test_spread_is_nothing_where_all_projections_point_the_same_way():
+    z = torch.randn(6, 4, dtype=torch.float64)
+    assert spread(z[:1] * torch.rand(5, 1, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-12)
+    u = z / z.norm(dim=1, keepdim=True)
+    assert spread(z).item() == pytest.approx(float((1 - u @ u.T).mean()))
 
 
 def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
