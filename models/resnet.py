@@ -11,7 +11,10 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class _Residual(nn.Module):
-    """relu(body(x) + shortcut(x)); the shortcut is a 1 x 1 convolution where the shape changes."""
+    """relu(body(x) + shortcut(x)); the shortcut is a 1 x 1 convolution where the shape changes.
+
+    What batch normalisation puts out is not needed for its gradient, so sums and ReLUs are made in its place.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -23,7 +26,7 @@ class _Residual(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.body(x) + self.shortcut(x))
+        return F.relu(self.body(x).add_(self.shortcut(x)), inplace=True)
 
 
 class BasicBlock(_Residual):
@@ -35,7 +38,7 @@ class BasicBlock(_Residual):
         self.conv2, self.bn2 = _conv3x3(width, width), nn.BatchNorm2d(width)
 
     def body(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
 
 class Bottleneck(_Residual):
@@ -49,8 +52,8 @@ class Bottleneck(_Residual):
         self.conv3, self.bn3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
 
     def body(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        return self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x)))))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x)), inplace=True)))
 
 
 class ResNet(nn.Module):
@@ -74,7 +77,7 @@ class ResNet(nn.Module):
         self.feature_dim = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
         return x.mean((2, 3))

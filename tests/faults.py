@@ -162,11 +162,10 @@ def full_disk(stage: Stage, logs: Path, whole: Path) -> str:
     while process.poll() is None and not list(logs.glob("*/last.resume")):
         time.sleep(0.01)
     filler = logs / "filler"
-    with filler.open("wb") as file:
+    with filler.open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
             pass
     _, errors = process.communicate()
