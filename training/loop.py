@@ -77,9 +77,10 @@ def fit(
         run.say(f"continuing after epoch {first}{within}")
     else:
         recipe.begin(run)
-        _save(recipe, run, first)
+        run.save(*_state(recipe, first))
     ringing: set[str] = set()
-    started = told = saved = time.monotonic()
+    next_save = _Due(save_minutes)
+    started = told = time.monotonic()
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
         steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step)
@@ -92,11 +93,11 @@ def fit(
             done = batch.step + 1
             if done == total_steps:
                 continue  # The end of the epoch saves by rules of its own.
-            asked, due = stop(), save_minutes > 0 and time.monotonic() - saved >= 60 * save_minutes
-            if asked or due:
-                _read(meter, run, epoch)
-                _save(recipe, run, epoch - 1, done, meter)
-                saved = time.monotonic()
+            asked = stop()
+            if asked or next_save.is_now():
+                _read(meter, run, epoch)  # What is spoilt is not kept.
+                run.save(*_state(recipe, epoch - 1, done, meter))
+                next_save = _Due(save_minutes)
             if asked:
                 raise Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}")
         values = _read(meter, run, epoch)
@@ -113,10 +114,10 @@ def fit(
         if epoch in (first + 1, epochs) or time.monotonic() - told >= 1:
             run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
             told = time.monotonic()
-        asked, due = stop(), save_minutes > 0 and time.monotonic() - saved >= 60 * save_minutes
-        if epoch % save_step == 0 or epoch == epochs or asked or due:
-            _save(recipe, run, epoch)
-            saved = time.monotonic()
+        asked = stop()
+        if epoch % save_step == 0 or epoch == epochs or asked or next_save.is_now():
+            run.save(*_state(recipe, epoch))
+            next_save = _Due(save_minutes)
         if asked and epoch < epochs:
             raise Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}")
     recipe.finish(run)
@@ -198,16 +199,29 @@ def _line(values: dict[str, float]) -> str:
     return "  ".join(f"{tag.removeprefix('train/')} {value:.4g}" for tag, value in values.items())
 
 
-def _save(recipe: Recipe, run: Run, epoch: int, step: int = 0, meter: "_Meter | None" = None) -> None:
-    """step: how many steps of the epoch after `epoch` are done, whose values `meter` has."""
-    state = {
+class _Due:
+    """A time so many minutes from now; never, for 0."""
+
+    def __init__(self, minutes: float):
+        self._at = time.monotonic() + 60 * minutes if minutes > 0 else math.inf
+
+    def is_now(self) -> bool:
+        return time.monotonic() >= self._at
+
+
+def _state(recipe: Recipe, epoch: int, step: int = 0, meter: "_Meter | None" = None) -> tuple[dict, dict]:
+    """The weights, and all that a run needs to go on.
+
+    step: how many steps of the epoch after `epoch` are done, whose values `meter` has.
+    """
+    weights = recipe.model.state_dict()
+    return weights, {
         "epoch": epoch,
         "step": step,
         "meter": meter.state() if meter is not None else None,
-        "model": recipe.model.state_dict(),
+        "model": weights,
         "optimizers": [optimizer.state_dict() for optimizer in recipe.optimizers],
     }
-    run.save(recipe.model.state_dict(), state)
 
 
 def _restore(recipe: Recipe, state: dict) -> None:
