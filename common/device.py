@@ -39,13 +39,18 @@ def memory_errors(remedy: str) -> Iterator[None]:
         raise RunStopped(f"out of memory; {remedy} ({lines[0]})") from None
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is a GPU where there is one.
 
+    local_rank: of one of several processes, each of which takes the GPU of that number.
     Raises: UserError where the named device is unknown or absent.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device {name}: several processes take a GPU each; give --device cuda")
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

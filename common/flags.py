@@ -7,7 +7,6 @@ A flag that was given and that nothing read is told to the user, once (`Flags.un
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +59,7 @@ class _Names(list[str]):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (see {self.prog} --help)\n")
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 class Flags:
@@ -125,7 +124,7 @@ def not_negative(**values: float) -> None:
 def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
     """Parse `argv` (default: the command line).
 
-    Raises: UserError for a refused flag; SystemExit(2) with one line for one that argparse refuses.
+    Raises: UserError for a flag that is refused or that does not parse.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     values = vars(parser.parse_args(argv))
@@ -135,8 +134,6 @@ def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
     for name in sorted(given & REFUSED.keys()):
         raise UserError(f"--{name} is refused: {REFUSED[name]}")
     positive(**{name: values[name] for name in _POSITIVE})
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("torchrun: several processes are not supported yet; start one, or one per class")
     flags = Flags(values, given)
     # Read by every script, or a launcher's business: never worth a word.
     for name in ("local_rank", "dry_run", "dataset", "model", "mode"):

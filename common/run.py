@@ -32,9 +32,12 @@ class Run:
     weights: name of the file of weights that other commands read ("last.model").
     resume: name of the file from which an interrupted run goes on ("last.resume").
     replace: --overwrite, a folder that is there makes way for this run.
+    processes: how many train together, each on --batch_size images of a step.
     """
 
-    def __init__(self, folder: Path, flags: Flags, *, weights: str, resume: str, replace: bool = False):
+    def __init__(
+        self, folder: Path, flags: Flags, *, weights: str, resume: str, replace: bool = False, processes: int = 1
+    ):
         self.folder = folder
         self.weights = folder / weights
         self.flags = flags
@@ -48,6 +51,7 @@ class Run:
         self._seen: tuple[int, int] | None = None
         self._lock: int | None = None
         self._started: list[dict[str, Any]] = []
+        self._processes = processes
         try:
             if folder.exists():
                 self._look(replace)
@@ -68,9 +72,21 @@ class Run:
         try:
             written = json.loads(config.read_text())
             before = {name: written["flags"][name] for name in written["used"]}
+            processes = written.get("processes", 1)
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
-        changed = _differences(before, self.flags.as_dict())
+        now = self.flags.as_dict()
+        changed = _differences(before, now)
+        if processes != self._processes and "batch_size" in before:
+            # What counts is how many images a step sees.
+            steps = [f"{n} x {flags['batch_size']}" for n, flags in ((processes, before), (self._processes, now))]
+            changed = [text for text in changed if not text.startswith("--batch_size ")]
+            if processes * before["batch_size"] != self._processes * now["batch_size"]:
+                changed.append(f"--batch_size was {steps[0]} (processes x images), is {steps[1]}")
+            else:
+                print(
+                    f"note: a step was of {steps[0]} images, is of {steps[1]}; the run goes on, equal but for rounding"
+                )
         self._started = written.get("started", [])
         if changed:
             raise UserError(
@@ -78,7 +94,7 @@ class Run:
                 " choose another --suffix, or --overwrite to replace it"
             )
         for name in sorted(_MACHINE & before.keys()):
-            if before[name] != self.flags.as_dict()[name]:
+            if before[name] != now[name]:
                 print(f"note: --{name} was {before[name]}; the run goes on, not bit for bit as it would have")
         self.state = self._read_state()
         self._seen = _stamp(self._resume)
@@ -114,7 +130,12 @@ class Run:
                 raise UserError(f"--log_root: another process went on with {self.folder} meanwhile; start again")
             if self._damaged:
                 previous(self._resume).replace(self._resume)
-            config = {"flags": self.flags.as_dict(), "used": self.flags.used(), "started": started}
+            config = {
+                "flags": self.flags.as_dict(),
+                "used": self.flags.used(),
+                "processes": self._processes,
+                "started": started,
+            }
             write_json(self.folder / "args.json", config)
             self._log = (self.folder / "log.txt").open("a", buffering=1)
             _keep_rows(self.folder / "metrics.jsonl", self.state["epoch"] if self.state else 0)
@@ -123,6 +144,10 @@ class Run:
             raise UserError(f"--log_root: cannot write to {self.folder} ({error.strerror})") from None
         for line in self.flags.tell_unread():
             self.say(line)
+
+    def keep(self, name: str, tensors: dict[str, Any]) -> None:
+        """Write tensors to a file of the folder."""
+        save_tensors(self.folder / name, tensors)
 
     def say(self, text: str) -> None:
         """A line for the screen and for log.txt."""
@@ -168,6 +193,36 @@ class Run:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+class Follower(Run):
+    """What a process has that is not the first of several: it knows the run, and says and writes nothing."""
+
+    def __init__(self, folder: Path, flags: Flags, state: dict[str, Any] | None):
+        self.folder = folder
+        self.flags = flags
+        self.state = state
+
+    def open(self) -> None:
+        pass
+
+    def keep(self, name: str, tensors: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def record(self, epoch: int, values: dict[str, float]) -> None:
+        pass
+
+    def show(self, epoch: int, images: dict[str, torch.Tensor], histograms: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def save(self, weights: dict[str, Any], state: dict[str, Any]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _lock(folder: Path) -> int | None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import write_json, write_whole
 from common.progress import progress
@@ -219,10 +220,20 @@ class PictureSet:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
         return self._floats(torch.from_numpy(np.stack(middles)))
 
-    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int, first: int = 0) -> Iterator[Tensor]:
+    def copies(
+        self,
+        parts: Sequence[Tensor],
+        count: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        world: World = ALONE,
+    ) -> Iterator[Tensor]:
         """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), floats.
 
-        first: how many batches to pass over.
+        first: how many batches to pass over. world: of several processes each gets the images at its share's
+        `positions` only.
         Raises: UserError for a picture that cannot be read.
         """
         gen = generator(seed, "crop", epoch)
@@ -230,7 +241,7 @@ class PictureSet:
         flips = torch.rand(len(self), count, generator=gen) < 0.5
         loader = DataLoader(
             _OrError(_Crops(self.pixels, tries, flips, self.spec, self.side)),
-            batch_sampler=[part.tolist() for part in parts[first:]],
+            batch_sampler=[part[world.share(len(part)).positions()].tolist() for part in parts[first:]],
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",

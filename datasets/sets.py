@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.dist import ALONE, World
 from common.seed import generator
 from datasets.augment import hflip
 
@@ -54,15 +55,28 @@ class ImageSet:
         chosen = self.images[index.to(self.images.device)]
         return chosen.to(self.device, non_blocking=True).float().div_(255)
 
-    def copies(self, parts: Sequence[Tensor], count: int, *, seed: int, epoch: int, first: int = 0) -> Iterator[Tensor]:
+    def copies(
+        self,
+        parts: Sequence[Tensor],
+        count: int,
+        *,
+        seed: int,
+        epoch: int,
+        first: int = 0,
+        world: World = ALONE,
+    ) -> Iterator[Tensor]:
         """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), floats.
 
-        first: how many batches to pass over.
+        first: how many batches to pass over. world: of several processes each gets the images at its share's
+        `positions` only, flipped as they would be for one.
         """
         for step, index in enumerate(parts[first:], first):
-            x = self.batch(index)
             gen = generator(seed, "flip", epoch, step, device=self.device)
-            flip = torch.rand(count, len(x), device=self.device, generator=gen) < 0.5
+            flip = torch.rand(count, len(index), device=self.device, generator=gen) < 0.5
+            if world.size > 1:
+                share = world.share(len(index))
+                index, flip = index[share.positions(index.device)], flip[:, share.positions(self.device)]
+            x = self.batch(index)
             yield torch.stack([hflip(x, flip_B) for flip_B in flip])
 
     def where(self, keep: Tensor) -> "ImageSet":

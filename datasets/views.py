@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from common.dist import ALONE, Share, World
 from common.seed import generator
 from datasets.augment import AlignedDraw, AlignedSpec, aligned, draw_aligned, hflip
 from datasets.pictures import PictureSet
@@ -19,16 +20,17 @@ LookDraws = tuple[AlignedDraw, AlignedDraw] | None
 
 
 def render_views(
-    copies: Tensor, shifts: Sequence[Shift], looks: Sequence[Sequence[LookDraws]], draw: AlignedDraw
+    copies: Tensor, shifts: Sequence[Shift], looks: Sequence[Sequence[LookDraws]], draw: AlignedDraw, batch: int
 ) -> Tensor:
     """Copies (C, B, 3, H, W) by their draws: looks of each copy under each shift, draw of all C * K * B views.
 
+    batch: B. Each image is mixed with the next one, and the last with the first, or with one more that is there for it.
     It draws nothing and calls on no device, so that `torch.compile` makes a few fused passes of it.
     """
     views = []
     for x, looks_of_copy in zip(copies, looks, strict=True):
-        partner = x.roll(-1, 0)
-        views += [apply_shift(shift, x, partner, look) for shift, look in zip(shifts, looks_of_copy, strict=True)]
+        own, partner = (x, x.roll(-1, 0)) if len(x) == batch else (x[:-1], x[1:])
+        views += [apply_shift(shift, own, partner, look) for shift, look in zip(shifts, looks_of_copy, strict=True)]
     return aligned(torch.cat(views), draw)
 
 
@@ -38,17 +40,25 @@ def train_views(
     spec: AlignedSpec,
     generator: Generator,
     render: Callable[..., Tensor] = render_views,
+    share: Share | None = None,
 ) -> Tensor:
     """Copies of each image (C, B, 3, H, W) under all K shifts, then augmented: (C * K * B, 3, H, W).
 
     Order: [copy 1: shift 0 of all B images, shift 1, ...; copy 2: the same]. The mix partner of image i is image
     (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one. render: `render_views`, or that compiled.
+    share: copies are of the images at its `positions` in a larger batch, for all of which parameters are drawn; the
+    views are those of its p images.
     """
-    count, batch, _, *size = copies.shape
-    looks = [[_draw_looks(shift, batch, (size[0], size[1]), generator) for shift in shifts] for _ in copies]
-    draw = draw_aligned(count * len(shifts) * batch, (size[0], size[1]), spec, generator)
-    which = shift_labels(len(shifts), batch, count, copies.device)
-    return render(copies, shifts, looks, _spared(draw, shifts, which))
+    count, images, _, *size = copies.shape
+    share = share or Share(images)
+    looks = [[_draw_looks(shift, share.batch, (size[0], size[1]), generator) for shift in shifts] for _ in copies]
+    draw = draw_aligned(count * len(shifts) * share.batch, (size[0], size[1]), spec, generator)
+    if share.world.size > 1:
+        own = share.positions(copies.device)[: share.size]
+        looks = [[look and (look[0][own], look[1][own]) for look in of_copy] for of_copy in looks]
+        draw = draw[share.rows(count * len(shifts), copies.device)]
+    which = shift_labels(len(shifts), share.size, count, copies.device)
+    return render(copies, shifts, looks, _spared(draw, shifts, which), share.size)
 
 
 def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> Tensor:
@@ -95,21 +105,22 @@ class DrawSpec:
 
 
 def draw_views(
-    images: ImageSet | PictureSet, spec: DrawSpec, t: int, reference: Tensor | None = None
+    images: ImageSet | PictureSet, spec: DrawSpec, t: int, reference: Tensor | None = None, world: World = ALONE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw t of every image: yields (index (b,), views (b * K, 3, H, W), image-major) until all N are seen.
 
     Each shift gets its own flip with probability 0.5 before it (none at all for K = 1), then the aligned augmentation.
-    The mix partner of image i is image (i + 1) mod N of the set, or `reference` (1, 3, H, W) for all.
+    The mix partner of image i is image (i + 1) mod N of the set, or `reference` (1, 3, H, W) for all. world: of several
+    processes each takes some of the batches.
     """
     draw = draw_set(images, spec, t)
-    for index in batches_of(images, spec):
+    for index in world.part(batches_of(images, spec)):
         yield index, set_views(images, spec, draw, index, reference)
 
 
-def batches_of(images: ImageSet | PictureSet, spec: DrawSpec) -> tuple[Tensor, ...]:
+def batches_of(images: ImageSet | PictureSet, spec: DrawSpec) -> list[Tensor]:
     """All indices of the images, batch by batch."""
-    return torch.arange(len(images), device=images.device).split(spec.batch_size)
+    return list(torch.arange(len(images), device=images.device).split(spec.batch_size))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from common.dist import World
 from common.flags import Flags
 from datasets import ShiftSpec, Split
 from training.modes import cocsr_dict, rot_trans, simclr, sup_linear
@@ -15,7 +16,7 @@ from training.recipe import Recipe
 class Mode:
     """One row: how to build the recipe, which shifts it has, how many copies of an image a step sees."""
 
-    build: Callable[[Flags, Split, ShiftSpec], Recipe]
+    build: Callable[[Flags, Split, ShiftSpec, World], Recipe]
     shifts: Callable[[Flags], ShiftSpec]
     copies: int
 

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
+from common.dist import World, processes, told_once
 from common.files import disk_errors
 from common.flags import Flags, Tables, build_parser, not_negative, parse, print_dry_run, run_name
-from common.run import Run
-from datasets import DATASETS, SHIFTS, DataSource, split_one_class
+from common.run import Follower, Run
+from datasets import DATASETS, SHIFTS, DataSource, ShiftSpec, split_one_class
 from datasets.outliers import OUTLIERS
 from models import BACKBONES, backbone_spec
 from training import Mode
 from training.loop import fit
+from training.recipe import Recipe
 
 
 def launch(
@@ -31,38 +33,68 @@ def launch(
     weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
     Raises: UserError before anything is written, RunStopped while training.
     """
-    flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
-    reuse_host_memory()
-    not_negative(save_minutes=flags.save_minutes)
-    mode = modes[flags.mode]
-    shifts = mode.shifts(flags)
+    with told_once():
+        flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
+        not_negative(save_minutes=flags.save_minutes)
+        mode = modes[flags.mode]
+        shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)
     if flags.dry_run:
-        views = mode.copies * shifts.count * flags.batch_size
-        print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
+        if World.of(os.environ).first:
+            views = mode.copies * shifts.count * flags.batch_size
+            print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
         return
-    run = Run(folder, flags, weights=weights, resume=resume, replace=flags.overwrite)
-    if run.finished:
-        print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
-        return
+    reuse_host_memory()
+    with processes(flags.device) as world:
+        run = open_run(folder, flags, world, weights=weights, resume=resume)
+        if run is None:
+            print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
+            return
+        recipe = _prepare(flags, mode, shifts, world)
+        settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
+        settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
+        with world.together():
+            run.open()
+        with disk_errors(folder), contextlib.closing(run), stop_signal() as stop:
+            several = f", {world.size} processes" if world.size > 1 else ""
+            images = f"{len(recipe.data)} images, {shifts.count} shifts"
+            run.say(f"{folder.name}: {images}, epochs up to {flags.epochs}{several}")
+            with memory_errors(_remedy(flags)):
+                fit(recipe, run, **settings, stop=stop, world=world)
+            run.say(f"wrote {folder / weights}")
+
+
+def open_run(folder: Path, flags: Flags, world: World, *, weights: str, resume: str) -> Run | None:
+    """The run of this folder, with the state that it goes on from in all processes; None where it is finished.
+
+    Raises: UserError for a folder that is something else.
+    """
+    run = None
+    with world.together():
+        if world.first:
+            names = {"weights": weights, "resume": resume}
+            run = Run(folder, flags, **names, replace=flags.overwrite, processes=world.size)
+    finished, state = world.of_first(None if run is None else (run.finished, run.state)) or (False, None)
+    return None if finished else run or Follower(folder, flags, state)
+
+
+def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> Recipe:
+    """Read the data and build the recipe, with the same weights in all processes."""
     backbone = backbone_spec(flags.model)
-    split = split_one_class(
-        flags.dataset,
-        DataSource.of(flags, flags.dataset, training=True),
-        flags.one_class_idx,
-        backbone.image_size,
-        fixed=backbone.fixed_size,
-    )
-    with memory_errors(_remedy(flags)):
-        recipe = mode.build(flags, split, shifts)
-    settings = {"epochs": flags.epochs, "batch_size": flags.batch_size, "seed": flags.seed}
-    settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
-    run.open()
-    with disk_errors(folder), contextlib.closing(run), stop_signal() as stop:
-        run.say(f"{folder.name}: {len(recipe.data)} images, {shifts.count} shifts, epochs up to {flags.epochs}")
-        with memory_errors(_remedy(flags)):
-            fit(recipe, run, **settings, stop=stop)
-        run.say(f"wrote {run.weights}")
+    values = flags.as_dict()
+    # Of processes that would write the same files at once, the first of each machine goes ahead.
+    turns = 2 if world.size > 1 and (values["download_data"] or values["image_cache"]) else 1
+    recipe = None
+    for turn in range(turns):
+        with world.together(), memory_errors(_remedy(flags)):
+            if turn == min(world.local_rank, turns - 1):
+                source = DataSource.of(flags, flags.dataset, training=True)
+                size, fixed = backbone.image_size, backbone.fixed_size
+                split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
+                recipe = mode.build(flags, split, shifts, world)
+    assert recipe is not None
+    world.copy_first(recipe.model.state_dict().values())
+    return recipe
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.dist import ALONE, World
 from common.errors import RunStopped, Terminated
 from common.progress import progress
 from common.run import Run
@@ -17,17 +18,26 @@ from training.recipe import Batch, Recipe
 
 
 def batches(
-    data: ImageSet | PictureSet, batch_size: int, *, copies: int, seed: int, epoch: int, first: int = 0
+    data: ImageSet | PictureSet,
+    batch_size: int,
+    *,
+    copies: int,
+    seed: int,
+    epoch: int,
+    first: int = 0,
+    world: World = ALONE,
 ) -> Iterator[Batch]:
     """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before.
 
-    first: the step to begin with.
+    first: the step to begin with. world: several processes get the same batches, and in them the images of their share.
     """
     order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.index_device)
     labels = data.labels.to(data.index_device)
     parts = _split(order, batch_size)
-    for step, images in enumerate(data.copies(parts, copies, seed=seed, epoch=epoch, first=first), first):
-        yield Batch(images, labels[parts[step]].to(data.device, non_blocking=True), epoch, step)
+    found = data.copies(parts, copies, seed=seed, epoch=epoch, first=first, world=world)
+    for step, images in enumerate(found, first):
+        own = labels[parts[step]].to(data.device, non_blocking=True)
+        yield Batch(images, own, epoch, step, world.share(len(own)))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -58,6 +68,7 @@ def fit(
     save_step: int,
     save_minutes: float = 0.0,
     stop: Callable[[], bool] = never,
+    world: World = ALONE,
 ) -> None:
     """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
 
@@ -65,6 +76,8 @@ def fit(
     device is read once an epoch: losses are summed there, and a non-finite one is told by the epoch and the step at
     which it first appeared. stop: looked at after every step; when it says so, the run saves where it stands and ends.
     Every draw follows from seed, epoch and step, so a run goes on bit for bit from any step.
+    world: this process among those that train together, each on its share of every batch; `run` writes in the first
+    only, and `state` is the same in all.
     Raises: RunStopped for a non-finite loss, and the checkpoint before it stays; Terminated when asked to stop.
     """
     total_steps = steps_per_epoch(len(recipe.data), batch_size)
@@ -78,23 +91,24 @@ def fit(
     else:
         recipe.begin(run)
         run.save(*_state(recipe, first))
+    stop = world.any_of(stop)
     ringing: set[str] = set()
     next_save = _Due(save_minutes)
     started = told = time.monotonic()
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
-        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step)
+        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step, world=world)
         done, lr = 0, 0.0
         for batch in progress(steps, total=total_steps - first_step, label=f"epoch {epoch}/{epochs}"):
             lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
             # Layers that draw at random (dropout in models of timm) know the global generator only.
-            torch.manual_seed(seed_of(seed, "layers", epoch, batch.step))
-            meter.add(_descend(recipe, batch))
+            torch.manual_seed(seed_of(seed, "layers", epoch, batch.step) + world.rank)
+            meter.add(_descend(recipe, batch, world))
             done = batch.step + 1
             if done == total_steps:
                 continue  # The end of the epoch saves by rules of its own.
             asked = stop()
-            if asked or next_save.is_now():
+            if asked or (world.first and next_save.is_now()):
                 _read(meter, run, epoch)  # What is spoilt is not kept.
                 run.save(*_state(recipe, epoch - 1, done, meter))
                 next_save = _Due(save_minutes)
@@ -103,11 +117,12 @@ def fit(
         values = _read(meter, run, epoch)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
-        values |= {"train/lr": lr, "train/batch_time": batch_time, **recipe.end_epoch(epoch)}
+        values |= {"train/lr": lr, "train/batch_time": batch_time}
+        values |= recipe.end_epoch(epoch) if world.first else {}
         first_step, meter = 0, _Meter()
         run.record(epoch, values)
         ringing = _ring(recipe, run, epoch, values, ringing)
-        if epoch == first + 1 or epoch % save_step == 0:
+        if world.first and (epoch == first + 1 or epoch % save_step == 0):
             run.show(epoch, *recipe.show(epoch))
         left = (time.monotonic() - started) / (epoch - first) * (epochs - epoch)
         # Epochs of a small set take a fraction of a second; one line a second is enough to read.
@@ -120,7 +135,8 @@ def fit(
             next_save = _Due(save_minutes)
         if asked and epoch < epochs:
             raise Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}")
-    recipe.finish(run)
+    if world.first:
+        recipe.finish(run)
 
 
 _GO_ON = "The same command goes on from there"
@@ -146,13 +162,14 @@ def _read(meter: "_Meter", run: Run, epoch: int) -> dict[str, float]:
     return values
 
 
-def _descend(recipe: Recipe, batch: Batch) -> dict[str, Tensor]:
+def _descend(recipe: Recipe, batch: Batch, world: World) -> dict[str, Tensor]:
     losses, watch = recipe.losses(batch)
     for optimizer in recipe.optimizers:
         optimizer.zero_grad(set_to_none=True)
     total = torch.stack(list(losses.values())).sum()
     if total.requires_grad:
         total.backward()
+    world.sum_gradients(recipe.model.parameters())
     grads = [p.grad for p in recipe.model.parameters() if p.grad is not None]
     if grads:
         watch = {**watch, "train/grad_norm": torch.nn.utils.get_total_norm(grads)}

@@ -8,17 +8,27 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from common.dist import Share
 from common.run import Run
 from datasets import ImageSet, PictureSet
 
 
 class Batch(NamedTuple):
-    """copies (C, B, 3, H, W) flipped, floats in [0, 1]; labels (B,); epoch counts from 1, step from 0."""
+    """copies (C, B, 3, H, W) flipped, floats in [0, 1]; labels (B,); epoch counts from 1, step from 0.
+
+    share: which of the B images `copies` has, where several processes share the batch; labels are those of all.
+    """
 
     copies: Tensor
     labels: Tensor
     epoch: int
     step: int
+    share: Share
+
+    @property
+    def own(self) -> Tensor:
+        """The copies without the image that is there to be mixed with only."""
+        return self.copies[:, : self.share.size]
 
 
 class Step(NamedTuple):
@@ -66,9 +76,9 @@ class Recipe:
     """A mode, ready to train.
 
     model: every tensor that must survive a restart is a parameter or buffer of it.
-    losses: batch -> Step.
+    losses: batch -> Step. The same values in all processes of a run, with gradients by way of the own images only.
     optimizers: all of them step on each batch; each has parameters of its own.
-    begin: once, on a fresh start only, before the first epoch.
+    begin: once, on a fresh start only, before the first epoch; like `losses` in all processes, the others in the first.
     before_step: (fractional epochs) -> learning rate to report.
     end_epoch: (epoch) -> further values to record, by tag.
     show: (epoch) -> pictures and histograms; after the first epoch and with checkpoints made by --save_step.

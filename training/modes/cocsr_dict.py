@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.device import autocast, pick_device
+from common.device import autocast
+from common.dist import ALONE, Share, World
 from common.errors import UserError
-from common.files import load_state_dict, load_tensors, save_tensors
+from common.files import load_state_dict, load_tensors
 from common.flags import Flags, not_negative, pick, positive
 from common.run import Run, start_epoch
 from common.seed import generator
@@ -25,7 +26,7 @@ from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import atom_norm, code_terms
-from training.modes.setup import few_views, sheet, training_images, view_renderer
+from training.modes.setup import few_views, own_device, sheet, training_images, view_renderer
 from training.pieces import in_pieces, piece_size, recomputed
 from training.recipe import Alarm, Batch, Recipe, Shown, Step
 
@@ -98,10 +99,10 @@ class DictionaryLossSpec:
         return tuple(sorted({int(step) for step in (self.loss_sr_deep_supervision or "").split(",") if step}))
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE) -> Recipe:
     """The recipe of `cocsr_dict`."""
     sparse, loss_spec, spec = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
-    device = pick_device(flags.device)
+    device = own_device(flags, world)
     if not flags.resume_path:
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
     file = find_weights(flags.resume_path, ("last.model",), flag="resume_path")
@@ -158,18 +159,20 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
         if draws is not None:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             with amp():
-                s_KNF = training_features(model, data, draws, at_least=2 * sparse.sr_dict_size)
-            # A generator on the CPU gives the same draws on every device.
-            centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
-            bank.set_atoms(centres.mT, norm)
-        save_tensors(run.folder / START, model.state_dict())
+                s_KNF = training_features(model, data, draws, world, at_least=2 * sparse.sr_dict_size)
+            if world.first:
+                # A generator on the CPU gives the same draws on every device.
+                centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
+                bank.set_atoms(centres.mT, norm)
+            world.copy_first(bank.parameters())
+        run.keep(START, model.state_dict())
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render)
+        views = train_views(batch.copies, shifts, aligned, gen, render, batch.share)
         with amp():
-            s = in_pieces(model, views, len(batch.labels), micro_batch).s
-        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch)
+            s = in_pieces(model, views, batch.share.size, micro_batch).s
+        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.share)
 
     def finish(run: Run) -> None:
         start = load_tensors(run.folder / START, flag="resume_path")
@@ -199,24 +202,33 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
 
 
 def dictionary_step(
-    bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, micro_batch: int | None = None
+    bank: DictionaryBank,
+    s_KFB: Tensor,
+    spec: DictionaryLossSpec,
+    micro_batch: int | None = None,
+    share: Share | None = None,
 ) -> Step:
     """The losses of one batch of features, each coded in its own shift's dictionary only. s (K, F, B).
 
     Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
     unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
-    micro_batch: samples of each shift that are coded at a time.
+    micro_batch: samples of each shift that are coded at a time. share: whose images s is of, where other processes have
+    the others of the batch.
     Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes, share of atoms that no
     sample of the batch uses.
     """
-    batch = s_KFB.shape[2]
-    if micro_batch is None or micro_batch >= batch:
+    share = share or Share(s_KFB.shape[2])
+    batch, idle = share.batch, share.own == 0
+    # A process without an image of its own codes one for nothing, since all have to take part in the sums.
+    s_KFB = s_KFB[:, :, : max(share.own, 1)]
+    if micro_batch is None or micro_batch >= s_KFB.shape[2]:
         fit, l1, gap, used = sample_terms(bank, s_KFB, spec)
     else:
         system = bank.system()
         parts = [recomputed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
         fit, l1, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
-    constraint = atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value)
+    fit, l1, gap, used = (share.sum(x * 0 if idle else x) for x in (fit, l1, gap, used))
+    constraint = share.once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
     losses = {
         "sr": spec.loss_lambda_sr * fit,
         "sr_l1": spec.loss_lambda_sr_l1 * l1,
@@ -242,16 +254,25 @@ def sample_terms(
     return fit, l1, gap.sum(), (codes.detach() != 0).float().sum(2)
 
 
-def training_features(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, *, at_least: int) -> Tensor:
-    """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`."""
+def training_features(
+    model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, world: World = ALONE, *, at_least: int
+) -> Tensor:
+    """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`.
+
+    Several processes take some batches of each pass, and get the features of all.
+    """
     passes = -(-at_least // len(data))
-    rows = [s for t in range(passes) for s in _one_pass(model, data, draws, t)]
+    rows = [s for t in range(passes) for s in _one_pass(model, data, draws, t, world)]
     return torch.cat(rows).transpose(0, 1)
 
 
-def _one_pass(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, t: int) -> Iterator[Tensor]:
-    for index, views in draw_views(data, draws, t):
-        yield model(views).s.unflatten(0, (len(index), -1))
+def _one_pass(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, t: int, world: World) -> Iterator[Tensor]:
+    own = (model(views).s.unflatten(0, (len(index), -1)) for index, views in draw_views(data, draws, t, world=world))
+    if world.size == 1:
+        yield from own
+        return
+    for part in world.collect([s.cpu() for s in own]):
+        yield from (s.to(data.device) for s in part)
 
 
 def check_frozen(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:

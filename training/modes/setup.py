@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
+from common.device import pick_device
+from common.dist import World
 from common.errors import UserError
 from common.flags import Flags
 from common.seed import generator, seed_of
@@ -17,8 +20,26 @@ from datasets.views import render_views, train_views
 from models.checkpoint import build_net, load_pretrained
 from models.feature_net import BackboneNet, FeatureNet
 
+Net = TypeVar("Net", bound=nn.Module)
+
 # Images in a picture of views.
 _SHOWN = 8
+
+
+def own_device(flags: Flags, world: World) -> torch.device:
+    """Where this process computes. Raises: UserError as `pick_device`."""
+    return pick_device(flags.device, world.local_rank if world.size > 1 else None)
+
+
+def with_shared_statistics(net: Net, world: World) -> Net:
+    """A network whose batch normalisation sees the batch of all processes, on GPUs; on CPUs, that of its own part."""
+    if world.size == 1 or next(net.parameters()).device.type != "cuda":
+        return net
+    try:
+        from timm.layers import convert_sync_batchnorm  # keeps activations that models of timm have in such layers
+    except ImportError:
+        convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+    return convert_sync_batchnorm(net)
 
 
 def no_shifts(flags: Flags) -> ShiftSpec:

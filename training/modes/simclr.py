@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.device import autocast, pick_device
+from common.device import autocast
+from common.dist import ALONE, Share, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors
 from common.flags import Flags, pick
@@ -29,10 +30,12 @@ from training.modes.setup import (
     all_classes,
     few_views,
     fresh_net,
+    own_device,
     same_classes,
     sheet,
     training_images,
     view_renderer,
+    with_shared_statistics,
 )
 from training.optim import OptimSpec, set_lr
 from training.pieces import in_pieces, piece_size
@@ -47,7 +50,7 @@ _COLLAPSE = Alarm(
 )
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool = False) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE, *, labelled: bool = False) -> Recipe:
     """The recipe of `simclr` and `simclr_CSI`: NT-Xent plus the cross-entropy of the shift label.
 
     labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent, at temperature 0.07 unless one is given.
@@ -56,7 +59,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
     """
     if labelled:
         all_classes(flags, split)
-    device = pick_device(flags.device)
+    device = own_device(flags, world)
     optim = pick(OptimSpec, flags)
     spec = pick(AlignedSpec, flags)
     amp = autocast(flags.amp, device)
@@ -79,7 +82,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
         same_classes(net, split, file, flag="resume_path")
     else:
         net = fresh_net(flags, split, len(shifts))
-    net.to(device).train()
+    net = with_shared_statistics(net.to(device), world).train()
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
@@ -94,7 +97,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.copies, shifts, aligned, gen, render),
+            train_views(batch.copies, shifts, aligned, gen, render, batch.share),
             batch.labels,
             n_shifts=len(shifts),
             n_classes=split.n_classes if labelled else None,
@@ -102,6 +105,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, *, labelled: bool =
             sim_lambda=sim_lambda,
             amp=amp,
             micro_batch=micro_batch,
+            share=batch.share,
         )
 
     def before_step(epoch: float) -> float:
@@ -146,18 +150,22 @@ def contrastive_step(
     sim_lambda: float,
     amp: Callable[[], AbstractContextManager] = nullcontext,
     micro_batch: int | None = None,
+    share: Share | None = None,
 ) -> Step:
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
     so that another shift of the same image is a negative. `shift`: cross-entropy of the shift, absent for K = 1.
     With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
-    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time.
+    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. share: whose
+    images the views are, where other processes have the others of the batch.
     Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
     """
+    share = share or Share(len(labels))
     with amp():
-        features = in_pieces(net, views, len(labels), micro_batch)
-    z0, z1 = features.z.chunk(2)
+        features = in_pieces(net, views, share.size, micro_batch)
+    z = share.gather(features.z)
+    z0, z1 = z.chunk(2)
     shift = shift_labels(n_shifts, len(labels), 1, views.device)
     if n_classes is not None:
         joint = labels.repeat(n_shifts) + n_classes * shift
@@ -165,10 +173,10 @@ def contrastive_step(
     else:
         terms = {"sim": sim_lambda * nt_xent(z0, z1, temperature)}
         if n_shifts > 1:
-            terms["shift"] = F.cross_entropy(features.shift, shift.repeat(2))
-    unshifted = torch.cat([h[: len(labels)] for h in features.h.detach().chunk(2)])
-    terms["cls"] = F.cross_entropy(net.linear(unshifted), labels.repeat(2))
-    return Step(terms, {"train/z_spread": spread(features.z)})
+            terms["shift"] = F.cross_entropy(share.gather(features.shift), shift.repeat(2))
+    unshifted = torch.cat([h[: share.size] for h in features.h.detach().chunk(2)])
+    terms["cls"] = F.cross_entropy(share.gather(net.linear(unshifted)), labels.repeat(2))
+    return Step(terms, {"train/z_spread": spread(z)})
 
 
 def spread(z: Tensor) -> Tensor:

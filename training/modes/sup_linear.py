@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.device import autocast, pick_device
+from common.device import autocast
+from common.dist import ALONE, Share, World
 from common.errors import UserError
 from common.files import load_state_dict
 from common.flags import Flags, not_negative, pick, positive
@@ -17,7 +18,7 @@ from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
-from training.modes.setup import all_classes, same_classes, training_images, view_renderer
+from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
 from training.optim import set_lr
 from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step
@@ -25,7 +26,7 @@ from training.recipe import Batch, Recipe, Step
 _MILESTONES = (0.6, 0.75, 0.9)
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE) -> Recipe:
     """The recipe of `sup_linear` (K = 1) and `sup_CSI_linear` (K = 4): SGD, a tenth of the rate at 60, 75 and 90 %.
 
     Raises: UserError for weights of other classes or shifts; where there is but one class.
@@ -33,7 +34,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
     all_classes(flags, split)
     positive(lr_init=flags.lr_init)
     not_negative(weight_decay=flags.weight_decay)
-    device = pick_device(flags.device)
+    device = own_device(flags, world)
     if not flags.load_path:
         raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
     file = find_weights(flags.load_path, ("last.model",), flag="load_path")
@@ -65,10 +66,10 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render)
+        views = train_views(batch.copies, shifts, aligned, gen, render, batch.share)
         with amp(), torch.no_grad():
-            h = in_pieces(net.features, views, len(batch.labels), micro_batch)
-        return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts)), {})
+            h = in_pieces(net.features, views, batch.share.size, micro_batch)
+        return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts), share=batch.share), {})
 
     return Recipe(net, data, losses, (optimizer,), before_step)
 
@@ -78,15 +79,19 @@ def rate(lr_init: float, epoch: float, epochs: int) -> float:
     return lr_init * 0.1 ** sum(epoch >= share * epochs for share in _MILESTONES)
 
 
-def head_losses(net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int) -> dict[str, Tensor]:
+def head_losses(
+    net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int, share: Share | None = None
+) -> dict[str, Tensor]:
     """Cross-entropies on features h (V, F), shift by shift; labels (B,).
 
     `cls`: the class, on unshifted views. With several shifts also `shift` and `joint` (class + C * shift) on all views.
+    share: whose images h is of, where other processes have the others of the batch.
     """
-    terms = {"cls": F.cross_entropy(net.linear(h[: len(labels)]), labels)}
+    share = share or Share(len(labels))
+    terms = {"cls": F.cross_entropy(share.gather(net.linear(h[: share.size])), labels)}
     if n_shifts > 1:
         shift = shift_labels(n_shifts, len(labels), 1, h.device)
         joint = labels.repeat(n_shifts) + net.linear.out_features * shift
-        terms["shift"] = F.cross_entropy(net.shift_cls_layer(h), shift)
-        terms["joint"] = F.cross_entropy(net.joint_distribution_layer(h), joint)
+        terms["shift"] = F.cross_entropy(share.gather(net.shift_cls_layer(h)), shift)
+        terms["joint"] = F.cross_entropy(share.gather(net.joint_distribution_layer(h)), joint)
     return terms

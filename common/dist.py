@@ -1,0 +1,249 @@
+"""Several processes that train or evaluate together, as `torchrun` starts them: on one machine or many, on GPUs (nccl)
+or CPUs (gloo).
+
+One rule carries the gradients: every process holds the losses of the whole batch, but they depend on the weights by way
+of its own images only. So gradients add up over processes to that of the whole batch, whatever the loss.
+
+Letters: W processes, B images of a batch, p = ceil(B / W) images of one process, R blocks, each of all images.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.device import pick_device
+from common.errors import RunStopped, UserError
+
+T = TypeVar("T")
+
+# Longer than any part of a run in which one process works and the others wait for it.
+_PATIENCE = timedelta(minutes=30)
+# What gloo and nccl say in a process whose partner has gone.
+_GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|remote process", re.I)
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is: `rank` of `size`, and of those on this machine `local_rank`. The default: the only one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> "World":
+        """As the launcher says in the environment. Raises: UserError where it does not make sense."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        try:
+            rank, size, local_rank = (int(env.get(name, default)) for name, default in zip(names, "010", strict=True))
+        except ValueError:
+            raise UserError(f"torchrun: {', '.join(names)} in the environment must be whole numbers") from None
+        if not 0 <= rank < size or local_rank < 0:
+            raise UserError(f"torchrun: RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} cannot be")
+        return cls(rank, size, local_rank)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that speaks and writes."""
+        return self.rank == 0
+
+    def share(self, batch: int) -> "Share":
+        """This process's part of a batch of so many images."""
+        return Share(batch, self)
+
+    def part(self, items: list[T]) -> list[T]:
+        """This process's part of a list, in order; `collect` of the parts, one after the other, is the list."""
+        each, more = divmod(len(items), self.size)
+        start = self.rank * each + min(self.rank, more)
+        return items[start : start + each + (self.rank < more)]
+
+    def of_first(self, value: T) -> T:
+        """The first process's value, everywhere."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def collect(self, value: T) -> list[T]:
+        """The values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give tensors the values that they have in the first process."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add gradients up over all processes, in one message; those that are None must be so everywhere."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.size == 1 or not grads:
+            return
+        message = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(message)
+        parts = message.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A part of the work whose errors end all processes: the first that has one tells it, the others just end.
+
+        Raises: the error, or SystemExit with the exit code that belongs to it.
+        """
+        if self.size == 1:
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        codes = self.collect(None if failure is None else 2 if isinstance(failure, UserError) else 1)
+        failed = [(rank, code) for rank, code in enumerate(codes) if code is not None]
+        if failed and failure is not None and failed[0][0] == self.rank:
+            raise failure
+        if failed:
+            raise SystemExit(failed[0][1])
+
+    def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+        """Whether any process was `asked`: the same answer in all, one call late, so that no step waits for it."""
+        if self.size == 1:
+            return asked
+        pending: list[tuple[dist.Work, Tensor]] = []
+
+        def answer() -> bool:
+            before = False
+            if pending:
+                work, flag = pending.pop()
+                work.wait()
+                before = bool(flag)
+            flag = torch.tensor(int(asked()))
+            pending.append((dist.all_reduce(flag, async_op=True), flag))
+            return before
+
+        return answer
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a batch of `batch` images: p of them in order; past the last one comes the first again.
+
+    What comes again is computed in vain, so that all parts are of one size, and left out when parts are joined.
+    """
+
+    batch: int
+    world: World = ALONE
+
+    @property
+    def size(self) -> int:
+        """p."""
+        return -(-self.batch // self.world.size)
+
+    @property
+    def own(self) -> int:
+        """How many of the p are no repetition."""
+        return min(max(self.batch - self.world.rank * self.size, 0), self.size)
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Places in the batch, (p,). With several processes (p + 1,): the last is there to be mixed with."""
+        if self.world.size == 1:
+            return torch.arange(self.batch, device=device)
+        start = self.world.rank * self.size
+        return torch.arange(start, start + self.size + 1, device=device) % self.batch
+
+    def rows(self, blocks: int, device: torch.device | str = "cpu") -> Tensor:
+        """Places (R * p,) of its images in R blocks of the whole batch."""
+        own = self.positions(device)[: self.size]
+        return (torch.arange(blocks, device=device)[:, None] * self.batch + own).flatten()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of R blocks, x (R * p, ...), of all processes: (R * B, ...). Gradients flow into the own ones."""
+        if self.world.size == 1:
+            return x
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world.size)]
+        dist.all_gather(parts, x.detach().contiguous())
+        parts[self.world.rank] = x
+        return torch.cat([part.unflatten(0, (-1, self.size)) for part in parts], 1)[:, : self.batch].flatten(0, 1)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over all processes, each of which has summed over its `own` images. Gradients: as `gather`."""
+        return x if self.world.size == 1 else _Sum.apply(x)
+
+    def once(self, x: Tensor) -> Tensor:
+        """What all processes compute alike, and what only one of them shall add to the gradients."""
+        return x if self.world.first else x.detach()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+@contextlib.contextmanager
+def told_once() -> Iterator[None]:
+    """Before processes are joined all of them find the same errors in the flags: the first of a machine tells them."""
+    try:
+        yield
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[World]:
+    """Join the processes that the launcher has started, on `device` (--device); one alone joins nothing.
+
+    What processes other than the first print is dropped. Raises: RunStopped in those that outlive another.
+    """
+    with told_once():
+        world = World.of(os.environ)
+        kind = pick_device(device, world.local_rank if world.size > 1 else None)
+    if world.size == 1:
+        yield world
+        return
+    backend = "gloo"
+    if kind.type == "cuda":
+        torch.cuda.set_device(kind)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        with contextlib.ExitStack() as stack:
+            if not world.first:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield world
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
+            raise
+        raise RunStopped(
+            f"process {world.rank} of {world.size} has lost another one, whose own last lines say why."
+            " The same command goes on from the last checkpoint"
+        ) from None
+    finally:
+        dist.destroy_process_group()
