@@ -10,6 +10,8 @@ Letters: W processes, B images of a batch, p = ceil(B / W) images of one process
 import contextlib
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -203,6 +205,30 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
+def _store(world: World) -> dist.Store:
+    """Where processes find each other, under a name that is of this start alone.
+
+    torchrun keeps one store through all its restarts, in which gloo would find the addresses of processes that are gone
+    and wait for them. So the first process gives the name to each of the others that asks for it under a new word.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
+    name = uuid.uuid4().hex
+    if not world.first:
+        store.set(f"asks/{world.rank}", name)
+        name = store.get(f"told/{name}").decode()  # waits for it
+        store.add(f"met/{name}", 1)
+        return dist.PrefixStore(name, store)
+    patience = time.monotonic() + _PATIENCE.total_seconds()
+    while store.add(f"met/{name}", 0) < world.size - 1:
+        for rank in range(1, world.size):
+            if store.check([f"asks/{rank}"]):
+                store.set(f"told/{store.get(f'asks/{rank}').decode()}", name)
+        if time.monotonic() > patience:
+            raise RunStopped(f"not all of {world.size} processes came within {_PATIENCE}")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
 @contextlib.contextmanager
 def told_once() -> Iterator[None]:
     """Before processes are joined all of them find the same errors in the flags: the first of a machine tells them."""
@@ -230,7 +256,7 @@ def processes(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=_store(world), rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     try:
         with contextlib.ExitStack() as stack:
             if not world.first:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from common.dist import World
 from common.flags import Flags
 from evals.accuracy import run_accuracy
 from evals.embed import run_tsne
@@ -16,7 +17,7 @@ from evals.report import run_detection
 class EvalMode:
     """One row. run: carries it out. evidence: what it looks at. trained_by: modes of training that make its weights."""
 
-    run: Callable[[Flags], None]
+    run: Callable[[Flags, World], None]
     evidence: Evidence
     trained_by: tuple[str, ...]
 

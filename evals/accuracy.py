@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import write_json
 from common.flags import Flags
@@ -20,7 +21,7 @@ from evals.subject import load_subject
 _BINS = 15
 
 
-def run_accuracy(flags: Flags, *, marginalized: bool, trained_by: Sequence[str]) -> None:
+def run_accuracy(flags: Flags, world: World = ALONE, *, marginalized: bool, trained_by: Sequence[str]) -> None:
     """Accuracy and expected calibration error on the test images of the training classes, written as JSON.
 
     trained_by: modes of training whose weights make sense. marginalized: by the joint head, averaged over the four
@@ -28,15 +29,18 @@ def run_accuracy(flags: Flags, *, marginalized: bool, trained_by: Sequence[str])
     Raises: UserError as `load_subject`; for weights of another number of classes.
     """
     begun = time.monotonic()
-    if flags.one_class_idx is not None:
-        raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
     names = ["baseline_marginalized"] if marginalized else ["baseline"]
-    subject = load_subject(flags, LABELLED, trained_by=trained_by, names=names)
-    test = subject.split.test()
-    test = test.where(subject.split.normal(test.labels))
+    with world.together():
+        if flags.one_class_idx is not None:
+            raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
+        subject = load_subject(flags, LABELLED, trained_by=trained_by, names=names, world=world)
+        test = subject.split.test()
+        test = test.where(subject.split.normal(test.labels))
     for line in flags.tell_unread():
         print(line)
     outputs = subject.outputs(test.to(subject.device), f"{flags.dataset} test images")
+    if not world.first:
+        return
     probabilities = label_probabilities(outputs, marginalized=marginalized)
     if probabilities.shape[1] != subject.split.n_classes:
         there = probabilities.shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import write_whole
 from common.flags import Flags
@@ -28,7 +29,13 @@ _LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
 
 
 def run_tsne(
-    flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], output: str | None, reference: bool = False
+    flags: Flags,
+    world: World = ALONE,
+    *,
+    evidence: Evidence,
+    trained_by: Sequence[str],
+    output: str | None,
+    reference: bool = False,
 ) -> None:
     """Draw one picture per shift (and layer) beside the checkpoint.
 
@@ -36,14 +43,16 @@ def run_tsne(
     coded, come the atoms, scaled to the mean norm of the features.
     Raises: UserError as `load_subject`; for an unknown layer.
     """
-    shown = _shown(flags, output)
-    limit = flags.tsne_points
-    subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference)
+    with world.together():
+        shown, limit = _shown(flags, output), flags.tsne_points
+        subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, world=world)
     for line in flags.tell_unread():
         print(line)
     test = subject.split.test().to(subject.device)
     train, references = subject.training()
     test_outputs = subject.outputs(test, f"{flags.dataset} test images", references)
+    if not world.first:
+        return
     normal = subject.split.normal(test.labels).cpu().numpy()
     idx = flags.one_class_idx
     of = "all classes" if idx is None else f"{subject.split.class_names[idx]} ({idx})"

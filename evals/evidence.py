@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import load_state_dict
 from common.flags import Flags, pick, positive
@@ -37,7 +38,7 @@ class Finished:
     lam: float | None = None
 
 
-def _as_they_are(flags: Flags, net: nn.Module, train: Outputs) -> Finished:
+def _as_they_are(flags: Flags, net: nn.Module, train: Outputs, world: World = ALONE) -> Finished:
     return Finished(lambda outputs: outputs)
 
 
@@ -48,7 +49,7 @@ class Evidence:
     scores: that can be made of it, the default first. weights: names of checkpoint files.
     shifts: (flags, names of the scores) -> what every image is looked at under. plain: without augmentation, once.
     read: (flags, state dict, its file, K) -> network. outputs: network -> (views -> Outputs).
-    finish: (flags, network, training outputs) -> what is made of averaged outputs.
+    finish: (flags, network, training outputs, world) -> what is made of averaged outputs, the same in all processes.
     fitted: whether scores are fitted to the normal training images; else nobody looks at them.
     """
 
@@ -57,7 +58,7 @@ class Evidence:
     shifts: Callable[[Flags, Sequence[str]], list[Shift]]
     read: Callable[[Flags, State, Any, int], nn.Module]
     outputs: Callable[[Any], Callable[[Tensor], Outputs]]
-    finish: Callable[[Flags, Any, Outputs], Finished] = _as_they_are
+    finish: Callable[[Flags, Any, Outputs, World], Finished] = _as_they_are
     plain: bool = False
     fitted: bool = True
 
@@ -113,11 +114,11 @@ def _read_rot_trans(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mo
     return rot_trans_from_state(state, model=flags.model, path=path, strict=not flags.no_strict)
 
 
-def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs) -> Finished:
+def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs, world: World = ALONE) -> Finished:
     return Finished(lambda outputs: outputs, net.sr_nets.dictionary.detach().cpu(), net.sr_nets.coding.lam)
 
 
-def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished:
+def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs, world: World = ALONE) -> Finished:
     """Dictionaries fitted to the averaged features of the training images, after stage 1 (Lee et al., ICS 2020)."""
     transform = pick(FeatureTransform, flags)
     positive(sr_lambda=flags.sr_lambda, sr_rho=flags.sr_rho, sr_dict_size=flags.sr_dict_size)
@@ -132,9 +133,11 @@ def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished
     s_KFN = sparse_features(train).permute(1, 2, 0)
     print(f"fitting {flags.sr_dict_size} atoms for each of {len(s_KFN)} shifts to {s_KFN.shape[2]} images", flush=True)
     fit = {"lam": coding.lam, "rho": coding.rho, "steps": flags.sr_fit_steps}
-    D = learn_dictionary(s_KFN, flags.sr_dict_size, generator=generator(flags.seed, "multi_sr"), **fit)
-    bank = DictionaryBank(len(D), D.shape[1], D.shape[2], coding).requires_grad_(False).to(device)
-    bank.dictionary.copy_(D)
+    atoms = flags.sr_dict_size
+    bank = DictionaryBank(len(s_KFN), s_KFN.shape[1], atoms, coding).requires_grad_(False).to(device)
+    if world.first:
+        bank.dictionary.copy_(learn_dictionary(s_KFN, atoms, generator=generator(flags.seed, "multi_sr"), **fit))
+    world.copy_first(bank.parameters())
     system = bank.system()
 
     def finish(outputs: Outputs) -> Outputs:
@@ -143,7 +146,7 @@ def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs) -> Finished
         coded = {name: torch.cat([part[name] for part in parts])[:, None].cpu() for name in parts[0]}
         return {**coded, "shift": outputs["shift"]}
 
-    return Finished(finish, D.cpu(), coding.lam)
+    return Finished(finish, bank.dictionary.cpu(), coding.lam)
 
 
 _STAGE1_FILES = ("last.model", "last.cocsr_model")

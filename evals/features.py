@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from common.dist import ALONE, World
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet
@@ -84,15 +85,16 @@ def draw_means(
     *,
     label: str,
     references: Tensor | None = None,
+    world: World = ALONE,
 ) -> Iterator[Outputs]:
     """Every output averaged over `draws` draws, batch by batch of the images: (b, 1, K, .) each, on their device.
 
     references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
     its neighbour by index. All draws of a batch come together: what they give is held for one batch only, and of the
-    others the few numbers that their views are drawn by.
+    others the few numbers that their views are drawn by. world: of several processes each takes some of the batches.
     """
     looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(draws)]
-    parts = batches_of(images, spec)
+    parts = world.part(batches_of(images, spec))
     for index in progress(parts, total=len(parts), label=label):
         views = (set_views(images, spec, draw, index, reference) for draw, reference in looks)
         yield mean_outputs(outputs(v.unflatten(0, (-1, len(spec.shifts)))) for v in views)

@@ -1,9 +1,11 @@
 """From flags to an evaluation: what the evaluation scripts do."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
+from common.dist import World, processes, told_once
 from common.flags import Tables, build_parser, parse, print_dry_run
 from datasets import DATASETS, SHIFTS
 from datasets.outliers import OUTLIERS
@@ -13,12 +15,16 @@ from models import BACKBONES
 
 def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalMode], default_mode: str) -> None:
     """Carry out the evaluation mode that the flags name, or with --dry_run say what it would be."""
-    flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
+    with told_once():
+        flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
     reuse_host_memory()
     mode = modes[flags.mode]
     if not flags.dry_run:
-        with memory_errors(f"lower --ood_batch_size {flags.ood_batch_size}"):
-            mode.run(flags)
+        remedy = f"lower --ood_batch_size {flags.ood_batch_size}"
+        with processes(flags.device) as world, memory_errors(remedy):
+            mode.run(flags, world)
+        return
+    if not World.of(os.environ).first:
         return
     shifts = len(mode.evidence.shifts(flags, flags.ood_score or [flags.mode]))
     place = Path(flags.load_path or flags.log_root)

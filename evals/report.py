@@ -6,12 +6,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from common.device import device_name
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.flags import Flags, pick
@@ -27,47 +29,43 @@ from evals.subject import Subject, load_subject
 _GAP = "gap"
 
 
-def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False) -> None:
+def run_detection(
+    flags: Flags, world: World = ALONE, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False
+) -> None:
     """Evaluate one checkpoint by `evidence`. reference: mix test images with reference training images.
 
-    trained_by: modes of training whose weights make sense.
-
+    trained_by: modes of training whose weights make sense. world: of several processes each looks at some of the
+    images, and the first reports.
     Raises: UserError as `load_subject`; for a score that the mode has not the means for; for missing data sets, all of
     them at once; for nothing to tell apart.
     """
-    names = flags.ood_score or [evidence.scores[0]]
-    for name in names:
-        if name not in evidence.scores:
-            raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(evidence.scores)}")
     begun = time.monotonic()
-    options = {name: {flag: getattr(flags, flag) for flag in SCORES[name].flags} for name in names}
-    print_score, save_score = flags.print_score, flags.save_score
-    for name in names:
-        trained_by = [mode for mode in trained_by if mode in (SCORES[name].trained_by or trained_by)]
-    subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, names=names)
-    test = subject.split.test()
+    names = flags.ood_score or [evidence.scores[0]]
+    with world.together():
+        for name in names:
+            if name not in evidence.scores:
+                raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(evidence.scores)}")
+            trained_by = [mode for mode in trained_by if mode in (SCORES[name].trained_by or trained_by)]
+        options = {name: {flag: getattr(flags, flag) for flag in SCORES[name].flags} for name in names}
+        print_score, save_score = flags.print_score, flags.save_score
+        subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, names=names, world=world)
+        tests = _tests(flags, subject)
+    test = tests[flags.dataset]
     normal = subject.split.normal(test.labels)
-    others = other_sets(flags, subject, lambda: test.where(normal))
-    if normal.all() and not others:
-        raise UserError(
-            "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
-            " if the data set has several classes, or other data sets"
-        )
-    if not normal.any():
-        raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
-    tests = {name: data.to(subject.device) for name, data in {flags.dataset: test, **others}.items()}
     train, references = subject.training()
-    finished = evidence.finish(flags, subject.net, train)
+    finished = evidence.finish(flags, subject.net, train, world)
     for line in flags.tell_unread():
         print(line)
     train = finished.finish(train)
     scores = {name: SCORES[name].fit(train, finished.dictionary, **options[name]) for name in names}
     del train
     found_of = {title: _scored(subject, data, title, references, finished, scores) for title, data in tests.items()}
+    if not world.first:
+        return
     if finished.lam is not None:
         gap = float(np.concatenate([found[_GAP] for found in found_of.values()]).mean())
         print(f"codes: mean optimality gap {gap / finished.lam:.3g} lambda (more ADMM steps lower it)")
-    is_normal = normal.numpy()
+    is_normal = normal.cpu().numpy()
     for name in names:
         values = {title: found[name] for title, found in found_of.items()}
         if not all(np.isfinite(scores).all() for scores in values.values()):
@@ -91,6 +89,21 @@ def run_detection(flags: Flags, *, evidence: Evidence, trained_by: Sequence[str]
     print(f"results are in {subject.folder}")
 
 
+def _tests(flags: Flags, subject: Subject) -> dict[str, ImageSet]:
+    """The test images of the data set and of those it is told apart from, by name."""
+    test = subject.split.test()
+    normal = subject.split.normal(test.labels)
+    others = other_sets(flags, subject, lambda: test.where(normal))
+    if normal.all() and not others:
+        raise UserError(
+            "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
+            " if the data set has several classes, or other data sets"
+        )
+    if not normal.any():
+        raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
+    return {name: data.to(subject.device) for name, data in {flags.dataset: test, **others}.items()}
+
+
 def _scored(
     subject: Subject,
     images: ImageSet,
@@ -101,14 +114,15 @@ def _scored(
 ) -> dict[str, np.ndarray]:
     """Each score of all images (N,), and the mean optimality gaps of their codes where they have any.
 
-    Batch by batch: of an image nothing stays but its scores.
+    Batch by batch: of an image nothing stays but its scores, which all processes get.
     """
-    parts: list[dict[str, np.ndarray]] = []
+    own: list[dict[str, np.ndarray]] = []
     for block in subject.blocks(images, f"{title} test images", references):
         outputs = finished.finish(block)
-        parts.append({name: score(outputs).numpy() for name, score in scores.items()})
+        own.append({name: score(outputs).numpy() for name, score in scores.items()})
         if _GAP in outputs:
-            parts[-1][_GAP] = outputs[_GAP].mean((1, 2, 3)).numpy()
+            own[-1][_GAP] = outputs[_GAP].mean((1, 2, 3)).numpy()
+    parts = list(chain.from_iterable(subject.world.collect(own)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -122,6 +136,7 @@ def result_facts(flags: Flags, subject: Subject, begun: float) -> dict[str, Any]
         "checkpoint": str(subject.checkpoint),
         "seconds": round(time.monotonic() - begun, 2),
         "device": device_name(subject.device),
+        "processes": subject.world.size,
         "epochs": subject.epochs,
         "flags": flags.as_dict(),
         **describe_program(),

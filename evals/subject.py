@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from common.device import autocast, pick_device
+from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import load_tensors, published_epoch
 from common.flags import Flags, pick
@@ -48,6 +50,7 @@ class Subject:
     device: torch.device
     amp: str
     references: int
+    world: World = ALONE
 
     @property
     def tag(self) -> str:
@@ -60,19 +63,26 @@ class Subject:
         return self.checkpoint.parent
 
     def blocks(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Iterator[Outputs]:
-        """Draw-averaged outputs (b, 1, K, .), batch by batch of the images, on the CPU in float32."""
+        """Draw-averaged outputs (b, 1, K, .), batch by batch of the images, on the CPU in float32.
+
+        Of several processes each has some of the batches, in order.
+        """
         inner, amp = self.evidence.outputs(self.net), autocast(self.amp, self.device)
 
         def function(views: torch.Tensor) -> Outputs:
             with amp():
                 return {name: value.float() for name, value in inner(views).items()}
 
-        for block in draw_means(function, images, self.draws, self.samples, label=label, references=references):
+        blocks = draw_means(
+            function, images, self.draws, self.samples, label=label, references=references, world=self.world
+        )
+        for block in blocks:
             yield {name: value.cpu() for name, value in block.items()}
 
     def outputs(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Outputs:
-        """Those of all images, (N, 1, K, .)."""
-        return concatenate(self.blocks(images, label, references))
+        """Those of all images, (N, 1, K, .), in all processes."""
+        parts = self.world.collect(list(self.blocks(images, label, references)))
+        return concatenate(chain.from_iterable(parts))
 
     def training(self) -> tuple[Outputs, torch.Tensor | None]:
         """Outputs of the normal training images, which always mix with their neighbours, none where nothing is fitted
@@ -91,6 +101,7 @@ def load_subject(
     trained_by: Sequence[str],
     reference: bool = False,
     names: Sequence[str] = (),
+    world: World = ALONE,
 ) -> Subject:
     """Read the checkpoint and look the data up as the flags say.
 
@@ -98,7 +109,7 @@ def load_subject(
     names: the scores that are wanted.
     Raises: UserError for a missing or damaged checkpoint, one of another mode, model or number of shifts, missing data.
     """
-    device = pick_device(flags.device)
+    device = pick_device(flags.device, world.local_rank if world.size > 1 else None)
     shifts = evidence.shifts(flags, names)
     aligned = None if evidence.plain else pick(AlignedSpec, flags)
     net, path = evidence.load(flags, len(shifts))
@@ -119,7 +130,7 @@ def load_subject(
     net = net.to(device).eval()
     references = flags.refmix_batch_size if reference else 0
     samples = 1 if evidence.plain else flags.ood_samples
-    return Subject(evidence, net, split, draws, samples, path, _epochs(path), device, flags.amp, references)
+    return Subject(evidence, net, split, draws, samples, path, _epochs(path), device, flags.amp, references, world)
 
 
 def _check_writable(folder: Path) -> None:

@@ -62,11 +62,9 @@ def test_refused_flags_parse_and_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("argv", ["--dataset nosuch", "--model nosuch", "--shift_trans_type nosuch", "--mode nosuch"])
-def test_unknown_names_are_told_in_one_line_with_the_known_ones(argv, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_unknown_names_are_told_with_the_known_ones(argv):
+    with pytest.raises(UserError, match=rf"{argv.split()[0]}.*choose from"):
         flags(*argv.split())
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and told.count("\n") == 1 and argv.split()[0] in told and "choose from" in told
 
 
 @pytest.mark.parametrize("argv", ["--batch_size 0", "--epochs -1", "--temperature 0", "--ood_samples 0"])

@@ -227,7 +227,10 @@ def dictionary_step(
         system = bank.system()
         parts = [recomputed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
         fit, l1, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
-    fit, l1, gap, used = (share.sum(x * 0 if idle else x) for x in (fit, l1, gap, used))
+    if share.world.size > 1:
+        sums = torch.cat([torch.stack([fit, l1, gap]), used.flatten()])
+        sums = share.sum(sums * 0 if idle else sums)
+        fit, l1, gap, used = *sums[:2], sums[2].detach(), sums[3:].detach().view_as(used)
     constraint = share.once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
     losses = {
         "sr": spec.loss_lambda_sr * fit,

@@ -1,0 +1,179 @@
+"""Several processes make the run that one makes: gradients, weights, scores, and what happens when one is hit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from common.dist import Share, World
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+from models.checkpoint import build_net
+from tests.conftest import ROOT, SHIFT, TINY
+from tests.processes import found_by
+
+_TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def found(stage1, tmp_path_factory):
+    """Findings of each mode, by number of processes: three of them share batches of 25 unevenly."""
+    tiny = [*TINY, "--device", "cpu", "--lr_init", "0.05"]
+    every = [arg for arg in tiny if arg not in ("--one_class_idx", "3")]
+    cases = {
+        "simclr_CSI": [*tiny, *SHIFT, "--mode", "simclr_CSI"],
+        "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
+        "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
+        "rot_trans": [*tiny, "--mode", "rot_trans"],
+        "cocsr_dict": [*tiny, *SHIFT, "--mode", "cocsr_dict", "--resume_path", str(stage1), "--epochs", "9"],
+    }
+    heads = tmp_path_factory.mktemp("heads") / "last.model"
+    save_tensors(heads, build_net("resnet8", n_classes=10, simclr_dim=8, n_shifts=4, seed=0).state_dict())
+    cases["sup_CSI_linear"] = [*every, "--mode", "sup_CSI_linear", "--load_path", str(heads)]
+    cases["cocsr_dict"] += "--sr_dict_size 24 --sr_lambda 1e-3 --invert_sr_feature_norm --ini_sr_dict_train".split()
+    return {size: found_by(size, tmp_path_factory.mktemp("found"), cases) for size in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "case", ["simclr_CSI", "in pieces", "sup_simclr_CSI", "sup_CSI_linear", "rot_trans", "cocsr_dict"]
+)
+def test_gradients_and_weights_are_those_of_one_process(found, case, size):
+    (one,) = found[1]
+    for other in found[size]:
+        for name, value in one[case]["values"].items():
+            # Shares of atoms are counted in float32.
+            assert other[case]["values"][name] == pytest.approx(value, abs=1e-7 if "sr/" in name else 1e-10), name
+        assert one[case]["grads"].keys() == other[case]["grads"].keys()
+        for kind in ("grads", "weights"):
+            for name, value in one[case][kind].items():
+                torch.testing.assert_close(other[case][kind][name], value, atol=1e-10, rtol=0, msg=f"{kind} {name}")
+    moved = [torch.equal(found[size][0][case]["weights"][n], w) for n, w in found[size][1][case]["weights"].items()]
+    assert all(moved)  # the same bits in all processes
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gathered_projections_carry_the_gradient_of_the_whole_as_with_diffdist(found, size):
+    for process in found[size]:
+        for name in ("ours", "theirs"):
+            torch.testing.assert_close(process["gather"][name], process["gather"]["right"], atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 6, 7, 128])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_shares_cover_a_batch_once(batch, size):
+    shares = [World(rank, size).share(batch) for rank in range(size)]
+    own = [share.positions()[: share.own].tolist() for share in shares]
+    assert sum(own, []) == list(range(batch))
+    for share in shares:
+        positions = share.positions()
+        assert len(positions) == (share.size + 1 if size > 1 else batch)
+        assert torch.equal(positions[1:], (positions[:-1] + 1) % batch)
+        assert torch.equal(share.rows(2) % batch, positions[: share.size].repeat(2))
+    items = list(range(batch))
+    assert sum([World(rank, size).part(items) for rank in range(size)], []) == items
+    assert Share(batch).gather(torch.ones(batch)).sum() == batch
+
+
+def test_the_launcher_says_which_process_this_is():
+    assert World.of({}) == World() and World().first
+    assert World.of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == World(3, 8, 1)
+    for env in ({"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}):
+        with pytest.raises(UserError, match="torchrun"):
+            World.of(env)
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+def two(*args, **settings):
+    """Two processes of a script of the project, as a user starts them."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*_TWO, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **settings)
+
+
+def arguments(logs, *more):
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--simclr_dim", "32", "--batch_size", "16", "--epochs", "6"]
+    return [*args, "--log_root", str(logs), *more]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes."""
+    logs = tmp_path_factory.mktemp("two")
+    done = two("train.py", *arguments(logs))
+    assert done.returncode == 0 and done.stdout.count("2 processes") == 1, done.stderr
+    return next(logs.iterdir())
+
+
+def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bit_for_bit(whole, tmp_path):
+    args = arguments(tmp_path)
+    # The second process hears it, in its fourth step.
+    code = (
+        "import os, signal, sys, train; from training import loop; real, n = loop._descend, []\n"
+        "def descend(*a):\n"
+        "    n.append(1)\n"
+        "    if len(n) == 4 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(*a)\n"
+        "loop._descend = descend; sys.exit(train.main(sys.argv[1:]))"
+    )
+    script = tmp_path / "asked.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}")
+    done = two(script, *args)
+    assert done.returncode != 0 and "saved after step" in done.stderr, done.stderr
+    folder = tmp_path / whole.name
+    state = load_tensors(folder / "last.resume", flag="x")
+    assert (state["epoch"], state["step"]) == (1, 1)  # four steps an epoch; told one step late
+    assert two("train.py", *args).returncode == 0
+    a, b = (load_tensors(f / "last.model", flag="x") for f in (whole, folder))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_same_steps_by_another_number_of_processes_go_on_others_are_refused(whole, tmp_path, shell):
+    shutil.copytree(whole, tmp_path / whole.name)
+    same = [arg if arg != "16" else "32" for arg in arguments(tmp_path)]
+    done = shell("train.py", *same)
+    assert done.returncode == 0 and "was of 2 x 16 images, is of 1 x 32" in done.stdout and "finished" in done.stdout
+    done = shell("train.py", *arguments(tmp_path))
+    assert done.returncode == 2 and "--batch_size was 2 x 16 (processes x images), is 1 x 16" in done.stderr
+
+
+def test_scores_are_those_of_one_process_and_errors_are_told_once(whole, tmp_path, shell):
+    args = [*TINY, *SHIFT, "--mode", "ood_pre", "--ood_samples", "2", "--ood_batch_size", "50", "--save_score"]
+    found = {}
+    for size in (1, 2):
+        folder = shutil.copytree(whole, tmp_path / str(size))
+        command = ["eval.py", *args, "--load_path", folder]
+        done = two(*command) if size == 2 else shell(*command, OMP_NUM_THREADS="1")
+        assert done.returncode == 0 and done.stdout.count("one_class_mean") == 1, done.stderr
+        scores = (folder / "scores_ood_pre_CSI_digits.csv").read_text().splitlines()[1:]
+        found[size] = torch.tensor([float(row.split(",")[2]) for row in scores], dtype=torch.float64)
+        assert json.loads((folder / "result_ood_pre_CSI.json").read_text())["processes"] == size
+    assert len(found[1]) == 599 and (found[1] - found[2]).abs().max() < 1e-10
+    done = two("eval.py", *args, "--load_path", tmp_path / "nothing")
+    assert done.returncode != 0 and done.stderr.count("error: --load_path: no checkpoint") == 1
+
+
+def test_a_killed_process_is_started_again_by_the_launcher(whole, tmp_path):
+    """torchrun's restart: both processes begin again, and the run goes on from its checkpoint."""
+    args = arguments(tmp_path, "--save_minutes", "0.0005")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*_TWO, "--max_restarts=3", "train.py", *args]
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / whole.name / "log.txt"
+    while run.poll() is None and not (log.is_file() and "epoch 1/6" in log.read_text()):
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    told = run.communicate(timeout=60)
+    assert run.returncode == 0, told
+    assert "continuing after epoch" in log.read_text()
+    a, b = (load_tensors(f / "last.model", flag="x") for f in (whole, tmp_path / whole.name))
+    assert all(torch.equal(a[name], b[name]) for name in a)
