@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from models.checkpoint import build_net
 from tests.conftest import ROOT, SHIFT, TINY
+from tests.machines import can_join, killed_and_started_again, machines
 from tests.processes import found_by
 
 _TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -177,3 +178,10 @@ def test_a_killed_process_is_started_again_by_the_launcher(whole, tmp_path):
     assert "continuing after epoch" in log.read_text()
     a, b = (load_tensors(f / "last.model", flag="x") for f in (whole, tmp_path / whole.name))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.skipif(not can_join(), reason="network namespaces take root and iproute2")
+def test_a_machine_that_dies_comes_back(tmp_path):
+    with machines():
+        told = killed_and_started_again(tmp_path)
+    assert "continuing after epoch" in told and "the same weights" in told
