@@ -21,7 +21,7 @@ class Features(NamedTuple):
     shift: Tensor
 
 
-def _full(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
     """Half precision to float32, in which losses and scores are computed; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -69,7 +69,9 @@ class FeatureNet(BackboneNet):
     def forward(self, images: Tensor) -> Features:
         """images (N, 3, H, W) in [0, 1]."""
         h = self.features(images)
-        return Features(_full(h), _full(self.simclr_layer(h)), _full(self.shift_cls_layer(h)))
+        return Features(
+            full_precision(h), full_precision(self.simclr_layer(h)), full_precision(self.shift_cls_layer(h))
+        )
 
 
 class Transformation(NamedTuple):
@@ -92,7 +94,9 @@ class RotTransNet(BackboneNet):
     def forward(self, images: Tensor) -> Transformation:
         """images (N, 3, H, W) in [0, 1]."""
         h = self.features(images)
-        return Transformation(_full(self.rotation(h)), _full(self.vertical(h)), _full(self.horizontal(h)))
+        return Transformation(
+            full_precision(self.rotation(h)), full_precision(self.vertical(h)), full_precision(self.horizontal(h))
+        )
 
 
 def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

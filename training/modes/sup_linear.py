@@ -17,7 +17,7 @@ from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
-from models.feature_net import FeatureNet
+from models.feature_net import FeatureNet, full_precision
 from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
 from training.optim import set_lr
 from training.pieces import in_pieces, piece_size
@@ -69,7 +69,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         views = train_views(batch.copies, shifts, aligned, gen, render, batch.share)
         with amp(), torch.no_grad():
             h = in_pieces(net.features, views, batch.share.size, micro_batch)
-        return Step(head_losses(net, h.float(), batch.labels, n_shifts=len(shifts), share=batch.share), {})
+        return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(shifts), share=batch.share), {})
 
     return Recipe(net, data, losses, (optimizer,), before_step)
 
