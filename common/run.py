@@ -123,7 +123,7 @@ class Run:
         started = [*self._started, describe_program()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
+            self._lock = hold(self.folder)
             if self._replace:
                 _empty(self.folder)
             elif _stamp(self._resume) != self._seen:
@@ -225,7 +225,7 @@ class Follower(Run):
         pass
 
 
-def _lock(folder: Path) -> int | None:
+def hold(folder: Path) -> int | None:
     """Hold the folder against other processes for as long as the handle is open; None where that cannot be had.
 
     Raises: UserError where another process holds it.

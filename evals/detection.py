@@ -16,6 +16,35 @@ def auroc(normal: np.ndarray, anomalous: np.ndarray) -> float:
     return float(roc_auc_score(labels, np.concatenate([normal, anomalous])))
 
 
+def resampled(labels: np.ndarray, times: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap samples of images, as how often each is in each: (times, N) float32. Classes keep their sizes."""
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((times, len(labels)), np.float32)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        counts[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=times)
+    return counts
+
+
+def mean_aurocs(scores: np.ndarray, labels: np.ndarray, normal: int, counts: np.ndarray) -> np.ndarray:
+    """The mean over the other classes of the AUROC of class `normal` against them, of each sample: (times,).
+
+    scores, labels (N,); counts (times, N): how often each image is in each sample, `resampled`. Ties count half.
+    """
+    order = np.argsort(scores, kind="stable")
+    scores, labels, counts = scores[order], labels[order], counts[:, order]
+    is_normal = labels == normal
+    below = np.zeros((len(counts), len(scores) + 1))
+    np.cumsum(counts * is_normal, 1, out=below[:, 1:])
+    first, last = np.searchsorted(scores, scores, "left"), np.searchsorted(scores, scores, "right")
+    # Of the normal images in a sample, the share above each image, ties counted half.
+    above = 1 - (below[:, first] + below[:, last]) / (2 * below[:, -1:])
+    weighed = counts * above
+    others = [label for label in np.unique(labels).tolist() if label != normal]
+    of_class = [weighed[:, labels == c].sum(1) / counts[:, labels == c].sum(1) for c in others]
+    return np.mean(of_class, 0)
+
+
 @dataclass(frozen=True)
 class Detection:
     """aurocs: by name of the anomalous set. mean: of those of classes, where there are any, else of other sets; pooled:

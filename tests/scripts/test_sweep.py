@@ -1,0 +1,133 @@
+"""Sweeps over classes and seeds: their commands, their table, and what becomes of them when something fails."""
+
+import json
+import shlex
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from evals.detection import mean_aurocs, resampled
+from scripts.recipes import METHODS
+from scripts.sweep import main
+from scripts.tables import Entry, summarise
+from tests.conftest import ROOT
+from tests.scripts.test_sweeps import options, sweep
+from tests.sweeps import command, killed_and_failed
+
+
+def dry_run(capsys, *args):
+    """The commands of a sweep: lists of arguments."""
+    assert main([*map(str, args), "--dry_run"]) == 0
+    return [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "family, wrapper", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("imagenet", "Imagenet")]
+)
+def test_recipes_are_the_published_commands(family, wrapper, tmp_path, capsys):
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\nprintf '\\n'\n")
+    stub.chmod(0o755)
+    env = {"LOG_ROOT": str(tmp_path / "seed_5"), "DATA_PATH": str(tmp_path), "START": "2", "END": "2"}
+    published = []
+    for stage in ("Stage1", "Stage2", "Eval"):
+        (line,) = sweep(f"{wrapper}_{stage}", stub, "--seed", "5", **env).stdout.splitlines()
+        published.append(line.split("\0")[:-1])
+    place = ["--data_path", tmp_path, "--out", tmp_path]
+    ours = dry_run(capsys, family, "--classes", 2, "--seeds", 5, "--methods", "ADMM-SRNet", *place)
+    assert [words[0] for words in ours] == [words[0] for words in published]
+    for mine, theirs in zip(map(options, ours), map(options, published), strict=True):
+        theirs["--epochs"] = theirs.pop("--epoch", ["1000"])
+        mine.setdefault("--epochs", ["1000"])
+        if "--load_path" in mine:
+            theirs["--load_path"] = [theirs["--load_path"][0].removesuffix("/last.cocsr_model")]
+        assert mine == theirs
+
+
+def test_jobs_share_what_columns_have_in_common_and_flags_reach_every_command(tmp_path, capsys):
+    words = ["digits", "--seeds", 0, 1, "--classes", "2,4-5", "--methods", *METHODS, "--out", tmp_path]
+    commands = dry_run(capsys, *words, "--epochs", 3, "--more", 2)
+    assert len(commands) == 6 * 9
+    assert [c[0] for c in commands[:9]].count("train.py") == 3  # CSI is trained once for four columns
+    assert ["CSI", "knn", "ocsvm"] in [options(c).get("--ood_score") for c in commands]
+    places = [(options(c)["--one_class_idx"], options(c)["--seed"]) for c in commands[::9]]
+    assert places == [([c], [s]) for s in "01" for c in "245"]
+    assert not list(tmp_path.iterdir())
+    assert main(["digits", "--out", str(tmp_path), "--dry_run", "--", "--suffix", "x", "--model", "resnet18"]) == 0
+    assert all(line.endswith("--suffix x --model resnet18") for line in capsys.readouterr().out.splitlines())
+    assert main(["digits", "--dry_run", "--", "--no_such_flag"]) == 2
+    assert "--no_such_flag" in capsys.readouterr().err
+
+
+def test_bootstrap_is_that_of_weighted_aurocs():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 60)
+    scores = rng.normal(size=60).round(1) + (labels == 2)  # with ties
+    counts = resampled(labels, 7)
+    for label in range(4):
+        assert (counts[:, labels == label].sum(1) == (labels == label).sum()).all()
+    counts[0] = 1
+    found = mean_aurocs(scores, labels, 2, counts)
+    for sample, value in zip(counts, found, strict=True):
+        each = [
+            roc_auc_score(labels[pair] == 2, scores[pair], sample_weight=sample[pair])
+            for pair in ((labels == 2) | (labels == other) for other in (0, 1, 3))
+        ]
+        assert value == pytest.approx(np.mean(each), abs=1e-9)
+
+
+def test_intervals_of_means_resample_all_seeds_and_classes_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    entries = []
+    for idx in (0, 1):
+        for seed in (0, 1, 2):
+            scores = rng.normal(size=300) + (labels == idx)
+            path = tmp_path / f"{idx}_{seed}.csv"
+            rows = [f"{i},{labels[i]},{float(scores[i])!r}" for i in rng.permutation(300)]
+            path.write_text("index,label,score\n" + "\n".join(rows) + "\n")
+            mean = float(mean_aurocs(scores, labels, idx, np.ones((1, 300)))[0])
+            entries.append(Entry("CSI", "CSI", idx, seed, mean, path, "cpu"))
+    summary = summarise(entries[:-1], 400)
+    samples = list(summary.samples.values())
+    cell = summary.cells[0, "CSI"]
+    assert cell.mean == np.mean([e.mean for e in entries[:3]]) and cell.std == np.std(
+        [e.mean for e in entries[:3]], ddof=1
+    )
+    assert [cell.low, cell.high] == np.percentile(np.mean(samples[:3], 0), (2.5, 97.5)).tolist()
+    assert 0.02 < cell.high - cell.low < 0.12  # near 4 standard errors of an AUROC of 100 against 200 images
+    # The third seed lacks a class, so the mean over classes is of the other two.
+    mean, classes = summary.means["CSI"]
+    assert (mean.seeds, classes) == (2, 2)
+    assert mean.mean == pytest.approx(np.mean([entries[i].mean for i in (0, 1, 3, 4)]))
+    assert [mean.low, mean.high] == pytest.approx(
+        np.percentile(np.mean([samples[i] for i in (0, 1, 3, 4)], 0), (2.5, 97.5))
+    )
+
+
+def test_a_sweep_outlives_a_killed_job_and_a_failing_class(tmp_path):
+    assert "the table is right" in killed_and_failed(tmp_path / "out", "0-2", [4], failing=2)
+
+
+def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_through_submitit(tmp_path):
+    words = command(tmp_path, "5", [0], "--epochs", "60")
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "jobs" / "class_5_seed_0.log"
+    while first.poll() is None and not (log.is_file() and "epoch 1/60" in log.read_text()):
+        time.sleep(0.005)
+    second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2 and "another sweep is at work" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate()
+    assert first.returncode == 143 and "goes on from there" in errors
+    assert "saved after" in log.read_text()
+    words[words.index("--jobs") : words.index("--jobs") + 2] = ["--executor", "local", "--set", "timeout_min=5"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "submitted as" in done.stdout and "| class 5 " in done.stdout, done.stderr
+    assert "continuing after epoch" in log.read_text()
+    record = json.loads((tmp_path / "jobs" / "class_5_seed_0.json").read_text())
+    assert all(step["done"] for step in record["steps"].values())
