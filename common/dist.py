@@ -121,6 +121,10 @@ class World:
         if failed:
             raise SystemExit(failed[0][1])
 
+    def alike(self, error: Exception, code: int) -> BaseException:
+        """What to raise where all processes find the same error: the first tells it, the others end with `code`."""
+        return error if self.first else SystemExit(code)
+
     def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """Whether any process was `asked`: the same answer in all, one call late, so that no step waits for it."""
         if self.size == 1:

@@ -226,7 +226,7 @@ def build_parser(
 
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", "--epoch", type=int, default=1000, help="last epoch (stage 2 counts on from stage 1)")
-    g.add_argument("--batch_size", type=int, default=128, help="images per step")
+    g.add_argument("--batch_size", type=int, default=128, help="images per step (of each process)")
     g.add_argument("--micro_batch", type=int, help="images per piece of a step: same gradient, less memory, more time")
     g.add_argument("--optimizer", choices=("lars", "sgd", "adam", "torchlars"), default="lars", help="stage 1")
     g.add_argument("--lr_scheduler", choices=("cosine", "step_decay"), default="cosine", help="stage 1")

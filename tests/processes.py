@@ -14,7 +14,7 @@ from common.dist import World
 from common.flags import Tables, build_parser, parse
 from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
 from training import STAGE1, STAGE2
-from training.loop import _descend, batches
+from training.loop import batches, descend
 
 STEPS, BATCH = 5, 25  # the last batch of the 122 images of a class has 22
 
@@ -57,7 +57,7 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for batch in steps:
         recipe.before_step(batch.step / STEPS)
-        values = _descend(recipe, batch, world)
+        values = descend(recipe, batch, world)
         if batch.step == 0:
             grads = {name: p.grad.clone() for name, p in recipe.model.named_parameters() if p.grad is not None}
             found |= {"values": {k: float(v) for k, v in values.items()}, "grads": grads}

@@ -103,18 +103,19 @@ def fit(
             lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
             # Layers that draw at random (dropout in models of timm) know the global generator only.
             torch.manual_seed(seed_of(seed, "layers", epoch, batch.step) + world.rank)
-            meter.add(_descend(recipe, batch, world))
+            meter.add(descend(recipe, batch, world))
             done = batch.step + 1
             if done == total_steps:
                 continue  # The end of the epoch saves by rules of its own.
             asked = stop()
             if asked or (world.first and next_save.is_now()):
-                _read(meter, run, epoch)  # What is spoilt is not kept.
+                _read(meter, run, epoch, world)  # What is spoilt is not kept.
                 run.save(*_state(recipe, epoch - 1, done, meter))
                 next_save = _Due(save_minutes)
             if asked:
-                raise Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}")
-        values = _read(meter, run, epoch)
+                stopped = Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}")
+                raise world.alike(stopped, 143)
+        values = _read(meter, run, epoch, world)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
         values |= {"train/lr": lr, "train/batch_time": batch_time}
@@ -134,7 +135,7 @@ def fit(
             run.save(*_state(recipe, epoch))
             next_save = _Due(save_minutes)
         if asked and epoch < epochs:
-            raise Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}")
+            raise world.alike(Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}"), 143)
     if world.first:
         recipe.finish(run)
 
@@ -151,18 +152,19 @@ def _ring(recipe: Recipe, run: Run, epoch: int, values: dict[str, float], before
     return now
 
 
-def _read(meter: "_Meter", run: Run, epoch: int) -> dict[str, float]:
+def _read(meter: "_Meter", run: Run, epoch: int, world: World) -> dict[str, float]:
     """The means of an epoch so far. Raises: RunStopped where one is not finite."""
     values, bad_step = meter.read()
     if bad_step is not None:
-        raise RunStopped(
+        error = RunStopped(
             f"non-finite loss in epoch {epoch}, step {bad_step}; the checkpoint before it is in {run.folder}."
             " A lower --lr_init (stage 2: --sr_lr) is the usual remedy"
         )
+        raise world.alike(error, 1)
     return values
 
 
-def _descend(recipe: Recipe, batch: Batch, world: World) -> dict[str, Tensor]:
+def descend(recipe: Recipe, batch: Batch, world: World) -> dict[str, Tensor]:
     losses, watch = recipe.losses(batch)
     for optimizer in recipe.optimizers:
         optimizer.zero_grad(set_to_none=True)

@@ -87,9 +87,3 @@ def test_pick_fills_a_dataclass_by_field_names():
         warmup: int
 
     assert pick(Spec, flags("--warmup", "3")) == Spec(1.0, 3)
-
-
-def test_several_processes_are_refused_for_now(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="torchrun"):
-        flags()

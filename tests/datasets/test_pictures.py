@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.dist import World
 from common.errors import UserError
 from datasets import DATASETS, DataSource, PictureSet, split_one_class
 from datasets.augment import AlignedSpec
@@ -41,6 +42,15 @@ def stream(source, spec=WIDE) -> PictureSet:
 
 def one_epoch(data: PictureSet, count: int = 2, epoch: int = 1, parts=((0, 3, 6), (1, 2))) -> list[torch.Tensor]:
     return list(data.copies([torch.as_tensor(part) for part in parts], count, seed=0, epoch=epoch))
+
+
+def test_processes_decode_their_part_of_the_same_copies(source):
+    data, parts = stream(source), [torch.tensor([0, 3, 6, 1, 2]), torch.tensor([5, 4])]
+    whole = list(data.copies(parts, 2, seed=0, epoch=1))
+    for rank in range(3):
+        world = World(rank, 3)
+        for all_of_them, own in zip(whole, data.copies(parts, 2, seed=0, epoch=1, world=world), strict=True):
+            assert torch.equal(own, all_of_them[:, world.share(all_of_them.shape[1]).positions()])
 
 
 def test_classes_labels_and_one_class_splits(source):

@@ -3,6 +3,7 @@ import shutil
 import pytest
 import torch
 
+from common.dist import World
 from common.seed import generator
 from datasets.augment import AlignedSpec, crop, draw_aligned
 from datasets.augment import aligned as aligned_views
@@ -53,6 +54,24 @@ def test_train_views_are_a_function_of_the_generator():
     c = train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 3))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert a.min() >= 0 and a.max() <= 1
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_see_their_part_of_the_same_views(processes):
+    """For any number of processes the same seed gives the same flips, shifts, partners and augmentation."""
+    images = images_of(torch.rand(7, 3, 8, 8))
+    shifts = ShiftSpec("rot_augmix").functions()  # looks twice at an image
+    parts, k = [torch.tensor([4, 0, 6, 2, 5])], 2 * len(shifts)
+
+    def views(world: World) -> torch.Tensor:
+        (copies,) = images.copies(parts, 2, seed=0, epoch=3, world=world)
+        return train_views(copies, shifts, AlignedSpec(), generator(0, "test"), share=world.share(5))
+
+    whole = views(World()).unflatten(0, (k, 5))
+    for rank in range(processes):
+        share = World(rank, processes).share(5)
+        own = views(World(rank, processes)).unflatten(0, (k, share.size))
+        torch.testing.assert_close(own, whole[:, share.positions()[: share.size]])
 
 
 def all_draws(images, batch_size: int, t: int = 0, reference=None, shifts=SHIFTS, aligned=None) -> torch.Tensor:
