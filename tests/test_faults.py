@@ -37,12 +37,12 @@ def test_saves_fall_between_epochs_and_on_a_signal(wholes, tmp_path):
     logs = tmp_path / "logs"
     code = (
         "import os, signal, sys, training.loop as loop, train\n"
-        "real, seen = loop._descend, []\n"
+        "real, seen = loop.descend, []\n"
         "def descend(recipe, batch):\n"
         "    seen.append(batch)\n"
         "    if (batch.epoch, batch.step) == (2, 1): os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return real(recipe, batch)\n"
-        "loop._descend = descend\n"
+        "loop.descend = descend\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     args = [a for a in STAGES[0].args(logs, None)]

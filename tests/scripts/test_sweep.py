@@ -114,10 +114,10 @@ def test_a_sweep_outlives_a_killed_job_and_a_failing_class(tmp_path):
 
 
 def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_through_submitit(tmp_path):
-    words = command(tmp_path, "5", [0], "--epochs", "30")
+    words = command(tmp_path, "5", [0], "--epochs", "80")
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "jobs" / "class_5_seed_0.log"
-    while first.poll() is None and not (log.is_file() and "epoch 1/30" in log.read_text()):
+    while first.poll() is None and not (log.is_file() and "epoch 1/80" in log.read_text()):
         time.sleep(0.005)
     second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert second.returncode == 2 and "another sweep is at work" in second.stderr
