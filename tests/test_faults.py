@@ -38,10 +38,10 @@ def test_saves_fall_between_epochs_and_on_a_signal(wholes, tmp_path):
     code = (
         "import os, signal, sys, training.loop as loop, train\n"
         "real, seen = loop.descend, []\n"
-        "def descend(recipe, batch):\n"
+        "def descend(recipe, batch, world):\n"
         "    seen.append(batch)\n"
         "    if (batch.epoch, batch.step) == (2, 1): os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return real(recipe, batch)\n"
+        "    return real(recipe, batch, world)\n"
         "loop.descend = descend\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
