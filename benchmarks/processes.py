@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from common.device import device_name, reuse_host_memory
+from common.device import device_name, pick_device, reuse_host_memory
 from common.dist import ALONE, World, processes
 from common.errors import command
 from common.files import save_tensors
@@ -124,7 +124,8 @@ def _work(rank: int, size: int, port: int, args: argparse.Namespace, folder: Pat
     if rows:
         header = ["part", "images", "images/s, one", f"images/s, {size}", "ratio"]
         print(markdown(header, rows), end="")
-        print(f"{size} processes of one thread, {device_name(torch.device('cpu'))}, torch {torch.__version__}")
+        what = device_name(pick_device(args.device, rank))
+        print(f"{size} processes on {what} each, torch {torch.__version__}")
 
 
 @command

@@ -10,19 +10,20 @@ Letters: W processes, B images of a batch, p = ceil(B / W) images of one process
 import contextlib
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.device import pick_device
-from common.errors import RunStopped, UserError
+from common.errors import RunStopped, UserError, tell
 
 T = TypeVar("T")
 
@@ -151,7 +152,8 @@ ALONE = World()
 class Share:
     """One process's part of a batch of `batch` images: p of them in order; past the last one comes the first again.
 
-    What comes again is computed in vain, so that all parts are of one size, and left out when parts are joined.
+    What comes again is computed in vain, so that all parts are of one size, and left out when parts are joined; only
+    batch normalisation sees it, in a batch that W does not divide.
     """
 
     batch: int
@@ -248,11 +250,12 @@ def told_once() -> Iterator[None]:
 def processes(device: str) -> Iterator[World]:
     """Join the processes that the launcher has started, on `device` (--device); one alone joins nothing.
 
-    What processes other than the first print is dropped. Raises: RunStopped in those that outlive another.
+    What processes other than the first print is dropped. One that fails ends at once, with its error told: to part in
+    order it would have to wait for the others, which wait for it.
     """
     with told_once():
         world = World.of(os.environ)
-        kind = pick_device(device, world.local_rank if world.size > 1 else None)
+    kind = pick_device(device, world.local_rank if world.size > 1 else None)
     if world.size == 1:
         yield world
         return
@@ -268,12 +271,25 @@ def processes(device: str) -> Iterator[World]:
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield world
-    except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
-            raise
-        raise RunStopped(
-            f"process {world.rank} of {world.size} has lost another one, whose own last lines say why."
-            " The same command goes on from the last checkpoint"
-        ) from None
-    finally:
-        dist.destroy_process_group()
+    except SystemExit as end:
+        _end(end.code if isinstance(end.code, int) else 1)
+    except BaseException as error:
+        _end(tell(_lost(error, world)))
+    dist.destroy_process_group()
+
+
+def _lost(error: BaseException, world: World) -> BaseException:
+    """The error itself, or in its place that another process has gone."""
+    if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
+        return error
+    first = str(error).strip().splitlines()[0]
+    return RunStopped(
+        f"process {world.rank} of {world.size} has lost touch with the others ({first}). If one of them has failed, its"
+        " own last lines say why; the same command goes on from the last checkpoint"
+    )
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

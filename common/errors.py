@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 
@@ -24,20 +25,27 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:
             return main(argv) or 0
-        except UserError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            return 2
-        except RunStopped as error:
-            print(f"stopped: {_one_line(error)}", file=sys.stderr)
-            return 1
-        except Terminated as error:
-            print(f"stopped: {_one_line(error)}", file=sys.stderr)
-            return 143
-        except KeyboardInterrupt:
-            print("interrupted; start the same command again to go on from the last checkpoint", file=sys.stderr)
-            return 130
+        except (UserError, RunStopped, Terminated, KeyboardInterrupt) as error:
+            return tell(error)
 
     return wrapped
+
+
+def tell(error: BaseException) -> int:
+    """Print an error as a command ends with it, in one line or as a traceback; its exit code."""
+    match error:
+        case UserError():
+            text, code = f"error: {_one_line(error)}", 2
+        case RunStopped():
+            text, code = f"stopped: {_one_line(error)}", 1
+        case Terminated():
+            text, code = f"stopped: {_one_line(error)}", 143
+        case KeyboardInterrupt():
+            text, code = "interrupted; start the same command again to go on from the last checkpoint", 130
+        case _:
+            text, code = "".join(traceback.format_exception(error)).rstrip(), 1
+    print(text, file=sys.stderr, flush=True)
+    return code
 
 
 def _one_line(error: Exception) -> str:

@@ -4,11 +4,13 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -45,6 +47,65 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path |
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+# In place of a handle: another process holds what was asked for.
+BUSY = -1
+_held: set[int] = set()
+
+
+def hold(path: Path, *, wait: float = 0.0) -> int | None:
+    """Hold a folder or file against other processes until `release`, or until this process ends.
+
+    wait: seconds to wait for another one that holds it. Returns a handle; BUSY; None where that cannot be had.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.add(handle)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(handle)
+                return BUSY
+            time.sleep(0.05)
+        except OSError:  # some network file systems lock nothing
+            os.close(handle)
+            return None
+
+
+def release(handle: int | None) -> None:
+    """Let go of what `hold` has returned."""
+    if handle in _held:
+        _held.discard(handle)  # type: ignore[arg-type]
+        os.close(handle)  # type: ignore[arg-type]
+
+
+def _drop_held() -> None:
+    """In a process that loads pictures: what its parent holds shall be free when the parent is gone."""
+    for handle in list(_held):
+        release(handle)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_held)
+
+
+@contextlib.contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """One process after the other, whoever comes first: for what several would write to `folder` at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = hold(folder, wait=math.inf)
+    try:
+        yield
+    finally:
+        release(handle)
 
 
 @contextlib.contextmanager

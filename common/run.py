@@ -4,17 +4,30 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from common.errors import UserError
-from common.files import is_whole, load_tensors, previous, published_epoch, save_tensors, write_json, write_text
+from common.files import (
+    BUSY,
+    hold,
+    is_whole,
+    load_tensors,
+    previous,
+    published_epoch,
+    release,
+    save_tensors,
+    write_json,
+    write_text,
+)
 from common.flags import Flags
 
 # Flags that are read and do not change what a run computes: it may go on under other values of these.
@@ -22,6 +35,8 @@ _FREE = frozenset(
     "overwrite dry_run num_worker image_cache log_root download_data local_rank"
     " save_step save_minutes error_step test_batch_size".split()
 )
+# How long a folder may still be held by a process that is about to go.
+_PATIENCE_S = 10.0
 # Flags that change numbers only as another machine does: a run may go on, and a line says so.
 _MACHINE = frozenset(("device", "compile"))
 
@@ -50,6 +65,7 @@ class Run:
         self._damaged = False
         self._seen: tuple[int, int] | None = None
         self._lock: int | None = None
+        self._launch = launch_id(os.environ)
         self._started: list[dict[str, Any]] = []
         self._processes = processes
         try:
@@ -66,14 +82,17 @@ class Run:
                     f"--log_root: {self.folder} exists and is no run folder of this program; choose another --suffix"
                 )
             return
-        if replace:
-            self._replace = True
-            return
         try:
             written = json.loads(config.read_text())
+            if replace and not self._started_again(written):
+                self._replace = True
+                return
             before = {name: written["flags"][name] for name in written["used"]}
             processes = written.get("processes", 1)
         except (OSError, ValueError, KeyError, TypeError):
+            if replace:
+                self._replace = True
+                return
             raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
         now = self.flags.as_dict()
         changed = _differences(before, now)
@@ -85,7 +104,8 @@ class Run:
                 changed.append(f"--batch_size was {steps[0]} (processes x images), is {steps[1]}")
             else:
                 print(
-                    f"note: a step was of {steps[0]} images, is of {steps[1]}; the run goes on, equal but for rounding"
+                    f"note: a step was of {steps[0]} images, is of {steps[1]}; the run goes on with the same draws"
+                    " (on CPUs batch normalisation sees the images of one process)"
                 )
         self._started = written.get("started", [])
         if changed:
@@ -98,6 +118,13 @@ class Run:
                 print(f"note: --{name} was {before[name]}; the run goes on, not bit for bit as it would have")
         self.state = self._read_state()
         self._seen = _stamp(self._resume)
+
+    def _started_again(self, written: dict[str, Any]) -> bool:
+        """Whether the launcher started this very run again after a fault: then --overwrite has had its effect."""
+        again = self._launch is not None and written.get("launch") == self._launch
+        if again:
+            print("note: --overwrite: the launcher has started this run again; it goes on")
+        return again
 
     def _read_state(self) -> dict[str, Any] | None:
         """Of the last checkpoint, or of the one before it where the last is damaged."""
@@ -123,7 +150,12 @@ class Run:
         started = [*self._started, describe_program()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.folder)
+            # A process that was killed may leave one behind that goes within seconds.
+            self._lock = hold(self.folder, wait=_PATIENCE_S)
+            if self._lock == BUSY:
+                raise UserError(
+                    f"--log_root: another process is at work in {self.folder}; let it end, or give a --suffix"
+                )
             if self._replace:
                 _empty(self.folder)
             elif _stamp(self._resume) != self._seen:
@@ -134,6 +166,7 @@ class Run:
                 "flags": self.flags.as_dict(),
                 "used": self.flags.used(),
                 "processes": self._processes,
+                "launch": self._launch,
                 "started": started,
             }
             write_json(self.folder / "args.json", config)
@@ -190,9 +223,17 @@ class Run:
             if stream is not None:
                 stream.close()
         self._log = self._metrics = self._board = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        release(self._lock)
+        self._lock = None
+
+
+def launch_id(env: Mapping[str, str]) -> str | None:
+    """What is the same for all starts by one launcher, torchrun, and different for the next; None without one."""
+    run_id = env.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:
+        return None
+    # An id that the user gave, or none, says little: then it is the launcher's process that counts.
+    return run_id if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", run_id) else f"{run_id} {os.getppid()}"
 
 
 class Follower(Run):
@@ -223,27 +264,6 @@ class Follower(Run):
 
     def close(self) -> None:
         pass
-
-
-def hold(folder: Path) -> int | None:
-    """Hold the folder against other processes for as long as the handle is open; None where that cannot be had.
-
-    Raises: UserError where another process holds it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(f"--log_root: another process is at work in {folder}; let it end, or give a --suffix") from None
-    except OSError:  # some network file systems lock no folders
-        os.close(handle)
-        return None
-    return handle
 
 
 def _empty(folder: Path) -> None:

@@ -4,6 +4,7 @@ Most are read into memory (`datasets.sets`); the training pictures of ImageNet-3
 (`datasets.pictures`).
 """
 
+import contextlib
 import gzip
 import zlib
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import in_turn
 from common.flags import pick
 from datasets.augment import AlignedSpec
 from datasets.folder import Layout, class_names, find_pictures, n_train_classes, read_picture, read_pictures
@@ -116,8 +118,10 @@ def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str
         import torchvision.datasets
 
         which = {"split": split} if by_split else {"train": split == "train"}
+        turn = in_turn(Path(source.data_path)) if source.download_data else contextlib.nullcontext()
         try:
-            data = getattr(torchvision.datasets, name)(source.data_path, download=source.download_data, **which)
+            with turn:
+                data = getattr(torchvision.datasets, name)(source.data_path, download=source.download_data, **which)
         except (RuntimeError, OSError, EOFError, ValueError) as error:
             if source.download_data:
                 reason = f"could not download or unpack {name} into {source.data_path} ({error})"

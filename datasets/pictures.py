@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.dist import ALONE, World
 from common.errors import UserError
-from common.files import write_json, write_whole
+from common.files import in_turn, write_json, write_whole
 from common.progress import progress
 from common.seed import generator
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
@@ -90,14 +90,14 @@ def open_cache(paths: Sequence[Path], short_side: int, folder: Path, *, workers:
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(json.dumps([short_side, facts]).encode()).hexdigest()[:16]
     file, index = folder / f"pixels_{key}.u8", folder / f"pixels_{key}.json"
-    if not _whole(file, index):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            held: dict[str, list] = {"sizes": [], "places": []}
-            write_whole(file, lambda out: _write_pixels(out, held, Decoded(paths, short_side), workers, skip_bad))
-            write_json(index, held)
-        except OSError as error:
-            raise UserError(f"--image_cache: cannot write {file} ({error.strerror})") from None
+    try:
+        with in_turn(folder):
+            if not _whole(file, index):
+                held: dict[str, list] = {"sizes": [], "places": []}
+                write_whole(file, lambda out: _write_pixels(out, held, Decoded(paths, short_side), workers, skip_bad))
+                write_json(index, held)
+    except OSError as error:
+        raise UserError(f"--image_cache: cannot write {file} ({error.strerror})") from None
     held = json.loads(index.read_text())
     missing = sorted(set(range(len(paths))) - set(held["places"]))
     if missing and not skip_bad:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import write_json
+from common.files import BUSY, hold, release, write_json
 from scripts.recipes import KINDS, Step
 
 ROOT = Path(__file__).parent.parent
@@ -82,7 +82,10 @@ class Record:
         return self._now.get("failure")
 
     def begin(self, step: Step) -> None:
-        self._now["steps"].setdefault(step.key, {"seconds": 0.0, "done": False})
+        # What the same command made of other flags is written over, so that is no longer done.
+        for other in self._now["steps"].values():
+            other["done"] = other["done"] and other["kind"] != step.kind
+        self._now["steps"].setdefault(step.key, {"kind": step.kind, "seconds": 0.0, "done": False})
         self._now |= {"running": {"key": step.key, "begun": time.time()}, "failure": None}
         self._write()
 
@@ -110,10 +113,22 @@ def work(
     """Start the commands of a job that are not done, one after the other; each is to be waited for before the next.
 
     A command that dies is started again up to `retries` times, since runs go on from their checkpoints; one that ends
-    with exit code 2 is not, since its input is wrong. stop: looked at before each.
+    with exit code 2 is not, since its input is wrong. stop: looked at before each. A job at which another process is at
+    work is left to it.
     """
-    record = Record(job)
     job.place.mkdir(parents=True, exist_ok=True)
+    job.log.touch()
+    lock = hold(job.log)
+    if lock == BUSY:
+        return
+    try:
+        yield from _commands(job, env, retries, stop)
+    finally:
+        release(lock)
+
+
+def _commands(job: Job, env: dict[str, str], retries: int, stop: Callable[[], bool]) -> Iterator[subprocess.Popen]:
+    record = Record(job)
     for step in job.steps:
         for attempt in range(1 + retries):
             if record.done(step):

@@ -21,8 +21,8 @@ _MODES: Mapping[str, Mapping[str, Any]] = {"train.py": STAGE1, "train_cocsr.py":
 class Recipe:
     """One row: what a family of published commands has in common. Flags are as one would write them.
 
-    net: of every command. shift: of those that know shifts. training: of both stages. coding: of stage 2 and of what
-    uses its dictionaries. stage2: of its training only. draws: of evaluation.
+    images: of every command. net: of those with a projector. shift: of those that know shifts. training: of both
+    stages. coding: of stage 2 and of what uses its dictionaries. stage2: of its training only. draws: of evaluation.
     """
 
     dataset: str
@@ -31,6 +31,7 @@ class Recipe:
     epochs: int
     more: int
     suffix: str = ""
+    images: str = ""
     net: str = "--simclr_dim 512"
     shift: str = "--shift_trans_type rot_bmix --mix_alpha 0.2"
     training: str = "--batch_size 128"
@@ -59,7 +60,8 @@ RECIPES = {
         10,
         60,
         20,
-        net="--image_size 16",
+        images="--image_size 16",
+        net="",
         training="--batch_size 32",
         stage1="--optimizer adam --lr_init 3e-4 --warmup 2",
         coding="--sr_dict_size 64 --sr_lambda 1e-3 --invert_sr_feature_norm",
@@ -147,6 +149,7 @@ def steps_of(
         before = make(kind.after) if kind.after else None
         words = ["--dataset", recipe.dataset, "--data_path", options.data_path, "--model", recipe.model]
         words += ["--one_class_idx", str(one_class_idx), "--seed", str(seed), "--mode", kind.mode]
+        words += recipe.images.split()
         words += [word for part in kind.parts for word in getattr(recipe, part).split()]
         if kind.script == "eval.py":
             assert before is not None

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from common.errors import RunStopped, Terminated, UserError, command
-from common.run import hold
+from common.files import BUSY, hold, release
 from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, steps_of
 from scripts.results import PUBLISHED
@@ -95,18 +95,20 @@ def _tell(job: Job, text: str) -> None:
 def run_submitted(jobs: Sequence[Job], cluster: str, settings: dict[str, Any], retries: int, out: Path) -> None:
     """Carry the jobs out as a Slurm job array (cluster "slurm"), or in processes of this machine in the same way.
 
-    settings: of submitit, such as slurm_partition, timeout_min, gpus_per_node. Raises: UserError without submitit.
+    settings: of submitit, such as slurm_partition; without, a job has a day (timeout_min) and, under Slurm, a GPU
+    (gpus_per_node). Raises: UserError without submitit.
     """
     try:
         import submitit
     except ImportError:
         raise UserError(f"--executor {cluster}: submitit is not installed; pip install submitit") from None
     executor = submitit.AutoExecutor(folder=out / "submitit", cluster=cluster)
+    usual = {"timeout_min": 24 * 60, **({"gpus_per_node": 1} if cluster == "slurm" else {})}
     try:
-        executor.update_parameters(**settings)
+        executor.update_parameters(**{**usual, **settings})
     except (NameError, TypeError, ValueError) as error:
         raise UserError(f"--set: {error}") from None
-    handles = executor.map_array(_carry_out, jobs, [retries] * len(jobs))
+    handles = executor.map_array(_CarryOut(), jobs, [retries] * len(jobs))
     for job, handle in zip(jobs, handles, strict=True):
         _tell(job, f"submitted as {handle.job_id}")
     for job, handle in zip(jobs, handles, strict=True):
@@ -119,9 +121,18 @@ def _failure(job: Job, handle: Any) -> str | None:
     return Record(job).failure or (str(error).strip().splitlines()[-1] if error else None)
 
 
-def _carry_out(job: Job, retries: int) -> None:
-    for process in work(job, {}, retries):
-        process.wait()
+class _CarryOut:
+    """What a machine of the cluster does. At the end of its time it is submitted again, and goes on."""
+
+    def __call__(self, job: Job, retries: int) -> None:
+        for process in work(job, {}, retries):
+            process.wait()
+
+    def checkpoint(self, job: Job, retries: int) -> Any:
+        """Called by submitit before a job is cut off."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, job, retries)
 
 
 def _seconds(job: Job, record: Record, method: str) -> float:
@@ -194,11 +205,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = RECIPES[options.recipe]
     out = (options.out or Path("logs") / f"sweep_{options.recipe}").absolute()
     options.data_path = str(Path(options.data_path).absolute())
-    options.epochs = options.epochs or recipe.epochs
-    options.more = options.more or recipe.more
+    options.epochs = recipe.epochs if options.epochs is None else options.epochs
+    options.more = recipe.more if options.more is None else options.more
     for name in ("jobs", "epochs", "more", "bootstrap"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be > 0, got {getattr(options, name)}")
+    if "--overwrite" in options.flags:
+        raise UserError(f"--overwrite: a sweep goes on from what there is; remove {out} to start anew")
     methods = [method for method in METHODS if method in options.methods]
     classes = options.classes if options.classes is not None else list(range(recipe.classes))
     seeds = list(dict.fromkeys(options.seeds))
@@ -207,15 +220,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in seeds
         for idx in classes
     ]
+    if not jobs:
+        raise UserError("--classes: no class in it")
     if options.dry_run:
         for job in jobs:
             print("\n".join(shlex.join(["python", *step.arguments]) for step in job.steps))
         return
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = hold(out)
-    except UserError:
-        raise UserError(f"--out: another sweep is at work in {out}; let it end, or give another folder") from None
+    lock = hold(out)
+    if lock == BUSY:
+        raise UserError(f"--out: another sweep is at work in {out}; let it end, or give another folder")
     try:
         todo = [job for job in jobs if not all(map(Record(job).done, job.steps))]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them finished; logs are in {out / 'jobs'}", flush=True)
@@ -224,13 +238,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif todo:
             run_submitted(todo, options.executor, dict(options.set), options.retries, out)
         records = {job: Record(job) for job in jobs}
+        failed = [job for job in jobs if not all(map(records[job].done, job.steps))]
+        for job in failed:
+            why = records[job].failure or "not finished; another sweep may be at work on it"
+            print(f"failed: {job.title}: {why}; see {job.log}", file=sys.stderr)
+        dataset = jobs[0].steps[0].value("dataset")
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         notes = {"epochs": f"{options.epochs} + {options.more}", "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
         table = write_tables(
             out,
-            jobs[0].steps[0].value("dataset"),
+            dataset,
             entries,
             classes=classes,
             seeds=seeds,
@@ -238,16 +257,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds=spent,
             notes=notes,
             times=options.bootstrap,
-            published=PUBLISHED.get(recipe.dataset),
+            # They are means over all classes.
+            published=PUBLISHED.get(dataset) if set(classes) >= set(range(recipe.classes)) else None,
         )
         print(f"\n{table}", end="")
         print(f"table.md, table.csv and table.json are in {out}", flush=True)
     finally:
-        if lock is not None:
-            os.close(lock)
-    failed = [job for job in jobs if not all(map(records[job].done, job.steps))]
-    for job in failed:
-        print(f"failed: {job.title}: {records[job].failure}; see {job.log}", file=sys.stderr)
+        release(lock)
     if failed:
         raise RunStopped(f"{len(failed)} of {len(jobs)} jobs failed; the same command tries them again")
 

@@ -3,7 +3,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def summarise(entries: Iterable[Entry], times: int) -> Summary:
     """Means over seeds and over classes with bootstrap intervals.
 
     Every entry sees the same `times` samples of test images, so that means of several are resampled as one. The mean
-    over classes is of the seeds that have all classes there are.
+    over classes is of the seeds that have all classes there are; where none has (`seeds` 0), of the classes' means.
     """
     entries = list(entries)
     samples = _bootstrap(entries, times)
@@ -86,10 +86,13 @@ def summarise(entries: Iterable[Entry], times: int) -> Summary:
         for entry in entries:
             if entry.method == method:
                 by_seed[entry.seed].append(entry)
-        whole = [group for group in by_seed.values() if len(group) == len(classes)] or list(by_seed.values())
-        found = [float(np.mean([entry.mean for entry in group])) for group in whole]
-        mean_samples = np.mean([np.mean([samples[entry] for entry in group], 0) for group in whole], 0)
-        means[method] = Cell.of(found, mean_samples), len(classes)
+        whole = [group for group in by_seed.values() if len(group) == len(classes)]
+        # Where no seed has them all: of what each class has, which says nothing of how seeds differ.
+        groups = whole or [grouped[idx, method] for idx in classes]
+        found = [float(np.mean([entry.mean for entry in group])) for group in groups]
+        mean_samples = np.mean([np.mean([samples[entry] for entry in group], 0) for group in groups], 0)
+        cell = Cell.of(found, mean_samples)
+        means[method] = cell if whole else replace(cell, std=None, seeds=0), len(classes)
     return Summary(samples, cells, means)
 
 
@@ -114,7 +117,9 @@ def _read_scores(path: Path) -> tuple[np.ndarray, np.ndarray]:
             rows = sorted((int(row["index"]), int(row["label"]), float(row["score"])) for row in csv.DictReader(file))
         _, labels, scores = (np.array(column) for column in zip(*rows, strict=True))
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--out: {path} is no file of scores; remove it, and evaluate again") from None
+        raise UserError(
+            f"--out: {path} is no file of scores; remove its job's record in jobs/ to evaluate again"
+        ) from None
     return scores, labels
 
 
@@ -167,7 +172,8 @@ def write_tables(
         + "\n"
     )
     write_text(out / "table.md", text)
-    write_text(out / "table.csv", comma_separated(*_columns(summary, classes, methods)))
+    numbers = [("published mean", {m: v / 100 for m, v in known.items()}), (unit, hours)]
+    write_text(out / "table.csv", comma_separated(*_columns(summary, classes, methods, dict(numbers))))
     each = [
         {
             **{name: getattr(entry, name) for name in ("method", "one_class_idx", "seed", "mean", "device")},
@@ -183,8 +189,10 @@ def write_tables(
     return text
 
 
-def _columns(summary: Summary, classes: Sequence[int], methods: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of numbers, a few columns for each method."""
+def _columns(
+    summary: Summary, classes: Sequence[int], methods: Sequence[str], more: dict[str, dict[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of numbers, a few columns for each method. more: rows of one number for each."""
     names = ("mean", "std", "low", "high", "seeds")
 
     def numbers(cell: Cell | None) -> list[str]:
@@ -197,4 +205,8 @@ def _columns(summary: Summary, classes: Sequence[int], methods: Sequence[str]) -
     header = ["normal", *(f"{method} {name}" for method in methods for name in names)]
     rows = [row(f"class {idx}", (summary.cells.get((idx, method)) for method in methods)) for idx in classes]
     means = (summary.means[method][0] if method in summary.means else None for method in methods)
-    return header, [*rows, row("mean", means)]
+    rows.append(row("mean", means))
+    for title, found in more.items():
+        blank = [""] * (len(names) - 1)
+        rows.append([title, *(cell for m in methods for cell in (repr(found[m]) if m in found else "", *blank))])
+    return header, rows

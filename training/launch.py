@@ -81,18 +81,11 @@ def open_run(folder: Path, flags: Flags, world: World, *, weights: str, resume: 
 def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> Recipe:
     """Read the data and build the recipe, with the same weights in all processes."""
     backbone = backbone_spec(flags.model)
-    values = flags.as_dict()
-    # Of processes that would write the same files at once, the first of each machine goes ahead.
-    turns = 2 if world.size > 1 and (values["download_data"] or values["image_cache"]) else 1
-    recipe = None
-    for turn in range(turns):
-        with world.together(), memory_errors(_remedy(flags)):
-            if turn == min(world.local_rank, turns - 1):
-                source = DataSource.of(flags, flags.dataset, training=True)
-                size, fixed = backbone.image_size, backbone.fixed_size
-                split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
-                recipe = mode.build(flags, split, shifts, world)
-    assert recipe is not None
+    with world.together(), memory_errors(_remedy(flags)):
+        source = DataSource.of(flags, flags.dataset, training=True)
+        size, fixed = backbone.image_size, backbone.fixed_size
+        split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
+        recipe = mode.build(flags, split, shifts, world)
     world.copy_first(recipe.model.state_dict().values())
     return recipe
 

@@ -91,7 +91,8 @@ def fit(
     else:
         recipe.begin(run)
         run.save(*_state(recipe, first))
-    stop = world.any_of(stop)
+    # The same answers in all processes, whoever hears the signal and whatever the clocks say.
+    stop, due = world.any_of(stop), world.any_of(lambda: next_save.is_now())
     ringing: set[str] = set()
     next_save = _Due(save_minutes)
     started = told = time.monotonic()
@@ -108,7 +109,7 @@ def fit(
             if done == total_steps:
                 continue  # The end of the epoch saves by rules of its own.
             asked = stop()
-            if asked or (world.first and next_save.is_now()):
+            if due() or asked:
                 _read(meter, run, epoch, world)  # What is spoilt is not kept.
                 run.save(*_state(recipe, epoch - 1, done, meter))
                 next_save = _Due(save_minutes)
@@ -131,7 +132,7 @@ def fit(
             run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
             told = time.monotonic()
         asked = stop()
-        if epoch % save_step == 0 or epoch == epochs or asked or next_save.is_now():
+        if due() or epoch % save_step == 0 or epoch == epochs or asked:
             run.save(*_state(recipe, epoch))
             next_save = _Due(save_minutes)
         if asked and epoch < epochs:
