@@ -282,10 +282,10 @@ def _lost(error: BaseException, world: World) -> BaseException:
     """The error itself, or in its place that another process has gone."""
     if not isinstance(error, RuntimeError) or not (isinstance(error, dist.DistError) or _GONE.search(str(error))):
         return error
-    first = str(error).strip().splitlines()[0]
+    why = "" if _GONE.search(str(error)) else f" ({str(error).strip().splitlines()[0]})"
     return RunStopped(
-        f"process {world.rank} of {world.size} has lost touch with the others ({first}). If one of them has failed, its"
-        " own last lines say why; the same command goes on from the last checkpoint"
+        f"process {world.rank} of {world.size} has lost touch with the others{why}. If one of them has failed, its own"
+        " last lines say why; the same command goes on from the last checkpoint"
     )
 
 

@@ -1,11 +1,24 @@
 import os
 import pickle
+import threading
+import time
 
 import pytest
 import torch
 
 from common.errors import UserError
-from common.files import load_state_dict, load_tensors, published_epoch, save_tensors, write_text, write_whole
+from common.files import (
+    BUSY,
+    hold,
+    in_turn,
+    load_state_dict,
+    load_tensors,
+    published_epoch,
+    release,
+    save_tensors,
+    write_text,
+    write_whole,
+)
 
 
 class Bomb:
@@ -106,3 +119,26 @@ def test_safetensors_load_too(tmp_path):
         load_state_dict(path, flag="load_path")
     with pytest.raises(UserError, match="--load_path: no checkpoint"):
         load_state_dict(tmp_path / "b.safetensors", flag="load_path")
+
+
+def test_what_one_holds_another_waits_for_and_children_do_not_keep(tmp_path):
+    handle = hold(tmp_path)
+    assert handle is not None and handle >= 0 and hold(tmp_path) == BUSY
+    # A child that outlives its parent's hold has dropped it.
+    child = os.fork()
+    if child == 0:
+        time.sleep(5)
+        os._exit(0)
+    time.sleep(0.1)
+    threading.Timer(0.3, release, [handle]).start()
+    begun = time.monotonic()
+    second = hold(tmp_path, wait=4)
+    assert second != BUSY and 0.2 < time.monotonic() - begun < 4
+    release(second)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    with in_turn(tmp_path / "new"):
+        assert hold(tmp_path / "new") == BUSY
+    third = hold(tmp_path / "new")
+    assert third != BUSY
+    release(third)

@@ -1,11 +1,12 @@
 import json
+import os
 
 import pytest
 import torch
 
 from common.errors import UserError
 from common.flags import Flags
-from common.run import Run, start_epoch
+from common.run import Run, launch_id, start_epoch
 
 VALUES = {"mode": "simclr", "dataset": "digits", "data_path": "a", "epochs": 4, "lr_init": 0.1, "save_step": 10}
 VALUES |= {"overwrite": False, "ood_samples": 1, "device": "auto"}
@@ -49,6 +50,20 @@ def test_another_configuration_is_refused_and_overwrite_replaces_it(half_done):
     new.open()
     assert not (half_done / "last.model").exists()
     assert json.loads((half_done / "args.json").read_text())["flags"]["lr_init"] == 0.2
+
+
+def test_overwrite_has_its_effect_once_however_often_the_launcher_starts_the_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "476e83b0-e7d4-49aa-b2e0-dc9ff1e4f088")
+    run = run_in(tmp_path / "run", overwrite=True)
+    run.open()
+    run.save({"w": torch.ones(2)}, {"epoch": 2})
+    run.close()
+    assert run_in(tmp_path / "run", overwrite=True).state == {"epoch": 2}
+    assert "it goes on" in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "576e83b0-e7d4-49aa-b2e0-dc9ff1e4f088")
+    assert run_in(tmp_path / "run", overwrite=True).state is None
+    # An id that the user chose stays the same from launch to launch; the launcher's process does not.
+    assert launch_id({"TORCHELASTIC_RUN_ID": "run1"}) == f"run1 {os.getppid()}" and launch_id({}) is None
 
 
 def test_flags_that_the_run_did_not_read_may_change_and_another_device_is_told(half_done, capsys):

@@ -1,5 +1,6 @@
 """Sweeps over classes and seeds: their commands, their table, and what becomes of them when something fails."""
 
+import argparse
 import json
 import shlex
 import signal
@@ -11,7 +12,8 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from evals.detection import mean_aurocs, resampled
-from scripts.recipes import METHODS
+from scripts.jobs import Job, Record
+from scripts.recipes import METHODS, RECIPES, steps_of
 from scripts.sweep import main
 from scripts.tables import Entry, summarise
 from tests.conftest import ROOT
@@ -107,6 +109,59 @@ def test_intervals_of_means_resample_all_seeds_and_classes_alike(tmp_path):
     assert [mean.low, mean.high] == pytest.approx(
         np.percentile(np.mean([samples[i] for i in (0, 1, 3, 4)], 0), (2.5, 97.5))
     )
+
+
+def test_where_no_seed_has_all_classes_the_mean_is_of_what_there_is_and_says_so(tmp_path):
+    labels = np.arange(90) % 3
+    entries = []
+    for idx, seed, shift in ((0, 0, 3.0), (1, 0, 0.1), (1, 1, 0.1), (2, 1, 1.0)):
+        rng = np.random.default_rng([idx, seed])
+        scores = rng.normal(size=90) + shift * (labels == idx)
+        path = tmp_path / f"{idx}_{seed}.csv"
+        path.write_text("index,label,score\n" + "".join(f"{i},{labels[i]},{float(scores[i])!r}\n" for i in range(90)))
+        mean = float(mean_aurocs(scores, labels, idx, np.ones((1, 90)))[0])
+        entries.append(Entry("CSI", "CSI", idx, seed, mean, path, "cpu"))
+    cell, classes = summarise(entries, 50).means["CSI"]
+    a, b, c, d = (entry.mean for entry in entries)
+    assert cell.mean == pytest.approx(np.mean([a, (b + c) / 2, d])) and (cell.std, cell.seeds, classes) == (None, 0, 3)
+    assert "(0 of 2 seeds)" in cell.text(2)
+
+
+def test_results_that_other_flags_wrote_over_are_made_again(tmp_path, capsys):
+    """Flags A, then B, then A again: the files are B's."""
+
+    def job(*flags) -> Job:
+        words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=list(flags))
+        return Job(0, 0, steps_of(RECIPES["digits"], ["CSI"], 0, 0, tmp_path, words), tmp_path / "jobs")
+
+    a, b = job("--ood_samples", "1"), job("--ood_samples", "2")
+    (tmp_path / "jobs").mkdir()
+    for one in (a, b):
+        record = Record(one)
+        for step in one.steps:
+            if not record.done(step):
+                record.begin(step)
+                record.end(step, 0)
+        assert all(map(Record(one).done, one.steps))
+    assert [Record(a).done(step) for step in a.steps] == [False, False]  # training was written over, too
+    Record(b).begin(b.steps[1])  # and then the machine fails
+    b.log.write_text("\nlast words\n")
+    assert Record(b).seconds[b.steps[1].key] >= 0 and not Record(b).done(b.steps[1]) and Record(b).done(b.steps[0])
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--classes", "9-0"], "--classes"),
+        (["--epochs", "0"], "--epochs must be > 0"),
+        (["--jobs", "-1"], "--jobs must be > 0"),
+        (["--", "--overwrite"], "--overwrite"),
+    ],
+)
+def test_what_a_sweep_cannot_do_is_told(args, told, tmp_path, capsys):
+    assert main(["digits", "--out", str(tmp_path / "out"), *args]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_sweep_outlives_a_killed_job_and_a_failing_class(tmp_path):
