@@ -107,9 +107,12 @@ def arguments(logs, *more):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of two processes."""
+    """A run of two processes, as the published program starts them: the launcher adds --local-rank to the flags."""
     logs = tmp_path_factory.mktemp("two")
-    done = two("train.py", *arguments(logs))
+    published = ["-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29617"]
+    command = [sys.executable, *published, "train.py", *arguments(logs)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.count("2 processes") == 1, done.stderr
     return next(logs.iterdir())
 
