@@ -29,6 +29,7 @@ from common.progress import progress
 from common.seed import generator
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.folder import centre, read_upright, tell_skipped, unreadable
+from datasets.sets import floats
 
 
 class Pixels(Protocol):
@@ -218,7 +219,7 @@ class PictureSet:
         """The middles of the pictures at `index` (b,) as floats in [0, 1] on `device`, (b, 3, S, S)."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
-        return self._floats(torch.from_numpy(np.stack(middles)))
+        return floats(torch.from_numpy(np.stack(middles)).to(self.device, non_blocking=True))
 
     def copies(
         self,
@@ -230,7 +231,7 @@ class PictureSet:
         first: int = 0,
         world: World = ALONE,
     ) -> Iterator[Tensor]:
-        """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), floats.
+        """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), uint8.
 
         first: how many batches to pass over. world: of several processes each gets the images at its share's
         `positions` only.
@@ -249,10 +250,7 @@ class PictureSet:
         for batch in loader:
             if isinstance(batch, str):
                 raise UserError(batch)
-            yield self._floats(batch)
-
-    def _floats(self, pixels: Tensor) -> Tensor:
-        return pixels.to(self.device, non_blocking=True).float().div_(255)
+            yield batch.to(self.device, non_blocking=True)
 
     def to(self, device: torch.device) -> "PictureSet":
         """Deliver batches on `device`."""

@@ -1,4 +1,4 @@
-"""Images held in memory as uint8; only batches become floats.
+"""Images held in memory as uint8, and floats made of them as late as can be.
 
 Letters: N images, B of a batch, C copies. Images are (N, 3, H, W) uint8, labels (N,) int64. A set is held on the
 compute device where it fits there, else in host memory.
@@ -52,8 +52,10 @@ class ImageSet:
 
     def batch(self, index: Tensor) -> Tensor:
         """Images at `index` (b,) as floats in [0, 1] on `device`."""
-        chosen = self.images[index.to(self.images.device)]
-        return chosen.to(self.device, non_blocking=True).float().div_(255)
+        return floats(self._pixels(index))
+
+    def _pixels(self, index: Tensor) -> Tensor:
+        return self.images[index.to(self.images.device)].to(self.device, non_blocking=True)
 
     def copies(
         self,
@@ -65,7 +67,7 @@ class ImageSet:
         first: int = 0,
         world: World = ALONE,
     ) -> Iterator[Tensor]:
-        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), floats.
+        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), uint8.
 
         first: how many batches to pass over. world: of several processes each gets the images at its share's
         `positions` only, flipped as they would be for one.
@@ -76,7 +78,7 @@ class ImageSet:
             if world.size > 1:
                 share = world.share(len(index))
                 index, flip = index[share.positions(index.device)], flip[:, share.positions(self.device)]
-            x = self.batch(index)
+            x = self._pixels(index)
             yield torch.stack([hflip(x, flip_B) for flip_B in flip])
 
     def where(self, keep: Tensor) -> "ImageSet":
@@ -92,6 +94,11 @@ class ImageSet:
         if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             images = images.to(device)
         return replace(self, images=images, device=device)
+
+
+def floats(pixels: Tensor) -> Tensor:
+    """Of bytes, of any shape, floats in [0, 1]."""
+    return pixels.float().div_(255)
 
 
 def image_set(

@@ -11,27 +11,37 @@ from torch import Generator, Tensor
 
 from common.dist import ALONE, Share, World
 from common.seed import generator
-from datasets.augment import AlignedDraw, AlignedSpec, aligned, draw_aligned, hflip
+from datasets.augment import AlignedDraw, AlignedSpec, Numbers, aligned, draw_aligned, draw_numbers, draw_of, hflip
 from datasets.pictures import PictureSet
-from datasets.sets import ImageSet
+from datasets.sets import ImageSet, floats
 from datasets.shifts import Shift
 
 LookDraws = tuple[AlignedDraw, AlignedDraw] | None
+LookNumbers = tuple[Numbers, Numbers] | None
 
 
 def render_views(
-    copies: Tensor, shifts: Sequence[Shift], looks: Sequence[Sequence[LookDraws]], draw: AlignedDraw, batch: int
+    copies: Tensor,
+    shifts: Sequence[Shift],
+    looks: Sequence[Sequence[LookNumbers]],
+    numbers: Numbers,
+    spec: AlignedSpec,
+    batch: int,
 ) -> Tensor:
-    """Copies (C, B, 3, H, W) by their draws: looks of each copy under each shift, draw of all C * K * B views.
+    """Copies (C, B, 3, H, W), uint8, by what was drawn: for the looks of each copy under each shift, and for all
+    C * K * B views.
 
     batch: B. Each image is mixed with the next one, and the last with the first, or with one more that is there for it.
     It draws nothing and calls on no device, so that `torch.compile` makes a few fused passes of it.
     """
+    size = (copies.shape[3], copies.shape[4])
     views = []
-    for x, looks_of_copy in zip(copies, looks, strict=True):
+    for x, looks_of_copy in zip(floats(copies), looks, strict=True):
         own, partner = (x, x.roll(-1, 0)) if len(x) == batch else (x[:-1], x[1:])
-        views += [apply_shift(shift, own, partner, look) for shift, look in zip(shifts, looks_of_copy, strict=True)]
-    return aligned(torch.cat(views), draw)
+        for shift, look in zip(shifts, looks_of_copy, strict=True):
+            views.append(apply_shift(shift, own, partner, _look_draws(shift, look, size)))
+    which = shift_labels(len(shifts), batch, len(copies), copies.device)
+    return aligned(torch.cat(views), _spared(draw_of(numbers, size, spec), shifts, which))
 
 
 def train_views(
@@ -42,23 +52,22 @@ def train_views(
     render: Callable[..., Tensor] = render_views,
     share: Share | None = None,
 ) -> Tensor:
-    """Copies of each image (C, B, 3, H, W) under all K shifts, then augmented: (C * K * B, 3, H, W).
+    """Copies of each image (C, B, 3, H, W), uint8, under all K shifts, then augmented: (C * K * B, 3, H, W), floats.
 
     Order: [copy 1: shift 0 of all B images, shift 1, ...; copy 2: the same]. The mix partner of image i is image
     (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one. render: `render_views`, or that compiled.
     share: copies are of the images at its `positions` in a larger batch, for all of which parameters are drawn; the
     views are those of its p images.
     """
-    count, images, _, *size = copies.shape
-    share = share or Share(images)
-    looks = [[_draw_looks(shift, share.batch, (size[0], size[1]), generator) for shift in shifts] for _ in copies]
-    draw = draw_aligned(count * len(shifts) * share.batch, (size[0], size[1]), spec, generator)
+    rows = len(copies) * len(shifts)
+    share = share or Share(copies.shape[1])
+    looks = [[_look_numbers(shift, share.batch, generator) for shift in shifts] for _ in copies]
+    numbers = draw_numbers(rows * share.batch, spec, generator)
     if share.world.size > 1:
         own = share.positions(copies.device)[: share.size]
         looks = [[look and (look[0][own], look[1][own]) for look in of_copy] for of_copy in looks]
-        draw = draw[share.rows(count * len(shifts), copies.device)]
-    which = shift_labels(len(shifts), share.size, count, copies.device)
-    return render(copies, shifts, looks, _spared(draw, shifts, which), share.size)
+        numbers = numbers[share.rows(rows, copies.device)]
+    return render(copies, shifts, looks, numbers, spec, share.size)
 
 
 def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> Tensor:
@@ -73,10 +82,16 @@ def apply_shift(shift: Shift, x: Tensor, partner: Tensor, looks: LookDraws) -> T
     return shift.combine(*(shift.looks.make(x, draw) for draw in looks))
 
 
-def _draw_looks(shift: Shift, n: int, size: tuple[int, int], generator: Generator) -> LookDraws:
+def _look_numbers(shift: Shift, n: int, generator: Generator) -> LookNumbers:
     if shift.looks is None:
         return None
-    return draw_aligned(n, size, shift.looks.spec, generator), draw_aligned(n, size, shift.looks.spec, generator)
+    return draw_numbers(n, shift.looks.spec, generator), draw_numbers(n, shift.looks.spec, generator)
+
+
+def _look_draws(shift: Shift, numbers: LookNumbers, size: tuple[int, int]) -> LookDraws:
+    if shift.looks is None or numbers is None:
+        return None
+    return draw_of(numbers[0], size, shift.looks.spec), draw_of(numbers[1], size, shift.looks.spec)
 
 
 def _spared(draw: AlignedDraw, shifts: Sequence[Shift], which: Tensor) -> AlignedDraw:
@@ -142,7 +157,8 @@ def draw_set(images: ImageSet | PictureSet, spec: DrawSpec, t: int) -> SetDraw:
     if spec.aligned is not None:
         draw = draw_aligned(n * k_shifts, images.size, spec.aligned, gen)
         draw = _spared(draw, spec.shifts, torch.arange(k_shifts, device=images.device).repeat(n))
-    return SetDraw(flip_NK, [_draw_looks(shift, n, images.size, gen) for shift in spec.shifts], draw)
+    looks = [_look_draws(shift, _look_numbers(shift, n, gen), images.size) for shift in spec.shifts]
+    return SetDraw(flip_NK, looks, draw)
 
 
 def set_views(

@@ -14,7 +14,7 @@ from datasets import ImageSet, PictureSet
 
 
 class Batch(NamedTuple):
-    """copies (C, B, 3, H, W) flipped, floats in [0, 1]; labels (B,); epoch counts from 1, step from 0.
+    """copies (C, B, 3, H, W) flipped, uint8; labels (B,); epoch counts from 1, step from 0.
 
     share: which of the B images `copies` has, where several processes share the batch; labels are those of all.
     """

@@ -7,20 +7,17 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from common.seed import generator
+from datasets import augment
 from datasets.augment import (
     AlignedDraw,
     AlignedSpec,
     aligned,
-    contrast,
     crop,
     crop_boxes,
     draw_aligned,
     draw_tries,
-    gray,
     hflip,
-    hsv_jitter,
     hsv_to_rgb,
-    jitter,
     rgb_to_hsv,
 )
 
@@ -31,6 +28,15 @@ def draw_of(n: int, **changes: torch.Tensor) -> AlignedDraw:
     box = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(n, 4)
     values = {"jitter": off, "hsv_first": off, "contrast": one, "hue": 0 * one, "saturation": one, "value": one}
     return AlignedDraw(**{**values, "gray": off, "box": box, **changes})
+
+
+def on_images(step):
+    """A step on planes (V, H, W) as one on images (V, 3, H, W)."""
+    return lambda x, *parameters: torch.stack(step(x.unbind(1), *parameters), 1)
+
+
+contrast, gray = on_images(augment.contrast), on_images(augment.gray)
+hsv_jitter, jitter = on_images(augment.hsv_jitter), on_images(augment.jitter)
 
 
 def test_known_crops_and_colours(golden):

@@ -12,6 +12,7 @@ from common.errors import UserError
 from datasets import DATASETS, DataSource, PictureSet, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.pictures import Decoded, open_cache
+from datasets.sets import floats
 from tests.datasets.test_folder import save
 
 WIDE = AlignedSpec()
@@ -77,7 +78,7 @@ def test_middles_are_the_centre_of_the_picture_at_eight_sevenths(source):
 def test_a_crop_is_the_drawn_box_of_the_picture_resized(source):
     """With the whole frame as the crop, a copy is the picture squeezed into a square, or its mirror image."""
     data = stream(source, WHOLE)
-    (copies,) = one_epoch(data, count=20, parts=[(2,)])
+    copies = floats(one_epoch(data, count=20, parts=[(2,)])[0])
     squeezed = Image.fromarray(data.pixels[2]).resize((28, 28), Image.Resampling.BILINEAR)
     expected = torch.from_numpy(np.asarray(squeezed).transpose(2, 0, 1).copy()) / 255
     flipped = [not torch.allclose(copy[0], expected, atol=1.1 / 255) for copy in copies]
@@ -92,7 +93,7 @@ def test_crops_cover_the_share_of_the_area_that_is_asked_for(tmp_path):
     ramp[..., 0], ramp[..., 1] = np.arange(100), np.arange(100)[:, None]
     path = save(Image.fromarray(ramp), tmp_path / "a.png")
     data = PictureSet(Decoded([path], 100), torch.zeros(1), AlignedSpec(resize_factor=0.25, resize_fix=True), 50, 0)
-    (copies,) = one_epoch(data, count=40, parts=[(0,)])
+    copies = floats(one_epoch(data, count=40, parts=[(0,)])[0])
     red, green = copies[:, 0, 0], copies[:, 0, 1]
     width = (red[:, :, -1] - red[:, :, 0]).abs().mean(1) * 255 * 50 / 49
     height = (green[:, -1] - green[:, 0]).mean(1) * 255 * 50 / 49

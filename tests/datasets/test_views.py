@@ -49,7 +49,7 @@ def test_labels_follow_the_views():
 
 
 def test_train_views_are_a_function_of_the_generator():
-    x = torch.rand(2, 4, 3, 8, 8)
+    x = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8)
     a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2)) for _ in range(2))
     c = train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 3))
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -172,7 +172,7 @@ def test_plain_views_are_the_shifted_images_themselves():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_views_are_the_same():
-    x = torch.rand(2, 4, 3, 8, 8, generator=generator(0, "x"))
+    x = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8, generator=generator(0, "x"))
     render = torch.compile(render_views, dynamic=False, fullgraph=True)
     a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2), f) for f in (render_views, render))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)

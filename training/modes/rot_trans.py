@@ -13,6 +13,7 @@ from common.flags import Flags, pick
 from common.seed import generator, seed_of
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
+from datasets.sets import floats
 from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
 from models.checkpoint import build_rot_trans
@@ -45,7 +46,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views, labels = transformed(batch.own[0], gen, batch.share)
+        views, labels = transformed(floats(batch.own[0]), gen, batch.share)
         with amp():
             logits = in_pieces(net, views, batch.share.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.share.gather, logits)), labels), {})
