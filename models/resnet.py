@@ -80,4 +80,5 @@ class ResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
-        return x.mean((2, 3))
+        # Channels last, as `x` lies in memory: its gradient then lies there in the same way.
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
