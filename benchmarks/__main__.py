@@ -1,8 +1,8 @@
 """How far each part is from the machine's limit, and from the published formulation: `python -m benchmarks`.
 
-One process, in turns, medians; both results are compared before anything is timed. Ceilings, measured first: the speed
-of the fastest large float32 product (bf16, too, on a GPU) and of a large copy. `ratio` leaves the published side the
-C library's own memory policy, `kept` gives it ours (a CPU only).
+In turns, medians; both results are compared before anything is timed. Ceilings, measured first: the speed of the
+fastest large float32 product (bf16, too, on a GPU) and of a large copy. `kept`: both sides in one process, under our
+memory policy. `ratio`: on a CPU the published side has a process of its own that sets nothing.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = []
     for name in args.only or [name for name in PARTS if limits.product_bf16 or not name.endswith("_bf16")]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found.append(compare(PARTS[name](device), device, repeats=args.repeats))
+        found.append(compare(PARTS[name], device, repeats=args.repeats))
     if args.json:
         rows = [dict(zip(HEADER, row(f, limits), strict=True)) for f in found]
         facts = {"device": device_name(device), "torch": torch.__version__, **asdict(limits)}

@@ -1,11 +1,13 @@
-"""Ours against the published formulation: the same inputs, in one process, in turns, results compared first."""
+"""Ours against the published formulation: the same inputs, in turns, results compared first."""
 
 import contextlib
-import ctypes
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,6 @@ from common.device import reuse_host_memory
 # A part whose rounds are slow gets fewer of them: as many as fit in so many seconds, one at least; and sides that take
 # so many seconds are not warmed up.
 _SECONDS, _SLOW = 120, 1.0
-# From malloc.h; the sizes are the largest that glibc lets its thresholds grow to by themselves.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
-_GLIBC = {_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: 32 * 2**20, _M_TRIM_THRESHOLD: 64 * 2**20}
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ class Part:
 class Comparison:
     """Seconds are medians of `rounds` rounds, bytes the peak that one call allocates beyond what was there.
 
-    published_s: under glibc's own memory policy, as a process has it that sets nothing; published_kept_s: under ours.
+    published_kept_s: in the process of ours, under our memory policy. published_s: in a process of its own that sets
+    nothing, as a user of the published program has it; on a GPU, which host memory does not bound, the same.
     work: floating-point operations of the products and convolutions of ours.
     """
 
@@ -70,9 +70,11 @@ class Comparison:
         return max(self.work / product, self.part.traffic / copy) / self.ours_s
 
 
-def compare(part: Part, device: torch.device, *, repeats: int) -> Comparison:
-    """Check that both agree, then time them in turns, `repeats` times each or as often as time allows."""
+def compare(make: Callable[[torch.device], Part], device: torch.device, *, repeats: int) -> Comparison:
+    """Check that both sides of the part that `make` makes agree, then time them in turns, `repeats` times each or as
+    often as time allows. `make` is called in another process, too, hence to be pickled."""
     reuse_host_memory()
+    part = make(device)
     mine, ours_bytes = peak_bytes(part.ours, device)
     begun = time.perf_counter()
     theirs, published_bytes = peak_bytes(part.published, device)
@@ -82,36 +84,45 @@ def compare(part: Part, device: torch.device, *, repeats: int) -> Comparison:
     with FlopCounterMode(display=False) as counter:
         part.ours()
     rounds = max(1, min(repeats, int(_SECONDS / (3 * taken))))
-    sides = (
-        (part.ours, reuse_host_memory),
-        (part.published, glibc_memory),
-        (part.published, reuse_host_memory),
-    )
-    seconds: list[list[float]] = [[] for _ in sides]
-    for _ in range(rounds):
-        for (run, policy), found in zip(sides, seconds, strict=True):
-            policy()
-            if taken < _SLOW:
-                run()  # The heap grows to what this side keeps, and settles; of no weight in a slow part.
-                run()
-            found.append(timed(run, device))
-    reuse_host_memory()
-    ours, published, kept = (statistics.median(found) for found in seconds)
+    sides: dict[str, Callable[[], float]] = {
+        "ours": partial(timed, part.ours, device),
+        "kept": partial(timed, part.published, device),
+    }
+    with _alone(make, device) if device.type == "cpu" else contextlib.nullcontext(sides["kept"]) as alone:
+        sides["published"] = alone
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                if taken < _SLOW:
+                    side()  # Caches fill, the heap grows to what this side keeps; of no weight in a slow part.
+                seconds[name].append(side())
+    ours, kept, published = (statistics.median(found) for found in seconds.values())
     work = counter.get_total_flops()
     return Comparison(part, rounds, ours, published, kept, ours_bytes, published_bytes, work, remark)
 
 
-def glibc_memory() -> None:
-    """Hand freed blocks back to the system as glibc does when nobody tells it otherwise (glibc only; else nothing).
+@contextlib.contextmanager
+def _alone(make: Callable[[torch.device], Part], device: torch.device) -> Iterator[Callable[[], float]]:
+    """What times the published side of a part once, in a process that lives as long as the context."""
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawned, _hold, (make, device, torch.get_num_threads())) as process:
+        yield lambda: process.submit(_published_seconds, device).result()
 
-    It raises its thresholds as a process frees large blocks; a setting once made stops that, so they are set to where
-    it would end, which favours the published side.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        for parameter, value in _GLIBC.items():
-            libc.mallopt(parameter, value)
-        libc.malloc_trim(0)
+
+# What the process of `_alone` measures.
+_HELD: list[Part] = []
+
+
+def _hold(make: Callable[[torch.device], Part], device: torch.device, threads: int) -> None:
+    torch.set_num_threads(threads)
+    _HELD.append(make(device))
+    # glibc raises its thresholds to the size of a block that is freed, up to 32 MiB: as far as they go, which favours
+    # this side, and as far as they would be in a process that has trained a network.
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+def _published_seconds(device: torch.device) -> float:
+    return timed(_HELD[0].published, device)
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
