@@ -1,8 +1,8 @@
 """How far each part is from the machine's limit, and from the published formulation: `python -m benchmarks`.
 
 In turns, medians; both results are compared before anything is timed. Ceilings, measured first: the speed of the
-fastest large float32 product (bf16, too, on a GPU) and of a large copy. `kept`: both sides in one process, under our
-memory policy. `ratio`: on a CPU the published side has a process of its own that sets nothing.
+fastest large float32 product (bf16, too, on a GPU) and of a large copy. Each part has a process of its own. `kept`:
+both sides in it, under our memory policy; `ratio`: on a CPU the published side is in one more that sets nothing.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import augmentation, coding, dictionary, kmeans, stage1
 from benchmarks.ceilings import Ceilings
-from benchmarks.compare import Comparison, Part, compare
+from benchmarks.compare import Comparison, Part, apart, compare
 from common.device import device_name, pick_device, reuse_host_memory
 from common.errors import UserError, command
 from scripts.results import markdown
@@ -40,8 +40,8 @@ PARTS: dict[str, Callable[[torch.device], Part]] = {
 
 def row(found: Comparison, limits: Ceilings) -> list[str]:
     return [
-        found.part.name,
-        found.part.size,
+        found.name,
+        found.size,
         f"{1e3 * found.ours_s:.1f} ms",
         f"{1e3 * found.published_s:.1f} ms",
         f"{found.ratio:.1f}",
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = []
     for name in args.only or [name for name in PARTS if limits.product_bf16 or not name.endswith("_bf16")]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found.append(compare(PARTS[name], device, repeats=args.repeats))
+        found.append(apart(compare, PARTS[name], device, repeats=args.repeats))
     if args.json:
         rows = [dict(zip(HEADER, row(f, limits), strict=True)) for f in found]
         facts = {"device": device_name(device), "torch": torch.__version__, **asdict(limits)}

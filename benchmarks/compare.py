@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd.profiler import profile
@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.device import reuse_host_memory
 
 # A part whose rounds are slow gets fewer of them: as many as fit in so many seconds, one at least; and sides that take
-# so many seconds are not warmed up.
-_SECONDS, _SLOW = 120, 1.0
+# so many seconds are not warmed up. Sides that take fewer than the last are quick.
+_SECONDS, _SLOW, _QUICK = 120, 3.0, 0.3
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,13 @@ class Comparison:
 
     published_kept_s: in the process of ours, under our memory policy. published_s: in a process of its own that sets
     nothing, as a user of the published program has it; on a GPU, which host memory does not bound, the same.
+    name, size, traffic: of the part.
     work: floating-point operations of the products and convolutions of ours.
     """
 
-    part: Part
+    name: str
+    size: str
+    traffic: float
     rounds: int
     ours_s: float
     published_s: float
@@ -67,28 +72,31 @@ class Comparison:
 
     def share(self, product: float, copy: float) -> float:
         """Of the ceiling: what `product` FLOP/s and `copy` bytes/s need, over what ours takes."""
-        return max(self.work / product, self.part.traffic / copy) / self.ours_s
+        return max(self.work / product, self.traffic / copy) / self.ours_s
 
 
 def compare(make: Callable[[torch.device], Part], device: torch.device, *, repeats: int) -> Comparison:
     """Check that both sides of the part that `make` makes agree, then time them in turns, `repeats` times each or as
-    often as time allows. `make` is called in another process, too, hence to be pickled."""
+    often as time allows, and ten calls at a time where they are quick.
+
+    `make` is called in another process, too, hence to be pickled. Memory is counted last, since the profiler leaves
+    holes in it that later calls stumble over.
+    """
     reuse_host_memory()
     part = make(device)
-    mine, ours_bytes = peak_bytes(part.ours, device)
+    mine = part.ours()
     begun = time.perf_counter()
-    theirs, published_bytes = peak_bytes(part.published, device)
+    theirs = part.published()
     taken = time.perf_counter() - begun
     remark = part.check(mine, theirs)
     del mine, theirs
-    with FlopCounterMode(display=False) as counter:
-        part.ours()
-    rounds = max(1, min(repeats, int(_SECONDS / (3 * taken))))
+    calls = 10 if taken < _QUICK else 1
+    rounds = max(1, min(repeats, int(_SECONDS / (3 * calls * taken))))
     sides: dict[str, Callable[[], float]] = {
-        "ours": partial(timed, part.ours, device),
-        "kept": partial(timed, part.published, device),
+        "ours": partial(timed, part.ours, device, calls),
+        "kept": partial(timed, part.published, device, calls),
     }
-    with _alone(make, device) if device.type == "cpu" else contextlib.nullcontext(sides["kept"]) as alone:
+    with _alone(make, device, calls) if device.type == "cpu" else contextlib.nullcontext(sides["kept"]) as alone:
         sides["published"] = alone
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
@@ -97,16 +105,27 @@ def compare(make: Callable[[torch.device], Part], device: torch.device, *, repea
                     side()  # Caches fill, the heap grows to what this side keeps; of no weight in a slow part.
                 seconds[name].append(side())
     ours, kept, published = (statistics.median(found) for found in seconds.values())
-    work = counter.get_total_flops()
-    return Comparison(part, rounds, ours, published, kept, ours_bytes, published_bytes, work, remark)
+    with FlopCounterMode(display=False) as counter:
+        part.ours()
+    (_, ours_bytes), (_, published_bytes) = peak_bytes(part.ours, device), peak_bytes(part.published, device)
+    times = (rounds, ours, published, kept)
+    return Comparison(
+        part.name, part.size, part.traffic, *times, ours_bytes, published_bytes, counter.get_total_flops(), remark
+    )
+
+
+def apart(run: Callable[..., Result], *args: Any, **settings: Any) -> Result:
+    """What `run` returns in a process of its own, which nothing measured before has left its mark on."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, *args, **settings).result()
 
 
 @contextlib.contextmanager
-def _alone(make: Callable[[torch.device], Part], device: torch.device) -> Iterator[Callable[[], float]]:
-    """What times the published side of a part once, in a process that lives as long as the context."""
+def _alone(make: Callable[[torch.device], Part], device: torch.device, calls: int) -> Iterator[Callable[[], float]]:
+    """What times `calls` of the published side of a part, in a process that lives as long as the context."""
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawned, _hold, (make, device, torch.get_num_threads())) as process:
-        yield lambda: process.submit(_published_seconds, device).result()
+        yield lambda: process.submit(_published_seconds, device, calls).result()
 
 
 # What the process of `_alone` measures.
@@ -121,17 +140,18 @@ def _hold(make: Callable[[torch.device], Part], device: torch.device, threads: i
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
-def _published_seconds(device: torch.device) -> float:
-    return timed(_HELD[0].published, device)
+def _published_seconds(device: torch.device, calls: int) -> float:
+    return timed(_HELD[0].published, device, calls)
 
 
-def timed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call, the device's work included; the mean of `calls` of them."""
     _wait(device)
     begun = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     _wait(device)
-    return time.perf_counter() - begun
+    return (time.perf_counter() - begun) / calls
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:

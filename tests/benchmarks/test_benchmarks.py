@@ -1,6 +1,7 @@
 """What benchmarks compare is compared here at small sizes, and how they count; nothing is timed."""
 
 import multiprocessing
+import os
 import time
 from functools import partial
 
@@ -55,6 +56,10 @@ def test_rows_say_what_was_measured():
     assert found.ours_bytes >= 50 * 50 * 4
     assert found.share(found.work / found.ours_s, 1e12) == pytest.approx(1)
     assert found.share(1e15, 1e6 / found.ours_s / 2) == pytest.approx(2)
+
+
+def test_a_part_is_measured_in_a_process_of_its_own():
+    assert compare.apart(os.getpid) != os.getpid()
 
 
 def test_peak_is_what_lives_at_one_time():
