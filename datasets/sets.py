@@ -98,7 +98,7 @@ class ImageSet:
 
 def floats(pixels: Tensor) -> Tensor:
     """Of bytes, of any shape, floats in [0, 1]."""
-    return pixels.float().div_(255)
+    return pixels.float() / 255
 
 
 def image_set(

@@ -166,6 +166,8 @@ def _read(meter: "_Meter", run: Run, epoch: int, world: World) -> dict[str, floa
 
 
 def descend(recipe: Recipe, batch: Batch, world: World) -> dict[str, Tensor]:
+    """One step down the sum of the losses of a batch, gradients added up over processes; what is to be watched, by tag,
+    scalars that stay on the device."""
     losses, watch = recipe.losses(batch)
     for optimizer in recipe.optimizers:
         optimizer.zero_grad(set_to_none=True)

@@ -42,17 +42,18 @@ def test_a_side_that_is_wrong_is_not_timed():
 
 
 def sleeping(device: torch.device) -> compare.Part:
-    """The published side sleeps 10 ms, and twice as long in a process of its own."""
+    """The published side sleeps 10 ms, and three times as long in a process of its own."""
     a = torch.rand(50, 60)
-    seconds = 0.02 if multiprocessing.parent_process() else 0.01
+    seconds = 0.03 if multiprocessing.parent_process() else 0.01
     published = partial(time.sleep, seconds)
-    return compare.Part("p", "s", lambda: time.sleep(0.005) or a @ a.T, published, lambda x, y: "same", 1e6)
+    return compare.Part("p", "s", lambda: time.sleep(0.002) or a @ a.T, published, lambda x, y: "same", 1e6)
 
 
 def test_rows_say_what_was_measured():
     found = compare.compare(sleeping, CPU, repeats=3)
     assert found.rounds == 3 and found.remark == "same" and found.work == 2 * 50 * 60 * 50
-    assert found.published_s >= 0.02 > found.published_kept_s >= 0.01 > found.ours_s >= 0.005
+    # Lower bounds only, which hold however busy the machine is; a side in another's place falls short of its own.
+    assert found.published_s >= 0.03 and found.published_kept_s >= 0.01 and found.ours_s >= 0.002
     assert found.ours_bytes >= 50 * 50 * 4
     assert found.share(found.work / found.ours_s, 1e12) == pytest.approx(1)
     assert found.share(1e15, 1e6 / found.ours_s / 2) == pytest.approx(2)

@@ -171,8 +171,9 @@ def test_plain_views_are_the_shifted_images_themselves():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_views_are_the_same():
+@pytest.mark.parametrize("shifts", [SHIFTS, ShiftSpec("rot_augmix", 0.2).functions()], ids=["rot_bmix", "rot_augmix"])
+def test_compiled_views_are_the_same(shifts):
     x = torch.randint(0, 256, (2, 4, 3, 8, 8), dtype=torch.uint8, generator=generator(0, "x"))
     render = torch.compile(render_views, dynamic=False, fullgraph=True)
-    a, b = (train_views(x, SHIFTS, AlignedSpec(), generator(0, "a", 1, 2), f) for f in (render_views, render))
+    a, b = (train_views(x, shifts, AlignedSpec(), generator(0, "a", 1, 2), f) for f in (render_views, render))
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
