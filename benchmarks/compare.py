@@ -146,11 +146,11 @@ def _published_seconds(device: torch.device, calls: int) -> float:
 
 def timed(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Seconds of one call, the device's work included; the mean of `calls` of them."""
-    _wait(device)
+    wait(device)
     begun = time.perf_counter()
     for _ in range(calls):
         run()
-    _wait(device)
+    wait(device)
     return (time.perf_counter() - begun) / calls
 
 
@@ -171,6 +171,7 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
     return result, peak
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,8 +1,7 @@
 """How the cost of an evaluation and of a training step grows, and whether it stays: `python -m benchmarks.growth`.
 
 Growth: exponents of time over four sizes (1 = linear), in images, draws and shifts. Stability: thousands of training
-steps of either stage, each in a process of its own; a step of the last tenth against one of the second tenth (the 10th
-percentile of both, which other work on the machine moves least), and resident memory likewise.
+steps of either stage; a step of the last tenth against one of the second tenth (medians), and resident memory likewise.
 """
 
 import argparse
@@ -14,13 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.compare import timed
+from benchmarks.compare import timed, wait
 from common.device import device_name, pick_device, reuse_host_memory
 from common.errors import UserError, command
 from common.flags import Flags
@@ -141,41 +142,95 @@ def stage2(device: torch.device) -> Recipe:
 
 
 _STAGES: dict[str, tuple[Callable[[torch.device], Recipe], int]] = {"stage 1": (stage1, 2), "stage 2": (stage2, 1)}
+# Steps of an epoch, and so of a turn.
+_TURN = 8
+
+
+class Course(NamedTuple):
+    """Seconds of a step, turn by turn; resident bytes at the end of the second tenth, and of the run."""
+
+    seconds: list[float]
+    resident: tuple[int, int]
 
 
 def stability(name: str, device: torch.device, steps: int) -> list[str]:
-    """A row: times of a step in the second and the last tenth, and resident memory at the end of both."""
+    """A row: times of a step in the second and the last tenth, and resident memory at the end of both.
+
+    The second tenth is that of the same run started once more, which waits for the first one's last tenth and then
+    takes turns with it, an epoch each: whatever else the machine does meets both.
+    """
+    tenth, context = steps // 10, get_context("spawn")
+    with ProcessPoolExecutor(2, context, _meet, (context.Barrier(2),)) as pair:
+        courses = [pair.submit(course, name, device, first, tenth) for first in (steps - tenth, tenth)]
+        old, young = (found.result() for found in courses)
+    last, second = (statistics.median(found.seconds) for found in (old, young))
+    before, after = old.resident
+    return [
+        f"{name}, {steps} steps",
+        f"{1e3 * second:.2f} ms",
+        f"{1e3 * last:.2f} ms",
+        f"{100 * (last / second - 1):+.1f} %",
+        *(f"{m / 2**20:.1f} MiB" for m in (before, after)),
+        f"{100 * (after / before - 1):+.2f} %",
+    ]
+
+
+# Where the two processes of `stability` meet: the older one goes first in every round.
+_MEETING: list[Barrier] = []
+
+
+def _meet(barrier: Barrier) -> None:
+    _MEETING.append(barrier)
+
+
+def course(name: str, device: torch.device, first: int, tenth: int) -> Course:
+    """Train up to step `first` at once, and `tenth` steps more in turns with the other process."""
+    try:
+        return _course(name, device, first, tenth)
+    except BaseException:
+        _MEETING[0].abort()  # The other one would wait for ever.
+        raise
+
+
+def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
     reuse_host_memory()
     make, copies = _STAGES[name]
-    recipe = make(device)
-    marks: list[tuple[float, int]] = []
-    before_step = recipe.before_step
+    recipe, barrier, young = make(device), _MEETING[0], first == tenth
+    seconds: list[float] = []
+    step, begun, before = 0, 0.0, 0
+
+    def hand_over() -> None:
+        wait(device)
+        seconds.append((time.perf_counter() - begun) / _TURN)
+        barrier.wait()
 
     def watched(epoch: float) -> float:
-        marks.append((time.perf_counter(), resident()))
-        return before_step(epoch)
+        nonlocal step, begun, before
+        if step <= 2 * tenth:
+            before = resident()
+        if step >= first and step % _TURN == 0:
+            if step > first:
+                hand_over()
+            elif young:
+                barrier.wait()
+            wait(device)
+            barrier.wait()
+            begun = time.perf_counter()
+        step += 1
+        return recipe.before_step(epoch)
 
-    recipe = Recipe(recipe.model, recipe.data, recipe.losses, recipe.optimizers, watched)
-    batch_size = 8
-    epochs = max(1, steps * batch_size // len(recipe.data))
+    watching = Recipe(recipe.model, recipe.data, recipe.losses, recipe.optimizers, watched)
+    epochs = (first + tenth) // _TURN
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         flags = Flags({"mode": name, "dataset": "growth", "epochs": epochs, "overwrite": False})
         run = Run(Path(folder) / "run", flags, weights="last.model", resume="last.resume")
         run.open()
-        fit(recipe, run, epochs=epochs, batch_size=batch_size, copies=copies, seed=0, save_step=epochs)
+        fit(watching, run, epochs=epochs, batch_size=len(recipe.data) // _TURN, copies=copies, seed=0, save_step=epochs)
         run.close()
-    taken = [b[0] - a[0] for a, b in zip(marks, marks[1:], strict=False)]
-    tenth = len(taken) // 10
-    second, last = (statistics.quantiles(part, n=10)[0] for part in (taken[tenth : 2 * tenth], taken[-tenth:]))
-    memory = [marks[i][1] for i in (2 * tenth, -1)]
-    return [
-        f"{name}, {len(marks)} steps",
-        f"{1e3 * second:.2f} ms",
-        f"{1e3 * last:.2f} ms",
-        f"{100 * (last / second - 1):+.1f} %",
-        *(f"{m / 2**20:.1f} MiB" for m in memory),
-        f"{100 * (memory[1] / memory[0] - 1):+.2f} %",
-    ]
+    hand_over()
+    if not young:
+        barrier.wait()
+    return Course(seconds, (before, resident()))
 
 
 def resident() -> int:
@@ -188,18 +243,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.growth", description=__doc__)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each size")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps of each stage")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps of each stage, in eighties")
     args = parser.parse_args(argv)
-    if args.repeats < 1 or args.steps < 20:
-        raise UserError("--repeats must be > 0 and --steps >= 20")
+    if args.repeats < 1 or args.steps < 80:
+        raise UserError("--repeats must be > 0 and --steps >= 80")
     if sys.platform != "linux":
         raise UserError("this benchmark reads /proc; it needs Linux")
     device = pick_device(args.device)
     reuse_host_memory()
-    steady = []
-    for name in _STAGES:
-        with get_context("spawn").Pool(1) as alone:
-            steady.append(alone.apply(stability, (name, device, args.steps)))
+    steady = [stability(name, device, args.steps // 80 * 80) for name in _STAGES]
     rows = growth(device, args.repeats)
     print(f"{device_name(device)}, torch {torch.__version__}")
     print(markdown(["what grows", *(f"x {n}" for n in _SIZES), "exponent"], rows))

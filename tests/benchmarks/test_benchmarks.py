@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from functools import partial
 
@@ -117,10 +118,17 @@ def test_growth_runs_make_scores_and_gradients():
 
 
 @pytest.mark.parametrize("name", ["stage 1", "stage 2"])
-def test_stability_compares_tenths(name, monkeypatch):
-    monkeypatch.setattr(growth, "reuse_host_memory", lambda: None)
-    row = growth.stability(name, CPU, 24)
-    assert row[0] == f"{name}, 24 steps" and row[3].endswith(" %") and len(row) == 7
+def test_stability_compares_tenths(name):
+    row = growth.stability(name, CPU, 80)
+    assert row[0] == f"{name}, 80 steps" and row[3].endswith(" %") and len(row) == 7
+
+
+def test_a_course_that_fails_leaves_nobody_waiting(monkeypatch):
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(growth, "_MEETING", [barrier])
+    with pytest.raises(KeyError):
+        growth.course("stage 3", CPU, 72, 8)
+    assert barrier.broken
 
 
 def test_published_dictionary_step_knows_own_blocks_only():
