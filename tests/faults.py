@@ -196,7 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{stage.name}: {wholes[stage.name].seconds:.1f} s of training left alone", flush=True)
             stage1 = stage1 or wholes[stage.name].folder
         if args.disk:
-            print(full_disk(STAGES[0], args.disk, wholes["stage 1"].folder), flush=True)
+            with tempfile.TemporaryDirectory(dir=args.disk) as logs:
+                print(full_disk(STAGES[0], Path(logs), wholes["stage 1"].folder), flush=True)
         for kind, wanted in ((signal.SIGKILL, args.kills), (signal.SIGTERM, args.terms)):
             hits = runs = 0
             while hits < wanted:
