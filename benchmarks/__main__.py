@@ -21,7 +21,7 @@ from benchmarks import augmentation, coding, dictionary, kmeans, stage1
 from benchmarks.ceilings import Ceilings
 from benchmarks.compare import Comparison, Part, apart, compare
 from common.device import device_name, pick_device, reuse_host_memory
-from common.errors import UserError, command
+from common.errors import RunStopped, UserError, command
 from scripts.results import markdown
 
 PARTS: dict[str, Callable[[torch.device], Part]] = {
@@ -47,7 +47,7 @@ def row(found: Comparison, limits: Ceilings) -> list[str]:
         f"{found.ratio:.1f}",
         f"{found.kept_ratio:.1f}",
         f"{found.ours_bytes / 2**20:.0f} / {found.published_bytes / 2**20:.0f} MiB",
-        f"{100 * found.share(limits.product, limits.copy):.0f} %",
+        f"{100 * found.share(getattr(limits, found.arithmetic), limits.copy):.0f} %",
         str(found.rounds),
         found.remark,
     ]
@@ -62,24 +62,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--only", nargs="+", choices=sorted(PARTS), help="these parts alone")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each side")
+    parser.add_argument("--seconds", type=float, default=120, help="of timing a part; fewer rounds of what is slow")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise UserError(f"--repeats must be > 0, got {args.repeats}")
+    if args.repeats < 1 or not args.seconds > 0:
+        raise UserError("--repeats and --seconds must be > 0")
     device = pick_device(args.device)
     reuse_host_memory()
     limits = Ceilings.of(device)
-    found = []
-    for name in args.only or [name for name in PARTS if limits.product_bf16 or not name.endswith("_bf16")]:
+    found, failed = [], []
+    for name in args.only or [name for name in PARTS if limits.bf16 or not name.endswith("_bf16")]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found.append(apart(compare, PARTS[name], device, repeats=args.repeats))
+        try:
+            found.append(apart(compare, PARTS[name], device, repeats=args.repeats, seconds=args.seconds))
+        except Exception as error:  # What the other parts give is not lost for it.
+            failed.append(f"{name} ({type(error).__name__}: {error})")
     if args.json:
         rows = [dict(zip(HEADER, row(f, limits), strict=True)) for f in found]
         facts = {"device": device_name(device), "torch": torch.__version__, **asdict(limits)}
         print(json.dumps({**facts, "parts": rows}))
-        return
-    print(f"{device_name(device)}, torch {torch.__version__}: {limits}")
-    print(markdown(HEADER, [row(f, limits) for f in found]), end="")
+    else:
+        print(f"{device_name(device)}, torch {torch.__version__}: {limits}")
+        print(markdown(HEADER, [row(f, limits) for f in found]), end="", flush=True)
+    if failed:
+        raise RunStopped(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.compare import Part
-from benchmarks.dictionary import bank_of, code_in_every
-from evals.features import code_outputs, mean_outputs
+from benchmarks.dictionary import bank_of, code_in_every, own_masks
+from evals.features import Outputs, add_outputs, code_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
 
@@ -67,28 +67,31 @@ def ours(bank: DictionaryBank, given: Given) -> Tensor:
     with torch.no_grad():
         system = bank.system()
         for s_TBKF, shift_TBKK in zip(given.s_TNKF.split(_BATCH, 1), given.shift_TNKK.split(_BATCH, 1), strict=True):
-            draws = zip(s_TBKF, shift_TBKK, strict=True)
-            means = mean_outputs({**code_outputs(bank, s, system), "shift": shift} for s, shift in draws)
+            sums: Outputs = {}
+            for s, shift in zip(s_TBKF, shift_TBKK, strict=True):
+                add_outputs(sums, {**code_outputs(bank, s, system), "shift": shift})
+            means = mean_outputs(sums, len(s_TBKF))
             scores.append(score(means["s"], means["codes"], means["shift"]))
     return torch.cat(scores)
 
 
 def published(given: Given) -> Tensor:
     """Scores (N,) by the published formulation: every view in all K dictionaries with a solve in each step, what comes
-    of every draw kept as dense tensors, and a loop over images for the scores.
+    of every draw kept as five dense tensors on the CPU, and a loop over images for the scores.
 
     Source: section 8 of the specification of ADMM-SRNet (Chiou et al. 2023), written from its description.
     """
     with torch.no_grad():
         kept = [torch.cat(x) for x in zip(*_coded_batches(given), strict=True)]
         s_NTKF, codes_NTKM, shift_NTKK, _, _ = kept
+        D, error_weight, shift_weight = (x.cpu() for x in (given.D_KFM, given.error_weight_K, given.shift_weight_K))
         scores = []
         for s, codes, shift in zip(s_NTKF, codes_NTKM, shift_NTKK, strict=True):
             s, codes, shift = s.mean(0), codes.mean(0), shift.mean(0)
-            score = torch.zeros((), device=s.device)
+            score = torch.zeros(())
             for k in range(len(s)):
-                error = (s[k] - given.D_KFM[k] @ codes[k]).square().sum()
-                score = score - error * given.error_weight_K[k] + shift[k, k] * given.shift_weight_K[k]
+                error = (s[k] - D[k] @ codes[k]).square().sum()
+                score = score - error * error_weight[k] + shift[k, k] * shift_weight[k]
             scores.append(score / len(s))
         return torch.stack(scores)
 
@@ -102,13 +105,12 @@ def _coded_batches(given: Given) -> Iterator[tuple[Tensor, ...]]:
             s_FV = s_BKF.flatten(0, 1).T
             codes_KMV = code_in_every(given.D_KFM, s_FV, _STEPS)
             rebuilt_KFV = given.D_KFM @ codes_KMV
-            labels = torch.arange(shifts, device=s_FV.device).repeat(len(s_BKF))
-            mask_KV = F.one_hot(labels, shifts).T.to(s_FV.dtype)
+            mask_KV = own_masks([k for _ in s_BKF for k in range(shifts)], given.D_KFM)
             codes_VM, rebuilt_VF = ((x * mask_KV[:, None]).sum(0).T for x in (codes_KMV, rebuilt_KFV))
             error_VF = (s_FV.T - rebuilt_VF).square()
             blocks = (x.unflatten(0, (-1, shifts)) for x in (s_FV.T, codes_VM, rebuilt_VF, error_VF))
             s, codes, rebuilt, error = blocks
-            of_draws.append((s, codes, shift_BKK, rebuilt, error))
+            of_draws.append([x.cpu() for x in (s, codes, shift_BKK, rebuilt, error)])
         yield tuple(torch.stack(x, 1) for x in zip(*of_draws, strict=True))
 
 
@@ -118,6 +120,7 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
     bank = bank_of(given.D_KFM, _STEPS).requires_grad_(False)
 
     def check(found: Tensor, theirs: Tensor) -> str:
+        found = found.cpu()
         torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
         return f"scores equal to {float((found - theirs).abs().max() / theirs.abs().max()):.0e}, float32"
 

@@ -1,6 +1,7 @@
 """Ours against the published formulation: the same inputs, in turns, results compared first."""
 
 import contextlib
+import math
 import multiprocessing
 import statistics
 import time
@@ -11,14 +12,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.device import reuse_host_memory
+from common.device import pick_device, reuse_host_memory
 
-# A part whose rounds are slow gets fewer of them: as many as fit in so many seconds, one at least; and sides that take
-# so many seconds are not warmed up. Sides that take fewer than the last are quick.
-_SECONDS, _SLOW, _QUICK = 120, 3.0, 0.3
+# Sides that take more seconds are not warmed up, those that take less are quick.
+_SLOW, _QUICK = 3.0, 0.3
 
 Result = TypeVar("Result")
 
@@ -30,6 +31,7 @@ class Part:
     name, size: what, and how large. ours, published: do it once and return the result.
     check: raises AssertionError where the two results do not agree as far as they should; returns a remark.
     traffic: bytes that have to be read or written whatever the formulation, where that is what bounds the part.
+    arithmetic: the ceiling (a field of `Ceilings`) that its operations are held against.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Part:
     published: Callable[[], Any]
     check: Callable[[Any, Any], str]
     traffic: float = 0.0
+    arithmetic: str = "product"
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,14 @@ class Comparison:
 
     published_kept_s: in the process of ours, under our memory policy. published_s: in a process of its own that sets
     nothing, as a user of the published program has it; on a GPU, which host memory does not bound, the same.
-    name, size, traffic: of the part.
+    name, size, traffic, arithmetic: of the part.
     work: floating-point operations of the products and convolutions of ours.
     """
 
     name: str
     size: str
     traffic: float
+    arithmetic: str
     rounds: int
     ours_s: float
     published_s: float
@@ -75,14 +79,18 @@ class Comparison:
         return max(self.work / product, self.traffic / copy) / self.ours_s
 
 
-def compare(make: Callable[[torch.device], Part], device: torch.device, *, repeats: int) -> Comparison:
-    """Check that both sides of the part that `make` makes agree, then time them in turns, `repeats` times each or as
-    often as time allows, and ten calls at a time where they are quick.
+def compare(
+    make: Callable[[torch.device], Part], device: torch.device, *, repeats: int, seconds: float = math.inf
+) -> Comparison:
+    """Check that both sides of the part that `make` makes agree, then time them in turns, `repeats` times each or,
+    where that takes longer, as often as about so many `seconds` allow, once at least; ten calls at a time where they
+    are quick.
 
     `make` is called in another process, too, hence to be pickled. Memory is counted last, since the profiler leaves
     holes in it that later calls stumble over.
     """
     reuse_host_memory()
+    device = pick_device(str(device))  # With what it sets in a process.
     part = make(device)
     mine = part.ours()
     begun = time.perf_counter()
@@ -91,26 +99,36 @@ def compare(make: Callable[[torch.device], Part], device: torch.device, *, repea
     remark = part.check(mine, theirs)
     del mine, theirs
     calls = 10 if taken < _QUICK else 1
-    rounds = max(1, min(repeats, int(_SECONDS / (3 * calls * taken))))
+    rounds = max(1, min(repeats, int(min(seconds, 1e9) / (3 * calls * taken))))
     sides: dict[str, Callable[[], float]] = {
         "ours": partial(timed, part.ours, device, calls),
         "kept": partial(timed, part.published, device, calls),
     }
     with _alone(make, device, calls) if device.type == "cpu" else contextlib.nullcontext(sides["kept"]) as alone:
         sides["published"] = alone
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
                 if taken < _SLOW:
                     side()  # Caches fill, the heap grows to what this side keeps; of no weight in a slow part.
-                seconds[name].append(side())
-    ours, kept, published = (statistics.median(found) for found in seconds.values())
+                times[name].append(side())
+    ours, kept, published = (statistics.median(found) for found in times.values())
     with FlopCounterMode(display=False) as counter:
         part.ours()
     (_, ours_bytes), (_, published_bytes) = peak_bytes(part.ours, device), peak_bytes(part.published, device)
-    times = (rounds, ours, published, kept)
     return Comparison(
-        part.name, part.size, part.traffic, *times, ours_bytes, published_bytes, counter.get_total_flops(), remark
+        name=part.name,
+        size=part.size,
+        traffic=part.traffic,
+        arithmetic=part.arithmetic,
+        rounds=rounds,
+        ours_s=ours,
+        published_s=published,
+        published_kept_s=kept,
+        ours_bytes=ours_bytes,
+        published_bytes=published_bytes,
+        work=counter.get_total_flops(),
+        remark=remark,
     )
 
 
@@ -169,6 +187,12 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
             held += event.nbytes()
             peak = max(peak, held)
     return result, peak
+
+
+def distance(found: Tensor | None, exact: Tensor | None) -> float:
+    """Euclidean, relative to `exact`, in float64."""
+    assert found is not None and exact is not None
+    return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
 def wait(device: torch.device) -> None:

@@ -2,7 +2,8 @@
 benchmarks.floors`.
 
 Operations are those of products and convolutions. Bytes are what all operations together read and write, which is what
-memory has to move as far as caches and fused passes do not spare it. bf16 where the device has it, as in training.
+memory has to move as far as caches and fused passes do not spare it. bf16 where the device has it, as in training. The
+last line: what convolutions have of a stage-1 step's time, by torch's profiler, and how fast they go.
 """
 
 import argparse
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import Ceilings
-from benchmarks.compare import timed
+from benchmarks.compare import timed, wait
 from common.device import autocast, device_name, pick_device, reuse_host_memory
 from common.errors import UserError, command
 from common.seed import generator
@@ -26,7 +28,7 @@ from datasets.augment import AlignedSpec
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, train_views
-from evals.features import cocsr_outputs, draw_means
+from evals.features import Outputs, cocsr_outputs, draw_means
 from models import BACKBONES
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
@@ -91,8 +93,9 @@ def stage2(model: str, data: ImageSet, amp: Amp) -> Callable[[], None]:
     optimizer = torch.optim.Adam(net.sr_nets.parameters(), 1e-3, fused=True)
 
     def run() -> None:
+        views = _views(data, index, 1)
         with amp():
-            s = net(_views(data, index, 1)).s
+            s = net(views).s
         step = dictionary_step(net.sr_nets, s.unflatten(0, (len(_SHIFTS), -1)).mT, _LOSS)
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(step.losses.values())).sum().backward()
@@ -107,9 +110,14 @@ def evaluation(model: str, data: ImageSet, amp: Amp) -> Callable[[], None]:
     spec = DrawSpec(_SHIFTS, _SPEC, seed=0)
 
     def run() -> None:
-        with amp():
-            for _ in draw_means(cocsr_outputs(net), data, spec, 1, label="floors"):
-                pass
+        coded = cocsr_outputs(net)
+
+        def outputs(views: Tensor) -> Outputs:
+            with amp():
+                return coded(views)
+
+        for _ in draw_means(outputs, data, spec, 1, label="floors"):
+            pass
 
     return run
 
@@ -126,6 +134,20 @@ def _sparse_net(model: str, data: ImageSet) -> CocsrNet:
     net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=len(_SHIFTS), seed=0)
     bank = DictionaryBank(len(_SHIFTS), net.feature_dim, _ATOMS, CodingSpec(0.01, 1.0, _STEPS), generator(0, "floors"))
     return CocsrNet(net, bank, FeatureTransform()).to(data.device)
+
+
+def convolutions(run: Callable[[], Any], device: torch.device) -> tuple[float, float, int]:
+    """Seconds of convolutions, forward and backward, in one call, of all operations, and operations of the former."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(op))
+    on_gpu = device.type == "cuda"
+    with profile(use_device="cuda" if on_gpu else None) as record:
+        run()
+        wait(device)
+    found = [(e.key, e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in record.key_averages()]
+    spent = sum(time for name, time in found if "convolution" in name)
+    return 1e-6 * spent, 1e-6 * sum(time for _, time in found), counted
 
 
 def counts(run: Callable[[], Any]) -> tuple[int, int]:
@@ -150,12 +172,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = pick_device(args.device)
     reuse_host_memory()
     limits, amp = Ceilings.of(device), autocast("auto", device)
-    product = limits.product_bf16 or limits.product
+    product = limits.bf16 or limits.convolution
     pixels = torch.randint(0, 256, (args.images, 3, 32, 32), dtype=torch.uint8, generator=generator(0, "floors"))
     data = image_set(pixels, torch.zeros(args.images)).to(device)
     rows = []
-    for name, make in PHASES.items():
-        run = make(args.model, data, amp)
+    steps = {name: make(args.model, data, amp) for name, make in PHASES.items()}
+    for name, run in steps.items():
         run()
         operations, moved = counts(run)
         seconds = statistics.median(timed(run, device) for _ in range(args.repeats))
@@ -182,6 +204,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "of the product's",
     ]
     print(markdown(header, rows), end="")
+    spent, all_, work = convolutions(steps["stage 1, step"], device)
+    print(
+        f"convolutions: {100 * spent / all_:.0f} % of the time of a stage-1 step, at {work / spent / 1e9:.0f} GFLOP/s,"
+        f" {100 * work / spent / product:.0f} % of the product's speed"
+    )
 
 
 if __name__ == "__main__":

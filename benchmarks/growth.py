@@ -122,7 +122,8 @@ def stage1(device: torch.device) -> Recipe:
     optimizer = Lars(net.parameters(), lr=0.01)
 
     def losses(batch: Batch) -> Step:
-        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, generator(0, "growth", batch.epoch, batch.step))
+        drawn = generator(0, "growth", batch.epoch, batch.step, device=device)
+        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, drawn)
         return contrastive_step(net, views, batch.labels, n_shifts=2, temperature=0.5, sim_lambda=1.0)
 
     return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 0.01)
@@ -135,7 +136,8 @@ def stage2(device: torch.device) -> Recipe:
     spec = DictionaryLossSpec(1.0, 0.01, 0.1, 0, 1.0, False, None)
 
     def losses(batch: Batch) -> Step:
-        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, generator(0, "growth", batch.epoch, batch.step))
+        drawn = generator(0, "growth", batch.epoch, batch.step, device=device)
+        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, drawn)
         return dictionary_step(net.sr_nets, net(views).s.unflatten(0, (2, -1)).mT, spec)
 
     return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 1e-4)
@@ -195,6 +197,7 @@ def course(name: str, device: torch.device, first: int, tenth: int) -> Course:
 def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
     reuse_host_memory()
     make, copies = _STAGES[name]
+    device = pick_device(str(device))  # With what it sets in a process.
     recipe, barrier, young = make(device), _MEETING[0], first == tenth
     seconds: list[float] = []
     step, begun, before = 0, 0.0, 0

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.augmentation import published_views
-from benchmarks.compare import Part
+from benchmarks.compare import Part, distance
 from common.device import autocast
 from common.seed import generator
 from datasets.augment import AlignedSpec
@@ -23,6 +23,8 @@ from training.optim import Lars
 _SPEC = AlignedSpec()
 _SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
 _K = len(_SHIFTS)
+
+Amp = Callable[[], AbstractContextManager]
 
 
 def part(
@@ -41,10 +43,7 @@ def part(
     floats, labels = data.batch(index), data.labels.to(device)
     nets = [build_net(model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=0).to(device).train() for _ in range(2)]
     own, theirs = nets[0], nets[1].to(memory_format=torch.contiguous_format)
-    probe = list(own.linear.parameters())
-    others = [p for name, p in own.named_parameters() if not name.startswith("linear.")]
-    optimizers = [Lars(others, lr=0.1, weight_decay=1e-6), torch.optim.Adam(probe, 1e-3)]
-    published = _PublishedStep(theirs)
+    step, published = _Step(own), _PublishedStep(theirs)
     render = render_views
     if compiled:
         own.compile(dynamic=False)
@@ -53,27 +52,53 @@ def part(
     def ours() -> None:
         (copies,) = data.copies([index], 2, seed=0, epoch=1)
         views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device), render)
-        step = contrastive_step(own, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0, amp=amp)
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        torch.stack(list(step.losses.values())).sum().backward()
-        for optimizer in optimizers:
-            optimizer.step()
+        step(views, labels, amp)
 
     def check(_: None, __: None) -> str:
-        views = published_views(floats[:8])
-        fresh = build_net(model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=1).to(device).train()
-        mine = contrastive_step(fresh, views, labels[:8], n_shifts=_K, temperature=0.5, sim_lambda=1.0).losses
-        same = published_losses(fresh, views, labels[:8])
-        for a, b in zip(mine.values(), same, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-        return f"losses equal on the same views ({float(mine['sim'].detach()):.4f})"
+        """The losses of the same weights on the same views, the probe's gradient, and where LARS takes the weights."""
+        theirs.load_state_dict(own.state_dict())
+        before = _weights(own)
+        views = published_views(floats)
+        both = own, theirs
+        losses = [made(views, labels, amp) for made in (_Step(own), _PublishedStep(theirs))]
+        torch.testing.assert_close(*losses, atol=0, rtol=1e-2 if bf16 else 1e-4)
+        gradients = [net.linear.weight.grad for net in both]
+        moves = [_weights(net) - before for net in both]
+        probe, weights = (distance(x, y) for x, y in (gradients, moves))
+        assert max(probe, weights) < (0.3 if bf16 else 1e-2), f"probe's gradient {probe:.1e}, weights {weights:.1e}"
+        ends = " and ".join(f"{float(x.sum()):.4f}" for x in losses)
+        return f"losses {ends}, the step that the weights take equal to {weights:.0e}"
 
-    def theirs_under_amp() -> None:
-        published(floats, labels, amp)
+    def theirs_step() -> None:
+        published(published_views(floats), labels, amp)
 
     name = f"stage-1 step, {model}{', compiled' if compiled else ''}{', bf16' if bf16 else ''}"
-    return Part(name, f"{10 * images} views", ours, theirs_under_amp, check)
+    arithmetic = "bf16" if bf16 else "convolution"
+    return Part(name, f"{10 * images} views", ours, theirs_step, check, arithmetic=arithmetic)
+
+
+def _weights(net: FeatureNet) -> Tensor:
+    """All that LARS trains, in one vector."""
+    return torch.cat([p.detach().flatten() for name, p in net.named_parameters() if not name.startswith("linear.")])
+
+
+class _Step:
+    """Our step on given views; returns the three losses."""
+
+    def __init__(self, net: FeatureNet):
+        self.net = net
+        others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
+        self.optimizers = [Lars(others, lr=0.1, weight_decay=1e-6), torch.optim.Adam(net.linear.parameters(), 1e-3)]
+
+    def __call__(self, views: Tensor, labels: Tensor, amp: Amp) -> Tensor:
+        step = contrastive_step(self.net, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0, amp=amp)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        losses = torch.stack(list(step.losses.values()))
+        losses.sum().backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return losses.detach()
 
 
 def published_losses(net: FeatureNet, views: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,8 +124,7 @@ class _PublishedStep:
         self.sgd = torch.optim.SGD(self.others, 0.1, momentum=0.9, foreach=False)
         self.adam = torch.optim.Adam(net.linear.parameters(), 1e-3, foreach=False)
 
-    def __call__(self, images: Tensor, labels: Tensor, amp: Callable[[], AbstractContextManager]) -> None:
-        views = published_views(images)
+    def __call__(self, views: Tensor, labels: Tensor, amp: Amp) -> Tensor:
         with amp():
             losses = published_losses(self.net, views, labels)
         self.sgd.zero_grad(set_to_none=True)
@@ -113,6 +137,7 @@ class _PublishedStep:
         losses[2].backward()
         self.adam.step()
         [loss.item() for loss in losses]
+        return torch.stack(losses).detach().float()
 
 
 def _lars(p: nn.Parameter, weight_decay: float) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from common.errors import RunStopped, UserError
 
-# What torch says when host memory cannot be had.
-_HOST_MEMORY = "can't allocate memory"
+# What torch says when host memory cannot be had, and a GPU's past its own allocator.
+_NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -34,7 +34,8 @@ def memory_errors(remedy: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         lines = str(error).splitlines() or [""]
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and _HOST_MEMORY not in str(error):
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(text in str(error) for text in _NO_MEMORY):
             raise
         raise RunStopped(f"out of memory; {remedy} ({lines[0]})") from None
 
@@ -71,8 +72,13 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
     """A factory of autocast contexts. amp `auto`: bf16 on GPUs that have it, off elsewhere; `bf16`; `off`."""
-    wanted = amp == "bf16" or (amp == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    wanted = amp == "bf16" or (amp == "auto" and has_bf16(device))
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether it is a GPU that computes in bf16; older ones only imitate it, slowly."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def device_name(device: torch.device) -> str:

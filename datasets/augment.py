@@ -18,7 +18,6 @@ from torch import Generator, Tensor
 from common.errors import UserError
 
 _TRIES = 10
-_WHOLE = (1.0, 1.0, 0.0, 0.0)
 
 # Red, green and blue, (V, H, W) each: `torch.compile` fuses what is done to planes, not what picks them out of images.
 Planes = tuple[Tensor, Tensor, Tensor]
@@ -75,8 +74,13 @@ class AlignedDraw:
         """The same draw, but views where `colours` (V,) is true keep their colours and those of `crop` their frame."""
         box = self.box
         if box is not None:
-            box = torch.where(crop[:, None], box.new_tensor(_WHOLE), box)
+            box = torch.where(crop[:, None], _whole(box), box)
         return dataclasses.replace(self, jitter=self.jitter & ~colours, gray=self.gray & ~colours, box=box)
+
+
+def _whole(box: Tensor) -> Tensor:
+    """The box (4,) of a whole image, made where it is wanted: a copy from the host would wait for the device."""
+    return (torch.arange(4, device=box.device) < 2).to(box.dtype)
 
 
 @dataclass(frozen=True)

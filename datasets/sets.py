@@ -55,7 +55,10 @@ class ImageSet:
         return floats(self._pixels(index))
 
     def _pixels(self, index: Tensor) -> Tensor:
-        return self.images[index.to(self.images.device)].to(self.device, non_blocking=True)
+        found = self.images[index.to(self.images.device)]
+        if found.device != self.device and self.device.type == "cuda":
+            found = found.pin_memory()  # Else the host would wait until the device has come so far.
+        return found.to(self.device, non_blocking=True)
 
     def copies(
         self,

@@ -19,6 +19,9 @@ from models.sparse.dictionary import DictionaryBank
 
 Outputs = dict[str, Tensor]
 
+# Draws of all images whose numbers, some 36 bytes a view each, are held at a time.
+_TOGETHER = 32
+
 
 def net_outputs(net: FeatureNet | RotTransNet) -> Callable[[Tensor], Outputs]:
     """Views (b, K, 3, H, W) -> h (b, K, F), z (b, K, P), shift (b, K, K) of a stage-1 network.
@@ -65,15 +68,15 @@ def code_outputs(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> Output
     return {"s": s, "codes": code.codes.permute(2, 0, 1), "gap": code.gap.T[..., None]}
 
 
-def mean_outputs(draws: Iterable[Outputs]) -> Outputs:
-    """The means (b, 1, K, .) of the outputs (b, K, .) of several draws of the same images, added up as they come."""
-    sums: Outputs = {}
-    count = 0
-    for outputs in draws:
-        count += 1
-        for name, value in outputs.items():
-            sums[name] = sums[name].add_(value) if name in sums else value.clone()
-    return {name: value.div_(count)[:, None] for name, value in sums.items()}
+def add_outputs(sums: Outputs, outputs: Outputs) -> None:
+    """Add the outputs (b, K, .) of one more draw of the same images to `sums`, which starts empty."""
+    for name, value in outputs.items():
+        sums[name] = sums[name].add_(value) if name in sums else value.clone()
+
+
+def mean_outputs(sums: Outputs, draws: int) -> Outputs:
+    """The means (b, 1, K, .) over so many draws; changes sums."""
+    return {name: value.div_(draws)[:, None] for name, value in sums.items()}
 
 
 @torch.no_grad()
@@ -90,14 +93,23 @@ def draw_means(
     """Every output averaged over `draws` draws, batch by batch of the images: (b, 1, K, .) each, on their device.
 
     references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
-    its neighbour by index. All draws of a batch come together: what they give is held for one batch only, and of the
-    others the few numbers that their views are drawn by. world: of several processes each takes some of the batches.
+    its neighbour by index. The draws of a batch come together, so that what they give is held for one batch only; past
+    `_TOGETHER` draws, whose numbers then take more than that, sums are held for all images instead.
+    world: of several processes each takes some of the batches.
     """
-    looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(draws)]
     parts = world.part(batches_of(images, spec))
-    for index in progress(parts, total=len(parts), label=label):
-        views = (set_views(images, spec, draw, index, reference) for draw, reference in looks)
-        yield mean_outputs(outputs(v.unflatten(0, (-1, len(spec.shifts)))) for v in views)
+    sums: list[Outputs] = [{} for _ in parts]
+    rounds = [(first, i) for first in range(0, draws, _TOGETHER) for i in range(len(parts))]
+    for first, i in progress(rounds, total=len(rounds), label=label):
+        if i == 0:
+            last = min(first + _TOGETHER, draws)
+            looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(first, last)]
+        for draw, reference in looks:
+            views = set_views(images, spec, draw, parts[i], reference)
+            add_outputs(sums[i], outputs(views.unflatten(0, (-1, len(spec.shifts)))))
+        if last == draws:
+            found, sums[i] = sums[i], {}
+            yield mean_outputs(found, draws)
 
 
 def concatenate(blocks: Iterable[Outputs]) -> Outputs:

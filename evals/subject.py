@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,21 @@ class Subject:
         """Where results go: beside the checkpoint."""
         return self.checkpoint.parent
 
+    @cached_property
+    def _reads(self) -> Callable[[torch.Tensor], Outputs]:
+        """Views -> outputs; with dictionaries, their inverse is made here, once for all sets."""
+        return self.evidence.outputs(self.net)
+
     def blocks(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Iterator[Outputs]:
         """Draw-averaged outputs (b, 1, K, .), batch by batch of the images, on the CPU in float32.
 
         Of several processes each has some of the batches, in order.
         """
-        inner, amp = self.evidence.outputs(self.net), autocast(self.amp, self.device)
+        amp = autocast(self.amp, self.device)
 
         def function(views: torch.Tensor) -> Outputs:
             with amp():
-                return {name: value.float() for name, value in inner(views).items()}
+                return {name: value.float() for name, value in self._reads(views).items()}
 
         blocks = draw_means(
             function, images, self.draws, self.samples, label=label, references=references, world=self.world

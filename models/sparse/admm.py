@@ -3,7 +3,7 @@
 Letters: K dictionaries, F feature size, M atoms, N samples.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from models.sparse.prox import lasso_gap, soft, soft_adjoint
 
 # Steps between looks at the optimality gap, each of which waits for the device.
 _LOOK_EVERY = 20
+# For the gradient every so many steps are kept; those between are made again, which costs a tenth more time.
+_KEEP_EVERY = 4
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -45,8 +47,9 @@ def admm_lasso(
 
     D (K, F, M). S (K, F, N): each dictionary codes its own samples; (F, N): every dictionary codes every sample.
     lam >= 0 in squared feature units, rho > 0, steps >= 1. Differentiable once in D and S, through all steps.
-    also: earlier steps, counted from 0, whose codes are wanted too. tol: stop before `steps` where every gap is at most
-    tol * lam (looked at now and then; waits for the device). system: `RidgeSystem.of(D, rho)`, where it is at hand.
+    also: earlier steps, counted from 0, whose codes are wanted too. tol: a sample stops before `steps` where its gap is
+    at most tol * lam, whatever the others do (looked at now and then; waits for the device). system:
+    `RidgeSystem.of(D, rho)`, where it is at hand.
 
     One step is x = (D'D + rho I)^-1 (D's + rho (y - u)); y = soft(x + u, lam / rho); u = u + x - y; the answer is the
     last y. All that a step hands to the next is w = x + u, since y = soft(w) and u = w - y. The system is solved once,
@@ -71,7 +74,7 @@ def admm_lasso(
             codes, *earlier = _Unrolled.apply(D, S, system, plan)
         else:
             with torch.no_grad():
-                last, earlier = _iterate(system, system.solve(S), S, plan, keep=None)
+                last, earlier, _ = _iterate(system, system.solve(S), S, plan, keep=None)
                 codes = soft(last, plan.threshold)
         with torch.no_grad():
             gap = lasso_gap(D, S, codes, lam)
@@ -214,32 +217,48 @@ class _Plan:
         return self.lam / self.rho
 
 
+# Step at which samples end, and which they are, (K, 1, N); None for all.
+_End = tuple[int, Tensor | None]
+
+
 def _iterate(
     system: RidgeSystem, start: Tensor, S: Tensor, plan: _Plan, keep: list[Tensor] | None
-) -> tuple[Tensor, list[Tensor]]:
-    """w of the last step, and the codes of the steps in `also`. keep: gets w of every step; without, two are held."""
-    threshold = plan.threshold
+) -> tuple[Tensor, list[Tensor], list[_End]]:
+    """w of each sample's last step, the codes of the steps in `also`, and where samples ended.
+
+    keep: gets w of every `_KEEP_EVERY`th step.
+    """
+    threshold, last = plan.threshold, plan.steps - 1
     w, earlier = start, []
-    v: Tensor | None = None
+    ends: list[_End] = []
+    v = final = running = None
     for step in range(plan.steps):
-        if keep is not None:
+        kept = keep is not None and step % _KEEP_EVERY == 0
+        if keep is not None and kept:
             keep.append(w)
         if step in plan.also:
             earlier.append(soft(w, threshold))
-        if step == plan.steps - 1:
+        if step == last:
             break
         if plan.tol is not None and step % _LOOK_EVERY == _LOOK_EVERY - 1:
-            if lasso_gap(system.D, S, soft(w, threshold), plan.lam).max() <= plan.tol * plan.lam:
-                break
-        if keep is not None or w is start:
+            done = (lasso_gap(system.D, S, soft(w, threshold), plan.lam) <= plan.tol * plan.lam)[:, None]
+            if running is None or final is None:
+                running, final = torch.ones_like(done), w.clone()
+            final = torch.where(running, w, final)
+            ends.append((step, running & done))
+            running = running & ~done
+            if not running.any():
+                return final, earlier, ends
+        if kept or w is start:
             w, v = system.step(start, w, threshold, v=v)
         else:
             w, v = system.step(start, w, threshold, out=v, v=w)
-    return w, earlier
+    ends.append((last, running))
+    return w if running is None or final is None else torch.where(running, w, final), earlier, ends
 
 
 class _Unrolled(torch.autograd.Function):
-    """(D, S) -> codes, then those of the earlier steps asked for. Keeps w of each step and nothing else of its size.
+    """(D, S) -> codes, then those of the earlier steps asked for. Keeps w of some steps and nothing else of its size.
 
     Where |w| is at most the threshold, y = 0, so c = w and v = -w; elsewhere c is constant and v = w - 2 c. With m = 1
     there and 0 elsewhere, the adjoint g of w therefore goes from a step to the one before as
@@ -252,7 +271,7 @@ class _Unrolled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, D: Tensor, S: Tensor, system: RidgeSystem, plan: _Plan) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
-        last, earlier = _iterate(system, system.solve(S), S, plan, kept)
+        last, earlier, ctx.ends = _iterate(system, system.solve(S), S, plan, kept)
         ctx.save_for_backward(D, S, *kept)
         ctx.system, ctx.plan = system, plan
         ctx.set_materialize_grads(False)
@@ -262,14 +281,15 @@ class _Unrolled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_codes: Tensor | None, *of_earlier: Tensor | None) -> tuple[Tensor | None, ...]:
         D, S, *kept = ctx.saved_tensors
-        threshold, last = ctx.plan.threshold, len(kept) - 1
-        arriving = [(last, of_codes), *zip(sorted(ctx.plan.also), of_earlier, strict=False)]
+        threshold, last = ctx.plan.threshold, ctx.ends[-1][0]
+        arriving = list(zip(sorted(ctx.plan.also), of_earlier, strict=False))
+        if of_codes is not None:
+            arriving += [(step, of_codes if which is None else of_codes * which) for step, which in ctx.ends]
         with torch.autocast(D.device.type, enabled=False):
             reflect = ctx.system.reflect()
             of_map = _MapGradient(ctx.system) if ctx.needs_input_grad[0] else None
             g, of_start, v = (torch.zeros_like(kept[0]) for _ in range(3))
-            for step in range(last, -1, -1):
-                w = kept[step]
+            for step, w in _backwards(ctx.system, kept, threshold, last, v):
                 if step < last:
                     if of_map is not None:
                         torch.sub(w, w.clamp(-threshold, threshold), alpha=2, out=v)
@@ -282,6 +302,19 @@ class _Unrolled(torch.autograd.Function):
                 of_start += g
             of_D, of_S = _system_gradients(ctx.system, D, S, kept[0], of_start, of_map)
         return of_D, of_S if ctx.needs_input_grad[1] else None, None, None
+
+
+def _backwards(
+    system: RidgeSystem, kept: list[Tensor], threshold: float, last: int, v: Tensor
+) -> Iterator[tuple[int, Tensor]]:
+    """(step, w) from step `last` to 0, those between the kept ones made again; v: a buffer."""
+    start = kept[0]
+    for first in range(last - last % _KEEP_EVERY, -1, -_KEEP_EVERY):
+        found = [kept[first // _KEEP_EVERY]]
+        while len(found) < _KEEP_EVERY and first + len(found) <= last:
+            found.append(system.step(start, found[-1], threshold, v=v)[0])
+        while found:
+            yield first + len(found) - 1, found.pop()
 
 
 class _MapGradient:

@@ -219,9 +219,9 @@ def _start(points: _Points, centres: int, generator: Generator) -> tuple[Tensor,
         race = -uniform.to(x).log_().clamp_(max=-1e-30) * away[proposed].clamp_min(1e-30)
         left, taken = away[proposed], []
         for j in range(batch):
-            taken.append((left / race[j]).argmax())
-            left = torch.minimum(left, between[taken[-1]])
-        new = proposed[torch.stack(taken)]
+            taken.append((left / race[j]).argmax(0, keepdim=True))
+            left = torch.minimum(left, between.index_select(0, taken[-1])[0])
+        new = proposed[torch.cat(taken)]
         away = torch.minimum(away, points.distance(points.nearest(x[new])[0])).index_fill_(0, new, 0)
         chosen = torch.cat([chosen, new])
     return x[chosen], away

@@ -102,7 +102,7 @@ def test_bytes_are_of_what_is_read_and_written_but_views():
 
 def test_ceilings_are_positive_and_told():
     found = Ceilings.of(CPU, size=64, repeats=1)
-    assert found.product > 0 and found.copy > 0 and found.product_bf16 == 0
+    assert found.product > 0 and found.copy > 0 and found.convolution == found.product and found.bf16 == 0
     assert "GFLOP/s, copy" in str(found) and "bf16" not in str(found)
 
 

@@ -4,6 +4,7 @@ from datasets.augment import AlignedSpec
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
+from evals import features
 from evals.features import cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
@@ -39,6 +40,15 @@ def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
     torch.testing.assert_close(found["z"][:, 0], torch.stack(draws).mean(0), atol=1e-5, rtol=1e-5)
     for name in found:
         torch.testing.assert_close(found[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_many_draws_come_in_groups_with_the_same_means(monkeypatch):
+    net, data = network(), images()
+    whole = concatenate(draw_means(net_outputs(net), data, spec(3), 5, label="test"))
+    monkeypatch.setattr(features, "_TOGETHER", 2)
+    found = concatenate(draw_means(net_outputs(net), data, spec(3), 5, label="test"))
+    for name in found:
+        torch.testing.assert_close(found[name], whole[name], atol=1e-6, rtol=1e-6)
 
 
 def test_each_feature_is_coded_in_its_own_shifts_dictionary():

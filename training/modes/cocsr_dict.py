@@ -4,7 +4,8 @@ Letters: N images, B of a batch, K shifts, F feature size, M atoms.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -158,8 +159,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     def begin(run: Run) -> None:
         if draws is not None:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
-            with amp():
-                s_KNF = training_features(model, data, draws, world, at_least=2 * sparse.sr_dict_size)
+            s_KNF = training_features(model, data, draws, world, at_least=2 * sparse.sr_dict_size, amp=amp)
             if world.first:
                 # A generator on the CPU gives the same draws on every device.
                 centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
@@ -258,19 +258,32 @@ def sample_terms(
 
 
 def training_features(
-    model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, world: World = ALONE, *, at_least: int
+    model: CocsrNet,
+    data: ImageSet | PictureSet,
+    draws: DrawSpec,
+    world: World = ALONE,
+    *,
+    at_least: int,
+    amp: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
     """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`.
 
-    Several processes take some batches of each pass, and get the features of all.
+    Several processes take some batches of each pass, and get the features of all. amp: the network's precision.
     """
+
+    def features(views: Tensor) -> Tensor:
+        with amp():
+            return model(views).s
+
     passes = -(-at_least // len(data))
-    rows = [s for t in range(passes) for s in _one_pass(model, data, draws, t, world)]
+    rows = [s for t in range(passes) for s in _one_pass(features, data, draws, t, world)]
     return torch.cat(rows).transpose(0, 1)
 
 
-def _one_pass(model: CocsrNet, data: ImageSet | PictureSet, draws: DrawSpec, t: int, world: World) -> Iterator[Tensor]:
-    own = (model(views).s.unflatten(0, (len(index), -1)) for index, views in draw_views(data, draws, t, world=world))
+def _one_pass(
+    features: Callable[[Tensor], Tensor], data: ImageSet | PictureSet, draws: DrawSpec, t: int, world: World
+) -> Iterator[Tensor]:
+    own = (features(views).unflatten(0, (len(index), -1)) for index, views in draw_views(data, draws, t, world=world))
     if world.size == 1:
         yield from own
         return
