@@ -190,9 +190,10 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
 
 
 def distance(found: Tensor | None, exact: Tensor | None) -> float:
-    """Euclidean, relative to `exact`, in float64."""
+    """Euclidean, relative to `exact`, in float64; 0 where both are."""
     assert found is not None and exact is not None
-    return float((found.double() - exact.double()).norm() / exact.double().norm())
+    found, exact = found.double(), exact.double()
+    return float((found - exact).norm() / exact.norm().clamp_min(torch.finfo(exact.dtype).tiny))
 
 
 def wait(device: torch.device) -> None:

@@ -18,7 +18,7 @@ from training.modes.cocsr_dict import DictionaryLossSpec, dictionary_step
 _LAM, _RHO, _L1, _CONSTRAINT = 0.01, 1.0, 0.01, 0.1
 # Draws of features and dictionaries over which rounding is compared: where a code is near the kink of the l1 norm,
 # rounding turns it over or does not, and a single draw's error is luck.
-_DRAWS = 12
+_DRAWS = 5
 _LOSS = DictionaryLossSpec(1.0, _L1, _CONSTRAINT, 0, 1.0, False, None)
 
 
@@ -127,7 +127,7 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
     bank = bank_of(D, size.steps)
 
     def check(found: Result, theirs: Result) -> str:
-        """Agreement in float64, and rounding in float32 like theirs, by the medians of several draws."""
+        """Agreement in float64, and no more rounding than theirs in float32, by the medians of several draws."""
         bank64, (D64, s64) = bank_of(D.double(), size.steps), (x.double() for x in (D, s))
         exact, worst = ours(bank64, s64), 0.0
         for other in (published(D64, s64, size.steps), plain_autograd(D64, s64, size.steps)):
@@ -141,8 +141,8 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
             both = ours(bank_of(D_, size.steps), s_), published(D_, s_, size.steps)
             errors.append([distance(x, e) for r in both for x, e in zip(r, exact, strict=True)])
         loss, gradient, their_loss, their_gradient = (statistics.median(column) for column in zip(*errors, strict=True))
-        # A loss right to the last bits of float32 is as right as it can be. Medians of so few draws differ by a third.
-        assert loss <= max(their_loss, 1e-6) and gradient <= 1.5 * their_gradient, errors
+        # A loss right to the last bits of float32 is as right as it can be.
+        assert loss <= max(their_loss, 1e-6) and gradient <= max(their_gradient, 1e-6), errors
         return (
             f"float64: equal to {worst:.0e}; float32 error of loss {loss:.0e} (published {their_loss:.0e}),"
             f" of gradient {gradient:.1e} (published {their_gradient:.1e})"

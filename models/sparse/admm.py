@@ -115,13 +115,16 @@ class RidgeSystem:
     def solve(self, S: Tensor) -> Tensor:
         """The ridge solution (D'D + rho I)^-1 D's = D'(DD' + rho I)^-1 s, (K, M, N)."""
         if self.inverse is not None:
-            return self.D.mT @ (self.inverse @ S)
-        return self.small_inverse(self.D.mT @ S)
+            return _product(self.D.mT, _product(self.inverse, S))
+        x = self.small_inverse(_product(self.D.mT, S))
+        # One refinement: where D'D is large, rounding of the inverse is a hundred times all other rounding.
+        left = _product(self.D.mT, S - _product(self.D, x))
+        return x.add_(self.small_inverse(left.sub_(x, alpha=self.rho)))
 
     def small_inverse(self, V: Tensor) -> Tensor:
         """(D'D + rho I)^-1 v for v (K, M, N), where M <= F."""
         assert self.A is not None
-        return (self.A @ V).div_(self.rho)
+        return _product(self.A, V).div_(self.rho)
 
     def step(
         self, start: Tensor, w: Tensor, threshold: float, *, out: Tensor | None = None, v: Tensor | None = None
@@ -337,8 +340,8 @@ class _MapGradient:
         """ridge_map @ E @ A, for ridge_map = D (D'D + rho I)^-1."""
         A, D = self._system.A, self._system.D
         if A is not None:
-            return ridge_map @ (self._sum + self._sum.mT) @ A
-        return self._sum - (self._sum @ D.mT) @ ridge_map
+            return _product(_product(ridge_map, self._sum + self._sum.mT), A)
+        return self._sum - _product(_product(self._sum, D.mT), ridge_map)
 
 
 def _system_gradients(
@@ -351,16 +354,16 @@ def _system_gradients(
     """
     if system.inverse is None:
         solved = system.small_inverse(of_start)
-        of_S = D @ solved
+        of_S = _product(D, solved)
         if of_map is None:
             return None, of_S
         assert system.A is not None
-        ridge_map = (D @ system.A).div_(system.rho)
-        of_D = (S - D @ start) @ solved.mT
+        ridge_map = _product(D, system.A).div_(system.rho)
+        of_D = _product(S - _product(D, start), solved.mT)
     else:
-        ridge_map = system.inverse @ D if system.thin is None else system.thin
-        of_S = ridge_map @ of_start
+        ridge_map = _product(system.inverse, D) if system.thin is None else system.thin
+        of_S = _product(ridge_map, of_start)
         if of_map is None:
             return None, of_S
-        of_D = (system.inverse @ S) @ system.add_shrunk(torch.zeros_like(of_start), of_start).mT
-    return of_D - of_S @ start.mT - of_map.seen_through(ridge_map), of_S
+        of_D = _product(_product(system.inverse, S), system.add_shrunk(torch.zeros_like(of_start), of_start).mT)
+    return of_D - _product(of_S, start.mT) - of_map.seen_through(ridge_map), of_S

@@ -266,9 +266,9 @@ def test_oneDNN_and_BLAS_give_the_same_codes_and_gradients(monkeypatch, atoms):
 
 @pytest.mark.parametrize("atoms", [128, 160, 300])
 @pytest.mark.parametrize("rho", conditioning.RHOS)
-def test_an_inverse_is_as_exact_in_float32_as_a_solve_in_each_step(rho, atoms):
+def test_an_inverse_is_more_exact_in_float32_than_a_solve_in_each_step(rho, atoms):
     ours, solving = conditioning.errors(*conditioning.inputs(atoms, torch.device("cpu"), 128, 50), rho)
-    assert ours <= 3 * solving
+    assert ours <= max(solving / 3, 2e-6)
 
 
 SAMPLES = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
