@@ -81,6 +81,13 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """`peak_memory_gib`, the most that tensors have taken of a GPU's memory in this process; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+
+
 def device_name(device: torch.device) -> str:
     """What a report calls the device: the GPU's own name, or the CPU with its thread count."""
     if device.type == "cuda":

@@ -227,7 +227,8 @@ def build_parser(
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", "--epoch", type=int, default=1000, help="last epoch (stage 2 counts on from stage 1)")
     g.add_argument("--batch_size", type=int, default=128, help="images per step (of each process)")
-    g.add_argument("--micro_batch", type=int, help="images per piece of a step: same gradient, less memory, more time")
+    pieces = "images per piece of a step: gradient of the whole, batch norm by piece; less memory, more time"
+    g.add_argument("--micro_batch", type=int, help=pieces)
     g.add_argument("--optimizer", choices=("lars", "sgd", "adam", "torchlars"), default="lars", help="stage 1")
     g.add_argument("--lr_scheduler", choices=("cosine", "step_decay"), default="cosine", help="stage 1")
     g.add_argument("--warmup", type=int, default=10, help="epochs of warm-up, from --lr_init to ten times that")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.device import device_name
+from common.device import device_name, peak_memory
 from common.dist import ALONE, World
 from common.errors import UserError
 from common.files import write_json, write_text
@@ -136,6 +136,7 @@ def result_facts(flags: Flags, subject: Subject, begun: float) -> dict[str, Any]
         "checkpoint": str(subject.checkpoint),
         "seconds": round(time.monotonic() - begun, 2),
         "device": device_name(subject.device),
+        **peak_memory(subject.device),
         "processes": subject.world.size,
         "epochs": subject.epochs,
         "flags": flags.as_dict(),

@@ -37,6 +37,7 @@ def test_stage_1_leaves_a_complete_run_folder(stage1):
     rows = [json.loads(line) for line in (stage1 / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     tags = {"train/loss_sim", "train/loss_shift", "train/loss_cls", "train/lr", "train/grad_norm", "train/batch_time"}
+    tags.add("train/images_per_second")
     assert tags <= set(rows[0]) and rows[1]["train/loss_cls"] < rows[0]["train/loss_cls"]
     assert json.loads((stage1 / "args.json").read_text())["flags"]["simclr_dim"] == 32
     assert torch.load(stage1 / "last.model", weights_only=True)["simclr_layer.2.weight"].shape == (32, 64)

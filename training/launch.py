@@ -118,7 +118,8 @@ def _remedy(flags: Flags) -> str:
     """Which flags make a step smaller."""
     values = flags.as_dict()
     pieces = values["micro_batch"] or values["batch_size"]
-    smaller = f"give --micro_batch {max(1, pieces // 2)} (the same gradient in smaller pieces)" if pieces > 1 else ""
+    half = f"give --micro_batch {max(1, pieces // 2)} (the gradient of the whole in pieces, batch norm by piece)"
+    smaller = half if pieces > 1 else ""
     dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if values["mode"] == "cocsr_dict" else ""
     passes = f"--ood_batch_size {values['ood_batch_size']} for k-means" if values["ini_sr_dict_train"] else ""
     last = f"lower --batch_size {values['batch_size']}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.device import peak_memory
 from common.dist import ALONE, World
 from common.errors import RunStopped, Terminated
 from common.progress import progress
@@ -119,7 +120,9 @@ def fit(
         values = _read(meter, run, epoch, world)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
-        values |= {"train/lr": lr, "train/batch_time": batch_time}
+        speed = len(recipe.data) * (done - first_step) / total_steps / elapsed
+        values |= {"train/lr": lr, "train/batch_time": batch_time, "train/images_per_second": speed}
+        values |= {f"train/{name}": value for name, value in peak_memory(recipe.data.device).items()}
         values |= recipe.end_epoch(epoch) if world.first else {}
         first_step, meter = 0, _Meter()
         run.record(epoch, values)
