@@ -15,6 +15,7 @@ import train
 import train_cocsr
 import tsne
 from evals.detection import auroc
+from models.sparse.admm import RidgeSystem
 from tests.conftest import ROOT, SHIFT, TINY
 from tests.datasets.test_folder import fill
 
@@ -88,6 +89,15 @@ def test_evaluation_writes_results_that_agree_with_each_other(stage2, capsys):
     assert (stage2 / "result_ood_pre_cocsr_refmix_simclr_sr.json").is_file()
 
 
+def test_dictionaries_are_inverted_once_in_an_evaluation(stage2, monkeypatch):
+    """Of the training images and of the test images."""
+    made = []
+    of = RidgeSystem.of
+    monkeypatch.setattr(RidgeSystem, "of", lambda *args: made.append(of(*args)) or made[-1])
+    assert run_eval("--mode", "ood_pre_cocsr", "--load_path", stage2, *SPARSE) == 0
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("mode, score", [("ood_pre", "CSI"), ("ood_pre_refmix", "simclr"), ("ood_pre_cocsr", "CSI_sr")])
 def test_every_mode_gives_the_same_number_again_whatever_the_batch_size(stage2, mode, score, tmp_path):
     means = []
@@ -103,10 +113,10 @@ def test_every_mode_gives_the_same_number_again_whatever_the_batch_size(stage2, 
 def test_a_tolerance_lets_codes_converge_where_40_steps_do_not(stage2, tmp_path, capsys):
     args = ["--mode", "ood_pre_cocsr", "--load_path", shutil.copytree(stage2, tmp_path / "run"), *SPARSE]
     gaps = []
-    for more in ([], ["--sr_admm_stage", 5000, "--sr_tol", "0.01"]):
+    for more in ([], ["--sr_admm_stage", 5000, "--sr_tol", "0.1"]):
         assert run_eval(*args, *more) == 0
         gaps.append(float(re.search(r"mean optimality gap (\S+) lambda", capsys.readouterr().out)[1]))
-    assert gaps[1] <= 0.01 < gaps[0]
+    assert gaps[1] <= 0.1 < gaps[0]
 
 
 def test_tsne_draws_one_picture_per_shift(stage2, capsys):

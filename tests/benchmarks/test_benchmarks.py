@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmarks.__main__ as table
 from benchmarks import augmentation, coding, compare, dictionary, growth, stage1
 from benchmarks.ceilings import Ceilings
-from benchmarks.floors import ByteCounter
+from benchmarks.floors import ByteCounter, convolutions
 
 CPU = torch.device("cpu")
 
@@ -98,6 +99,26 @@ def test_bytes_are_of_what_is_read_and_written_but_views():
         assert counter.total >= 1600
         torch.cat([y, y])
     assert counter.total >= 1600 + 2 * 200 + 400
+
+
+def test_convolutions_have_a_part_of_the_time_and_the_operations_of_their_formula():
+    layer, x, y = torch.nn.Conv2d(4, 8, 3, padding=1), torch.rand(5, 4, 6, 6), torch.rand(90, 80)
+    spent, all_, work = convolutions(lambda: (layer(x).sum().backward(), y @ y.T), CPU)
+    # Forward, and the gradient of the weights; the input needs none.
+    assert work == 2 * (2 * 5 * 8 * 36 * 4 * 9)
+    assert 0 < spent < all_
+
+
+def failing(device: torch.device) -> compare.Part:
+    raise ValueError("this part is broken")
+
+
+def test_a_part_that_fails_is_told_and_the_others_are_shown(monkeypatch, capsys):
+    monkeypatch.setattr(table, "PARTS", {"broken": failing, "sleeping": sleeping})
+    monkeypatch.setattr(table.Ceilings, "of", lambda device: Ceilings(1e9, 1e9, 0.0, 1e9))
+    assert table.main(["--repeats", "1"]) == 1
+    said = capsys.readouterr()
+    assert "failed: broken (ValueError: this part is broken)" in said.err and "| same" in said.out
 
 
 def test_ceilings_are_positive_and_told():

@@ -87,5 +87,8 @@ def test_memory_that_cannot_be_had_is_told_with_the_remedy():
             torch.empty(2**55, dtype=torch.uint8)
     with pytest.raises(RunStopped, match="lower --x"), memory_errors("lower --x"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    for text in ("CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"):
+        with pytest.raises(RunStopped, match="lower --x"), memory_errors("lower --x"):
+            raise torch.AcceleratorError(text)
     with pytest.raises(RuntimeError, match="shape"), memory_errors("lower --x"):
         raise RuntimeError("shape mismatch")
