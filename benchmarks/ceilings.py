@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.compare import timed
 from common.device import has_bf16
@@ -24,18 +25,20 @@ class Ceilings:
     copy: float
 
     @classmethod
-    def of(cls, device: torch.device, size: int | None = None, repeats: int = 9) -> "Ceilings":
-        """Medians, on `device`: products of (size, size) matrices (2048 on a CPU, else 8192), a copy of 256 MiB."""
+    def of(cls, device: torch.device, size: int | None = None, repeats: int = 15) -> "Ceilings":
+        """The best of several: products of (size, size) matrices (2048 on a CPU, else 8192), a copy of 256 MiB."""
         size = size or (2048 if device.type == "cpu" else 8192)
         a, b = (torch.rand(size, size, device=device) for _ in range(2))
         source = torch.zeros(2**26, device=device)
         target = torch.empty_like(source)
 
         def speed(run: Callable[[], Any], work: float) -> float:
-            return work / sorted(timed(run, device) for _ in range(repeats + 1))[repeats // 2]
+            return work / min(timed(run, device) for _ in range(repeats))
 
         work, half = 2.0 * size**3, 0.0
-        product, convolution = speed(lambda: a @ b, work), speed(lambda: F.conv1d(a[None], b[:, :, None]), work)
+        x, weight = _convolution(device, images=16 if device.type == "cpu" else 256)
+        product = speed(lambda: a @ b, work)
+        convolution = speed(lambda: F.conv2d(x, weight, padding=1), 2.0 * x.numel() * weight.numel() / len(x[0]))
         if device.type == "cpu":
             product = convolution = max(product, convolution)
         if has_bf16(device):
@@ -49,3 +52,9 @@ class Ceilings:
             del found["convolution"]
         speeds = [f"{name} {value / 1e9:.0f} GFLOP/s" for name, value in found.items() if value]
         return ", ".join([*speeds, f"copy {self.copy / 1e9:.1f} GB/s"])
+
+
+def _convolution(device: torch.device, images: int) -> tuple[Tensor, Tensor]:
+    """Images (N, 256, 32, 32), channels last, and weights (256, 256, 3, 3), as a large ResNet has them."""
+    x, weight = torch.rand(images, 256, 32, 32, device=device), torch.rand(256, 256, 3, 3, device=device)
+    return x.contiguous(memory_format=torch.channels_last), weight.contiguous(memory_format=torch.channels_last)

@@ -149,7 +149,7 @@ _TURN = 8
 
 
 class Course(NamedTuple):
-    """Seconds of a step, turn by turn; resident bytes at the end of the second tenth, and of the run."""
+    """Seconds of a step, turn by turn; resident bytes at the end of the second tenth, and in the last step."""
 
     seconds: list[float]
     resident: tuple[int, int]
@@ -200,7 +200,7 @@ def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
     device = pick_device(str(device))  # With what it sets in a process.
     recipe, barrier, young = make(device), _MEETING[0], first == tenth
     seconds: list[float] = []
-    step, begun, before = 0, 0.0, 0
+    step, begun, before, after = 0, 0.0, 0, 0
 
     def hand_over() -> None:
         wait(device)
@@ -208,9 +208,9 @@ def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
         barrier.wait()
 
     def watched(epoch: float) -> float:
-        nonlocal step, begun, before
-        if step <= 2 * tenth:
-            before = resident()
+        nonlocal step, begun, before, after
+        after = resident()
+        before = after if step <= 2 * tenth else before
         if step >= first and step % _TURN == 0:
             if step > first:
                 hand_over()
@@ -233,7 +233,7 @@ def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
     hand_over()
     if not young:
         barrier.wait()
-    return Course(seconds, (before, resident()))
+    return Course(seconds, (before, after))
 
 
 def resident() -> int:

@@ -46,7 +46,7 @@ class Lars(Optimizer):
         return loss
 
     def _update(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        # Lists of tensors in few launches; the norms stay on the device.
+        # Lists of tensors in few launches, but for the scales, one for each; the norms stay on the device.
         buffers = []
         for p in weights:
             state = self.state[p]

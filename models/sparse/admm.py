@@ -196,7 +196,7 @@ def _convolves(A: Tensor) -> bool:
 
     torch calls it for convolutions only, those of width 1 with more than one thread.
     """
-    fits = A.device.type == "cpu" and A.dtype == torch.float32 and torch.get_num_threads() > 1
+    fits = A.device.type == "cpu" and A.dtype == torch.float32 and A.is_contiguous() and torch.get_num_threads() > 1
     return fits and torch.backends.mkldnn.is_available()
 
 
