@@ -82,6 +82,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
     """A line for each score, over epochs."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
@@ -89,6 +90,7 @@ def draw(path: Path, rows: Sequence[Row], title: str) -> None:
         axes.plot([row["epoch"] for row in rows], [row.get(score, float("nan")) for row in rows], "o-", label=score)
     axes.set(xlabel="epochs of stage 1", ylabel="mean AUROC (%)")
     axes.set_title(title, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
