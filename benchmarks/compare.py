@@ -99,7 +99,7 @@ def compare(
     remark = part.check(mine, theirs)
     del mine, theirs
     calls = 10 if taken < _QUICK else 1
-    rounds = max(1, min(repeats, int(min(seconds, 1e9) / (3 * calls * taken))))
+    rounds = max(1, int(min(repeats, seconds / (3 * calls * taken))))
     sides: dict[str, Callable[[], float]] = {
         "ours": partial(timed, part.ours, device, calls),
         "kept": partial(timed, part.published, device, calls),

@@ -10,7 +10,6 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.ceilings import Ceilings
 from benchmarks.compare import timed, wait
-from common.device import autocast, device_name, pick_device, reuse_host_memory
+from common.device import Amp, autocast, device_name, pick_device, reuse_host_memory
 from common.errors import UserError, command
 from common.seed import generator
 from datasets.augment import AlignedSpec
@@ -42,8 +41,6 @@ _SPEC = AlignedSpec()
 _SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
 _LOSS = DictionaryLossSpec(1.0, 0.01, 0.1, 0, 1.0, False, None)
 _ATOMS, _STEPS = 512, 40
-
-Amp = Callable[[], AbstractContextManager]
 
 
 class ByteCounter(TorchDispatchMode):

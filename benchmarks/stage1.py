@@ -1,15 +1,12 @@
 """A step of stage 1: views, network, contrastive and shift losses, backward, LARS. Ours against the published step."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.augmentation import published_views
 from benchmarks.compare import Part, distance
-from common.device import autocast
+from common.device import Amp, autocast
 from common.seed import generator
 from datasets.augment import AlignedSpec
 from datasets.sets import image_set
@@ -23,8 +20,6 @@ from training.optim import Lars
 _SPEC = AlignedSpec()
 _SHIFTS = ShiftSpec("rot_bmix", 0.2).functions(_SPEC)
 _K = len(_SHIFTS)
-
-Amp = Callable[[], AbstractContextManager]
 
 
 def part(

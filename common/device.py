@@ -9,6 +9,9 @@ import torch
 
 from common.errors import RunStopped, UserError
 
+# Makes a context of the precision that a network runs in.
+Amp = Callable[[], AbstractContextManager]
+
 # What torch says when host memory cannot be had, and a GPU's past its own allocator.
 _NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 # From malloc.h.
@@ -70,7 +73,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     return device
 
 
-def autocast(amp: str, device: torch.device) -> Callable[[], AbstractContextManager]:
+def autocast(amp: str, device: torch.device) -> Amp:
     """A factory of autocast contexts. amp `auto`: bf16 on GPUs that have it, off elsewhere; `bf16`; `off`."""
     wanted = amp == "bf16" or (amp == "auto" and has_bf16(device))
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=wanted)

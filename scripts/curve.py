@@ -19,8 +19,7 @@ from pathlib import Path
 
 from common.errors import RunStopped, UserError, command
 from common.files import write_text, write_whole
-
-ROOT = Path(__file__).parent.parent
+from scripts.jobs import ROOT, end_with_parent
 
 # Of a row of the curve: what is no score.
 _FACTS = ["epoch", "minutes"]
@@ -29,15 +28,17 @@ Row = dict[str, float]
 
 
 def train_for(flags: Sequence[str], seconds: float) -> bool:
-    """Train for so long, or to the end; whether that was reached. Raises: RunStopped where training fails."""
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT)
+    """Train for so long, or to the end; whether that was reached. Raises: RunStopped where training fails or does not
+    even begin in that time."""
+    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, preexec_fn=end_with_parent)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.terminate()
     code = process.wait()
-    # 143: it has saved. -SIGTERM: the signal came before there was anything to save.
-    if code not in (0, 143, -signal.SIGTERM):
+    if code == -signal.SIGTERM:
+        raise RunStopped(f"training did not begin within {seconds:.0f} seconds; give a longer --every")
+    if code not in (0, 143):  # 143: it has saved.
         raise RunStopped(f"train.py ended with exit code {code}")
     return code == 0
 

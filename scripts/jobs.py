@@ -147,7 +147,7 @@ def _commands(job: Job, env: dict[str, str], retries: int, stop: Callable[[], bo
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # an interrupt from the keyboard is the sweep's to pass on
-                    preexec_fn=_end_with_parent,
+                    preexec_fn=end_with_parent,
                 )
             yield process
             record.end(step, process.returncode)
@@ -157,7 +157,7 @@ def _commands(job: Job, env: dict[str, str], retries: int, stop: Callable[[], bo
             return
 
 
-def _end_with_parent() -> None:
-    """Linux: if the sweep dies, its commands are told to save and end, so that a new one finds their folders free."""
+def end_with_parent() -> None:
+    """Linux: if who started this process dies, it is told to save and end, so that its folder is free for the next."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

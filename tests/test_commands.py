@@ -38,7 +38,8 @@ def test_stage_1_leaves_a_complete_run_folder(stage1):
     rows = [json.loads(line) for line in (stage1 / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     tags = {"train/loss_sim", "train/loss_shift", "train/loss_cls", "train/lr", "train/grad_norm", "train/batch_time"}
-    tags.add("train/images_per_second")
+    # 122 images in two steps.
+    assert rows[0]["train/images_per_second"] * rows[0]["train/batch_time"] == pytest.approx(61)
     assert tags <= set(rows[0]) and rows[1]["train/loss_cls"] < rows[0]["train/loss_cls"]
     assert json.loads((stage1 / "args.json").read_text())["flags"]["simclr_dim"] == 32
     assert torch.load(stage1 / "last.model", weights_only=True)["simclr_layer.2.weight"].shape == (32, 64)
@@ -113,10 +114,10 @@ def test_every_mode_gives_the_same_number_again_whatever_the_batch_size(stage2, 
 def test_a_tolerance_lets_codes_converge_where_40_steps_do_not(stage2, tmp_path, capsys):
     args = ["--mode", "ood_pre_cocsr", "--load_path", shutil.copytree(stage2, tmp_path / "run"), *SPARSE]
     gaps = []
-    for more in ([], ["--sr_admm_stage", 5000, "--sr_tol", "0.1"]):
+    for more in ([], ["--sr_admm_stage", 20000, "--sr_tol", "0.01"]):
         assert run_eval(*args, *more) == 0
         gaps.append(float(re.search(r"mean optimality gap (\S+) lambda", capsys.readouterr().out)[1]))
-    assert gaps[1] <= 0.1 < gaps[0]
+    assert gaps[1] <= 0.01 < gaps[0]
 
 
 def test_tsne_draws_one_picture_per_shift(stage2, capsys):

@@ -120,7 +120,7 @@ def fit(
         values = _read(meter, run, epoch, world)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
-        speed = len(recipe.data) * (done - first_step) / total_steps / elapsed
+        speed = len(recipe.data) * (done - first_step) / total_steps / max(elapsed, 1e-9)
         values |= {"train/lr": lr, "train/batch_time": batch_time, "train/images_per_second": speed}
         values |= {f"train/{name}": value for name, value in peak_memory(recipe.data.device).items()}
         values |= recipe.end_epoch(epoch) if world.first else {}

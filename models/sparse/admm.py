@@ -194,7 +194,7 @@ def _add_product(sum_: Tensor, A: Tensor, V: Tensor) -> Tensor:
 def _convolves(A: Tensor) -> bool:
     """Whether products go to oneDNN: twice as fast as MKL, which lies under `bmm`, on an AMD processor with AVX-512.
 
-    torch calls it for convolutions only, those of width 1 with more than one thread.
+    torch calls it for convolutions only, those of width 1 with more than one thread; a transposed A would be copied.
     """
     fits = A.device.type == "cpu" and A.dtype == torch.float32 and A.is_contiguous() and torch.get_num_threads() > 1
     return fits and torch.backends.mkldnn.is_available()

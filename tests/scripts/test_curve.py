@@ -44,7 +44,13 @@ def test_flags_that_training_refuses_and_training_that_fails(tmp_path, capfd):
     capfd.readouterr()
 
 
-def test_the_signal_ends_a_turn(tmp_path, capfd):
-    flags = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--epochs", "100000", "--log_root", str(tmp_path)]
-    assert curve.train_for(flags, 6) is False
-    capfd.readouterr()
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_turn_ends_with_a_signal_that_training_has_to_be_ready_for(saves, tmp_path, monkeypatch):
+    ready = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));" if saves else ""
+    (tmp_path / "train.py").write_text(f"import signal, sys, time; {ready} time.sleep(60)")
+    monkeypatch.setattr(curve, "ROOT", tmp_path)
+    if saves:
+        assert curve.train_for([], 4) is False
+        return
+    with pytest.raises(curve.RunStopped, match="--every"):
+        curve.train_for([], 1)

@@ -5,13 +5,13 @@ Letters: N images, B of a batch, K shifts, F feature size, M atoms.
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from common.device import autocast
+from common.device import Amp, autocast
 from common.dist import ALONE, Share, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors
@@ -264,7 +264,7 @@ def training_features(
     world: World = ALONE,
     *,
     at_least: int,
-    amp: Callable[[], AbstractContextManager] = nullcontext,
+    amp: Amp = nullcontext,
 ) -> Tensor:
     """SR features of augmented training images by shift, (K, passes * N, F), in as many passes as give `at_least`.
 

@@ -3,8 +3,7 @@
 Letters: B images, C classes, K shifts, V = K B views of one copy.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.device import autocast
+from common.device import Amp, autocast
 from common.dist import ALONE, Share, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors
@@ -148,7 +147,7 @@ def contrastive_step(
     n_classes: int | None = None,
     temperature: float,
     sim_lambda: float,
-    amp: Callable[[], AbstractContextManager] = nullcontext,
+    amp: Amp = nullcontext,
     micro_batch: int | None = None,
     share: Share | None = None,
 ) -> Step:
