@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 # Longer than any part of a run in which one process works and the others wait for it.
 _PATIENCE = timedelta(minutes=30)
+# Seconds after which the first process says that it waits for others.
+_TELL_S = 15.0
 # What gloo and nccl say in a process whose partner has gone.
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|remote process", re.I)
 
@@ -51,6 +53,12 @@ class World:
             raise UserError(f"torchrun: {', '.join(names)} in the environment must be whole numbers") from None
         if not 0 <= rank < size or local_rank < 0:
             raise UserError(f"torchrun: RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} cannot be")
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if size > 1 and missing:
+            raise UserError(
+                f"WORLD_SIZE is {size} in the environment, without {', '.join(missing)}: start several processes with"
+                " torchrun, or unset WORLD_SIZE to run one"
+            )
         return cls(rank, size, local_rank)
 
     @property
@@ -126,20 +134,20 @@ class World:
         """What to raise where all processes find the same error: the first tells it, the others end with `code`."""
         return error if self.first else SystemExit(code)
 
-    def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether any process was `asked`: the same answer in all, one call late, so that no step waits for it."""
+    def any_of(self, asked: Callable[[], int]) -> Callable[[], int]:
+        """The largest answer of any process: the same in all, one call late, so that no step waits for it."""
         if self.size == 1:
             return asked
         pending: list[tuple[dist.Work, Tensor]] = []
 
-        def answer() -> bool:
-            before = False
+        def answer() -> int:
+            before = 0
             if pending:
                 work, flag = pending.pop()
                 work.wait()
-                before = bool(flag)
+                before = int(flag)
             flag = torch.tensor(int(asked()))
-            pending.append((dist.all_reduce(flag, async_op=True), flag))
+            pending.append((dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag))
             return before
 
         return answer
@@ -224,12 +232,16 @@ def _store(world: World) -> dist.Store:
         name = store.get(f"told/{name}").decode()  # waits for it
         store.add(f"met/{name}", 1)
         return dist.PrefixStore(name, store)
-    patience = time.monotonic() + _PATIENCE.total_seconds()
+    begun, told = time.monotonic(), False
     while store.add(f"met/{name}", 0) < world.size - 1:
         for rank in range(1, world.size):
             if store.check([f"asks/{rank}"]):
                 store.set(f"told/{store.get(f'asks/{rank}').decode()}", name)
-        if time.monotonic() > patience:
+        waited = time.monotonic() - begun
+        if waited > _TELL_S and not told:
+            told = True
+            print(f"waiting for all of {world.size} processes (WORLD_SIZE in the environment) ...", file=sys.stderr)
+        if waited > _PATIENCE.total_seconds():
             raise RunStopped(f"not all of {world.size} processes came within {_PATIENCE}")
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
@@ -255,7 +267,10 @@ def processes(device: str) -> Iterator[World]:
     """
     with told_once():
         world = World.of(os.environ)
-    kind = pick_device(device, world.local_rank if world.size > 1 else None)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if world.size > 1 and pick_device(device, 0).type == "cuda" and here > torch.cuda.device_count():
+            raise UserError(f"--device {device}: {here} processes here, but {torch.cuda.device_count()} GPU(s)")
+        kind = pick_device(device, world.local_rank if world.size > 1 else None)
     if world.size == 1:
         yield world
         return
