@@ -69,7 +69,7 @@ def outlier_flags(name: str) -> tuple[str, ...]:
     if name == INTERP:
         return ()
     if name in DATASETS:
-        return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache"))
+        return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache", "superclasses"))
     return ("num_worker", "skip_bad_images") + (("data_path",) if name in PICTURE_SETS else ())
 
 

@@ -31,6 +31,7 @@ class ImageSet:
     indices: Tensor
     paths: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return len(self.images)
