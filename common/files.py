@@ -143,7 +143,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
 
 
 def write_json(path: Path, value: Any) -> None:

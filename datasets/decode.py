@@ -3,10 +3,10 @@
 Pictures of more than 8 bits per sample need a range of values: the same for all pictures of a command (`Reader`).
 """
 
-import os
+import logging
 import threading
 import warnings
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,12 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
 from common.flags import positive
-from datasets.listing import printable
+from datasets.listing import common_folder, printable
 
 # The limit is --max_megapixels. Pillow's own would refuse what a higher one allows.
 Image.MAX_IMAGE_PIXELS = None
-# Of odd metadata, which concern no one who looks at the pixels; what cannot be read is an error.
+# Pillow warns of odd metadata, which the pixels do not depend on; what cannot be read is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF")
 _PLAIN_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split())
@@ -87,14 +88,14 @@ class Reader:
         self.paths, self.before, self.threads = paths, before, threads
         self.value_range, self.max_megapixels = value_range, max_megapixels
         self._tops: dict[str, float] | None = None
-        self._remarks: Counter[str] = Counter()
+        self._remarks: defaultdict[str, list[str]] = defaultdict(list)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Image.Image]:
         """The picture before it is decoded. Raises: ValueError for one that is too large or has too many bands."""
         with open(path, "rb") as file, Image.open(file, formats=_formats()) as picture:
             width, height = picture.size
-            if width * height > self.max_megapixels * 1e6:
+            if width * height / 1e6 > self.max_megapixels:
                 raise ValueError(f"{width} x {height} pixels, more than --max_megapixels {self.max_megapixels:g}")
             if picture.format == "TIFF":
                 tags = picture.tag_v2  # type: ignore[attr-defined]
@@ -114,13 +115,13 @@ class Reader:
         with self.open(path) as picture:
             if draft is not None:
                 picture.draft("RGB", (draft, draft))
-            return self.to_rgb(ImageOps.exif_transpose(picture))
+            return self.to_rgb(ImageOps.exif_transpose(picture), path.name)
 
-    def to_rgb(self, picture: Image.Image) -> Image.Image:
+    def to_rgb(self, picture: Image.Image, name: str = "") -> Image.Image:
         """16-bit and float ones are scaled to 8 bits, transparent ones laid on white, palettes and grey expanded."""
         if kind := _kind(picture):
             values = np.asarray(picture)
-            low, high = self._range(kind, values)
+            low, high = self._range(kind, values, name)
             scaled = _to_bytes(values, low, high)
             if "transparency" in picture.info:  # one level of grey; Pillow forgets it
                 scaled[values == picture.info["transparency"]] = 255
@@ -134,9 +135,10 @@ class Reader:
         return picture.convert("RGB")
 
     def tell_remarks(self, place: Path) -> None:
-        """Print how many of the pictures read so far do not fit their range well, and begin anew."""
-        for remark, n in self._remarks.items():
-            print(f"note: {printable(place)}: {n} with {remark}; --value_range LOW HIGH sets another")
+        """Print which of the pictures read so far do not fit their range well, and begin anew."""
+        for remark, names in self._remarks.items():
+            some = ", ".join(map(printable, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
+            print(f"note: {printable(place)}: {len(names)} with {remark} ({some}); --value_range LOW HIGH sets another")
         self._remarks.clear()
 
     def settings(self) -> list[Any]:
@@ -155,7 +157,7 @@ class Reader:
                     largest = max(value for other, value in found if other == kind)
                     self._tops[kind] = top = next(top for top in _TOPS[kind] if top >= largest)
                     if 4 * largest < top:
-                        place = printable(os.path.commonpath([path.parent for path in paths]))
+                        place = printable(common_folder(paths))
                         values = f"{kind} up to {largest:g} make dark pictures in the range 0..{top:g}"
                         print(f"note: {place}: {values}; --value_range LOW HIGH sets another")
             return self._tops
@@ -170,16 +172,16 @@ class Reader:
             pass
         return None
 
-    def _range(self, kind: str, values: np.ndarray) -> tuple[float, float]:
+    def _range(self, kind: str, values: np.ndarray, name: str) -> tuple[float, float]:
         least, most = _extremes(values, kind if self.value_range is None else None)
         if self.value_range is not None:
             low, high = self.value_range
         else:
             low, high = 0.0, self._top(kind) or next(top for top in _TOPS[kind] if top >= most)
         if least < low or most > high:
-            self._remarks[f"values outside the range {low:g}..{high:g}, clipped"] += 1
+            self._remarks[f"values outside the range {low:g}..{high:g}, clipped"].append(name)
         elif low < most < low + (high - low) / 64:
-            self._remarks[f"values so low in the range {low:g}..{high:g} that they come out black"] += 1
+            self._remarks[f"values so low in the range {low:g}..{high:g} that they come out black"].append(name)
         return low, high
 
     def _top(self, kind: str) -> float | None:
@@ -213,7 +215,7 @@ def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
     scaled = np.empty(values.shape, np.uint8)
     # By lines: in float64 a picture of 100 megapixels would take 800 MB.
     for line, out in zip(values, scaled, strict=True):
-        out[:] = ((line.astype(np.float64).clip(low, high) - low) * (255 / (high - low))).round()
+        out[:] = ((line.astype(np.float64).clip(low, high) - low) * 255 / (high - low)).round()
     return scaled
 
 

@@ -15,7 +15,7 @@ from common.progress import progress
 from datasets.decode import Reader, read_picture, reason, unreadable
 from datasets.decode import read_upright as read_upright
 from datasets.decode import to_rgb as to_rgb
-from datasets.listing import ENDINGS, LeftOut, class_folders, pictures_below, printable
+from datasets.listing import ENDINGS, LeftOut, class_folders, common_folder, pictures_below, printable
 from datasets.listing import list_pictures as list_pictures
 from datasets.sets import combined
 
@@ -158,7 +158,7 @@ def read_pictures(
                 raise unreadable(paths[n], why) from None
             bad[n] = why
 
-    folder = paths[0].parent
+    folder = common_folder(paths)
     # Threads, not processes: Pillow decodes outside the interpreter lock, and the pictures land in one array.
     with ThreadPoolExecutor(max(1, threads)) as pool:
         label = f"reading {printable(folder)}"

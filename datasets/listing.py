@@ -9,7 +9,7 @@ One line says how many were left out, and why.
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import UserError
@@ -37,7 +37,7 @@ class LeftOut:
     def tell(self, place: Path) -> None:
         """Print the line, once in this process."""
         line = f"note: {printable(place)}: left out {', '.join(self._parts())}"
-        if (self.counts or self.endings) and line not in _told:
+        if self.counts.total() + self.endings.total() and line not in _told:
             _told.add(line)
             print(line)
 
@@ -45,13 +45,15 @@ class LeftOut:
         for reason in (_FILES, _FOLDERS):
             if n := self.counts[reason]:
                 yield _number(n, reason)
-        for ending in sorted(UNREADABLE & self.endings.keys()):
-            yield f"{self.endings[ending]} {ending} (not readable here; convert them to PNG or JPEG)"
+        if unreadable := sorted(UNREADABLE & self.endings.keys()):
+            kinds = " and ".join(f"{self.endings[ending]} {ending}" for ending in unreadable)
+            yield f"{kinds} (not readable here; convert them to PNG or JPEG)"
         others = Counter({ending: n for ending, n in self.endings.items() if ending not in UNREADABLE})
         if others:
-            kinds = [f"{printable(ending) or 'none'} {n}" for ending, n in others.most_common(5)]
-            more = ", ..." if len(others) > len(kinds) else ""
-            yield f"{others.total()} with other endings ({', '.join(kinds)}{more})"
+            most_first = sorted(others, key=lambda ending: (-others[ending], ending))
+            some = [f"{printable(ending) or 'none'} {others[ending]}" for ending in most_first[:5]]
+            more = ", ..." if len(others) > len(some) else ""
+            yield f"{others.total()} with other endings ({', '.join(some)}{more})"
         if n := self.counts[_OUTSIDE]:
             yield f"{_number(n, 'picture')} outside the class folders"
         for reason in (_BROKEN, _SPECIAL):
@@ -69,6 +71,11 @@ def printable(path: str | os.PathLike[str]) -> str:
     """A path for a message: bytes that are not UTF-8 and control characters as escapes."""
     text = os.fsencode(path).decode(errors="backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The deepest folder that holds all of the files."""
+    return Path(os.path.commonpath([path.parent for path in paths]))
 
 
 def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:

@@ -30,7 +30,7 @@ from common.seed import generator
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, tell_skipped
-from datasets.listing import printable
+from datasets.listing import common_folder, printable
 from datasets.sets import floats
 
 
@@ -120,7 +120,7 @@ def open_cache(
     bad = {paths[int(n)]: why for n, why in held["bad"].items()}
     if bad and not skip_bad:
         raise unreadable(*next(iter(bad.items())))
-    tell_skipped(bad, len(paths), paths[0].parent)
+    tell_skipped(bad, len(paths), common_folder(paths))
     return Cached(file, np.array(held["sizes"], np.int64)), held["places"], [*map(bytes.fromhex, held["digests"])]
 
 

@@ -22,7 +22,7 @@ from common.flags import positive
 from common.progress import progress
 from common.seed import generator
 from datasets.decode import Reader, check_reading, reason, unreadable
-from datasets.listing import ENDINGS, PREPARED, LeftOut, list_pictures, pictures_below, printable
+from datasets.listing import ENDINGS, PREPARED, LeftOut, common_folder, list_pictures, pictures_below, printable
 
 # Names and WordNet ids of ImageNet-30; the index of a class is its place in alphabetical order.
 IMAGENET30 = {
@@ -192,7 +192,7 @@ def make(
     # Threads, not processes: Pillow decodes, resizes and encodes outside the interpreter lock.
     with ThreadPoolExecutor(threads) as pool:
         made = sum(progress(pool.map(work, todo), total=len(todo), label="preparing"))
-    reader.tell_remarks(jobs[0].source.parent)
+    reader.tell_remarks(common_folder([job.source for job in jobs]))
     bad = len(todo) - made
     if bad == len(jobs):
         raise UserError(f"--source: not one of the {bad} pictures can be read")
