@@ -23,7 +23,7 @@ from common.errors import UserError, command
 from common.progress import progress
 from datasets import DATASETS, DataSource, PictureSet
 from datasets.augment import AlignedSpec
-from datasets.folder import list_pictures
+from datasets.listing import list_pictures
 
 
 def lay_out(root: Path, pictures: Path | None, count: int, stored: int) -> None:

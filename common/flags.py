@@ -243,6 +243,9 @@ def build_parser(
     g.add_argument("--num_worker", type=int, default=4, help="threads or processes that decode pictures")
     g.add_argument("--skip_bad_images", help="leave out pictures that cannot be read, and count them", **on)
     g.add_argument("--image_cache", **path, help="imagenet: folder to keep decoded training pictures in, built once")
+    g.add_argument("--max_megapixels", type=float, default=100.0, help="larger pictures are refused")
+    between = "16-bit and float pictures: values that become black and white (default: found from training pictures)"
+    g.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=between)
 
     g = parser.add_argument_group("network and device")
     choices = {"type": _one_component("model"), "choices": _Names(tables.models, "timm_", "<name>")}

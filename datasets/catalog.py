@@ -7,8 +7,8 @@ Most are read into memory (`datasets.sets`); the training pictures of ImageNet-3
 import contextlib
 import gzip
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,32 @@ from common.errors import UserError
 from common.files import in_turn
 from common.flags import pick
 from datasets.augment import AlignedSpec
-from datasets.folder import Layout, class_names, find_pictures, n_train_classes, read_picture, read_pictures
-from datasets.pictures import Decoded, PictureSet, open_cache
-from datasets.sets import ImageSet, image_set
+from datasets.decode import Reader, check_reading
+from datasets.folder import (
+    Layout,
+    Picture,
+    class_names,
+    digests,
+    find_pictures,
+    fingerprint,
+    n_train_classes,
+    read_pictures,
+    training_paths,
+)
+from datasets.pictures import Decoded, PictureSet, Pixels, open_cache
+from datasets.sets import ImageSet, combined, image_set
+
+_FOLDER = Layout()
+_IMAGENET30 = Layout("one_class_train", "one_class_test")
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where and how to read a data set; field names are flag names. image_size None: the set's own.
+    """Where and how to read a data set; field names but `normal` are flag names. image_size None: the set's own.
 
     image_cache: folder for decoded pixels of sets that are decoded while training; None: decode each time.
+    max_megapixels, value_range, normal: see `Reader`; normal reads the training pictures of the data set that a command
+    is about, and its range goes for all that the command reads. None: each data set has its own.
     """
 
     data_path: str = "../Data/"
@@ -41,8 +57,12 @@ class DataSource:
     skip_bad_images: bool = False
     image_cache: str | None = None
     superclasses: str = "published"
+    max_megapixels: float = 100.0
+    value_range: Sequence[float] | None = None
+    normal: Reader | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_reading(self.max_megapixels, self.value_range)
         if self.image_size is not None and self.image_size < 8:
             raise UserError(f"--image_size must be at least 8, got {self.image_size}")
         if self.num_worker < 0:
@@ -51,8 +71,14 @@ class DataSource:
     @classmethod
     def of(cls, flags: Any, dataset: str, *, training: bool = False) -> "DataSource":
         """From the flags; only those that reading `dataset` depends on, for training or for evaluation, are read."""
-        used = DATASETS[dataset].flags
-        return pick(cls, flags, only=used if training else [flag for flag in used if flag != "image_cache"])
+        spec = DATASETS[dataset]
+        source = pick(cls, flags, only=[flag for flag in spec.flags if training or flag != "image_cache"])
+        return replace(source, normal=spec.reader and spec.reader(source))
+
+    def reader(self, paths: Callable[[], Sequence[Path]]) -> Reader:
+        """How to read pictures; their range is that of `paths` where `normal` has none."""
+        limits = {"value_range": self.value_range, "max_megapixels": self.max_megapixels}
+        return Reader(paths, before=self.normal, threads=self.num_worker, **limits)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,7 @@ class DatasetSpec:
     flags: what of a `DataSource` it depends on.
     n_train_classes: source -> how many of the classes can be normal; the linear head has one output for each.
     stream: (source, crop, label) -> training pictures that are decoded, cropped and flipped while training runs.
+    reader: source -> the Reader of the training pictures, for sets of files.
     groups: coarse classes, name -> labels, by --superclasses, where one-class training takes those instead (CIFAR-100).
     image_size: pixels on a side where the flag does not say otherwise; None: the model's.
     """
@@ -73,6 +100,7 @@ class DatasetSpec:
     flags: tuple[str, ...]
     n_train_classes: Callable[[DataSource], int] | None = None
     stream: Callable[[DataSource, AlignedSpec, int | None], PictureSet] | None = None
+    reader: Callable[[DataSource], Reader] | None = None
     image_size: int | None = 32
     groups: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None
 
@@ -98,7 +126,10 @@ def _resized(images: Tensor, labels: np.ndarray | list[int], size: int | None, l
     data = image_set(images, labels)
     if label is not None:
         data = data.where(data.labels == label)
-    return replace(data, images=resize(data.images, size))
+    # In blocks: bytes of a whole set would take its memory once more.
+    parts = [data.labels, *data.images.split(1024)]
+    mark = combined(part.contiguous().numpy().tobytes() for part in parts)
+    return replace(data, images=resize(data.images, size), fingerprint=mark)
 
 
 def _digits(source: DataSource, split: str, label: int | None) -> ImageSet:
@@ -174,22 +205,26 @@ def _names(*names: str) -> Callable[[DataSource], list[str]]:
     return lambda source: list(names)
 
 
-def pictures_in_memory(
-    paths: list[Path], labels: list[int], source: DataSource, short_side: int | None = None
-) -> ImageSet:
+def pictures_in_memory(pictures: list[Picture], source: DataSource, short_side: int | None = None) -> ImageSet:
     """Pictures as an ImageSet: the middle of each at `source.image_size`, its short side resized to `short_side`."""
-    size = source.image_size or 32
-    read = partial(read_picture, size=size, short_side=short_side)
-    images, good = read_pictures(paths, read, size=size, threads=source.num_worker, skip_bad=source.skip_bad_images)
-    return image_set(images, [labels[n] for n in good], [str(paths[n]) for n in good])
+    reader = source.reader(lambda: [picture.path for picture in pictures])
+    size, skip_bad = source.image_size or 32, source.skip_bad_images
+    images, good, mark = read_pictures(
+        pictures, reader, size=size, short_side=short_side, threads=source.num_worker, skip_bad=skip_bad
+    )
+    labels, paths = [pictures[n].label for n in good], [str(pictures[n].path) for n in good]
+    return replace(image_set(images, labels, paths), fingerprint=mark)
+
+
+def _of_training(source: DataSource, root: Path, layout: Layout = _FOLDER) -> Reader:
+    """Reads pictures in the range of the training split."""
+    return source.normal or source.reader(partial(training_paths, root, layout))
 
 
 def _folder(source: DataSource, split: str, label: int | None) -> ImageSet:
-    return pictures_in_memory(*find_pictures(Path(source.data_path), split, label=label), source)
-
-
-def _find_imagenet(source: DataSource, split: str, label: int | None) -> tuple[list[Path], list[int]]:
-    return find_pictures(_imagenet_root(source), split, label=label, layout=_IMAGENET30)
+    root = Path(source.data_path)
+    pictures = find_pictures(root, split, label=label)
+    return pictures_in_memory(pictures, replace(source, normal=_of_training(source, root)))
 
 
 def _imagenet_root(source: DataSource) -> Path:
@@ -202,24 +237,33 @@ def imagenet_short_side(side: int) -> int:
 
 
 def _imagenet(source: DataSource, split: str, label: int | None) -> ImageSet:
-    short_side = imagenet_short_side(source.image_size or 224)
-    return pictures_in_memory(*_find_imagenet(source, split, label), source, short_side)
+    root = _imagenet_root(source)
+    pictures = find_pictures(root, split, label=label, layout=_IMAGENET30)
+    source = replace(source, normal=_of_training(source, root, _IMAGENET30))
+    return pictures_in_memory(pictures, source, imagenet_short_side(source.image_size or 224))
 
 
 def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -> PictureSet:
-    paths, labels = _find_imagenet(source, "train", label)
+    root = _imagenet_root(source)
+    pictures = find_pictures(root, "train", label=label, layout=_IMAGENET30)
+    reader = _of_training(source, root, _IMAGENET30)
+    if any(picture.path.suffix.lower() not in (".jpg", ".jpeg") for picture in pictures):
+        reader.find_range()  # Else each process that decodes would look for it.
     side, workers, skip_bad = source.image_size or 224, source.num_worker, source.skip_bad_images
     short_side = imagenet_short_side(side)
+    paths = [picture.path for picture in pictures]
+    pixels: Pixels
     if source.image_cache is not None:
-        pixels, places = open_cache(paths, short_side, Path(source.image_cache), workers=workers, skip_bad=skip_bad)
-        return PictureSet(pixels, torch.tensor(labels)[places], crop, side, workers)
-    places = list(range(len(paths)))
-    if skip_bad:  # No way to tell but to decode them all once.
-        probe = partial(read_picture, size=1)
-        places = read_pictures(paths, probe, size=1, threads=workers, skip_bad=True)[1]
-    return PictureSet(
-        Decoded([paths[n] for n in places], short_side), torch.tensor(labels)[places], crop, side, workers
-    )
+        decoded, cache = Decoded(paths, short_side, reader), Path(source.image_cache)
+        pixels, good, found = open_cache(decoded, cache, workers=workers, skip_bad=skip_bad)
+        mark = fingerprint([pictures[n] for n in good], found)
+    else:
+        good, mark = list(range(len(paths))), ""
+        if skip_bad:  # No way to tell but to decode them all once.
+            _, good, mark = read_pictures(pictures, reader, size=1, threads=workers, skip_bad=True)
+        pixels = Decoded([paths[n] for n in good], short_side, reader)
+        mark = mark or fingerprint(pictures, digests(paths, workers))
+    return PictureSet(pixels, torch.tensor([pictures[n].label for n in good]), crop, side, workers, fingerprint=mark)
 
 
 _TEN = _names(*"0123456789")
@@ -276,9 +320,9 @@ _PUBLISHED = {
 }
 CIFAR100_GROUPS: dict[str, Mapping[str, tuple[int, ...]]] = {"published": _PUBLISHED, "standard": _STANDARD}
 
-_IMAGENET30 = Layout("one_class_train", "one_class_test")
 _FILES = ("data_path", "download_data", "image_size")
-_PICTURES = ("data_path", "image_size", "num_worker", "skip_bad_images")
+PICTURE_FLAGS = ("num_worker", "skip_bad_images", "max_megapixels", "value_range")
+_PICTURES = ("data_path", "image_size", *PICTURE_FLAGS)
 
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(_digits, _TEN, ("image_size",)),
@@ -293,6 +337,7 @@ DATASETS: dict[str, DatasetSpec] = {
         (*_PICTURES, "image_cache"),
         n_train_classes=lambda source: n_train_classes(_imagenet_root(source), _IMAGENET30),
         stream=_imagenet_stream,
+        reader=lambda source: _of_training(source, _imagenet_root(source), _IMAGENET30),
         image_size=None,
     ),
     "folder": DatasetSpec(
@@ -300,6 +345,7 @@ DATASETS: dict[str, DatasetSpec] = {
         lambda source: class_names(Path(source.data_path)),
         _PICTURES,
         n_train_classes=lambda source: n_train_classes(Path(source.data_path)),
+        reader=lambda source: _of_training(source, Path(source.data_path)),
         image_size=None,
     ),
 }

@@ -1,17 +1,28 @@
-"""Pictures in folders: `<root>/{train,test}/<class>/*`, read as a person would expect to see them."""
+"""Pictures in folders: `<root>/{train,test}/<class>/*`, and what is read of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from common.errors import UserError
 from common.progress import progress
+from datasets.decode import Reader, read_picture, reason, unreadable
+from datasets.decode import read_upright as read_upright
+from datasets.decode import to_rgb as to_rgb
+from datasets.listing import ENDINGS, LeftOut, class_folders, common_folder, pictures_below, printable
+from datasets.listing import list_pictures as list_pictures
+from datasets.sets import combined
 
-ENDINGS = frozenset(".jpg .jpeg .png .bmp .webp .tif .tiff".split())
+# Of larger files the two ends and the size tell whether they are the same.
+_WHOLE, _END = 64 * 1024, 8 * 1024
+# How many pictures that cannot be read are named one by one.
+_NAMED = 100
 
 
 @dataclass(frozen=True)
@@ -22,100 +33,152 @@ class Layout:
     test: str = "test"
 
 
+class Picture(NamedTuple):
+    """A file, and what it is in its set: label, class name ("" in a set without classes), path below the class folder.
+
+    The last two are for the fingerprint.
+    """
+
+    path: Path
+    label: int
+    class_name: str
+    below: str
+
+
 def class_names(root: Path, layout: Layout = Layout()) -> list[str]:
     """Names of the classes of the training split, sorted, then of those found only in the test split.
 
     Raises: UserError where there is no training split with a class folder in it.
     """
-    train = _folders(root / layout.train)
+    train = class_folders(root / layout.train)
     if not train:
-        raise UserError(f"--data_path: no folder {root / layout.train} with one folder of pictures per class")
-    outliers = [name for name in _folders(root / layout.test) if name not in train]
+        where = printable(root / layout.train)
+        raise UserError(f"--data_path: no folder {where} with one folder of pictures per class")
+    outliers = [name for name in class_folders(root / layout.test) if name not in train]
     for name in outliers:
         twins = [other for other in train if other.casefold() == name.casefold()]
         if twins:
-            there = f"{root}/{layout.train}/{twins[0]} and {root}/{layout.test}/{name}"
+            there = f"{printable(root / layout.train / twins[0])} and {printable(root / layout.test / name)}"
             raise UserError(f"--data_path: {there} differ in case; rename one")
     return train + outliers
 
 
 def n_train_classes(root: Path, layout: Layout = Layout()) -> int:
     """How many of `class_names(root)` are in the training split; the others are outliers."""
-    return len(_folders(root / layout.train))
+    return len(class_folders(root / layout.train))
 
 
-def _folders(path: Path) -> list[str]:
-    """Names of the class folders; what begins with . or __ is other programs' (.ipynb_checkpoints, __MACOSX)."""
-    names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
-    return sorted(name for name in names if not name.startswith((".", "__")))
-
-
-def list_pictures(folder: Path) -> list[Path]:
-    """All pictures below `folder`, sorted; none where there is no such folder."""
-    return (
-        sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()) if folder.is_dir() else []
-    )
-
-
-def find_pictures(
-    root: Path, split: str, *, label: int | None = None, layout: Layout = Layout()
-) -> tuple[list[Path], list[int]]:
-    """Paths and labels of the pictures of a split ("train" or "test"), or of its class `label`.
+def find_pictures(root: Path, split: str, *, label: int | None = None, layout: Layout = Layout()) -> list[Picture]:
+    """The pictures of a split ("train" or "test"), or of its class `label`. Says what was left out.
 
     Raises: UserError where there is none.
     """
     names = class_names(root, layout)
     folder = root / getattr(layout, split)
+    left_out = LeftOut()
+    class_folders(folder, left_out)
     found = [
-        (path, index)
+        Picture(path, index, name, str(path.relative_to(folder / name)))
         for index, name in enumerate(names)
         if label is None or index == label
-        for path in list_pictures(folder / name)
+        for path in pictures_below(folder / name, left_out)
     ]
+    left_out.tell(folder)
     if not found:
         which = f"{names[label]!r} of " if label is not None and label < len(names) else ""
-        raise UserError(f"--data_path: no pictures ({' '.join(sorted(ENDINGS))}) for {which}{folder}")
-    return [path for path, _ in found], [index for _, index in found]
+        kinds = " ".join(sorted(ENDINGS))
+        raise UserError(f"--data_path: no pictures ({kinds}) for {which}{printable(folder)}")
+    return found
+
+
+def training_paths(root: Path, layout: Layout = Layout()) -> list[Path]:
+    """All pictures of the training split."""
+    return [picture.path for picture in find_pictures(root, "train", layout=layout)]
+
+
+def digest(path: Path) -> bytes:
+    """What tells the content of a file from others': its size and SHA-256, of larger files that of the two ends."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(_END if size > _WHOLE else -1)
+        if size > _WHOLE:
+            file.seek(-_END, os.SEEK_END)
+            content += file.read()
+    return size.to_bytes(8, "little") + hashlib.sha256(content).digest()
+
+
+def digests(paths: Sequence[Path], threads: int) -> list[bytes]:
+    """`digest` of each file; empty for one that cannot be read, which whoever decodes it will tell."""
+
+    def one(path: Path) -> bytes:
+        try:
+            return digest(path)
+        except OSError:
+            return b""
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return list(pool.map(one, paths))
+
+
+def fingerprint(pictures: Sequence[Picture], digests: Sequence[bytes]) -> str:
+    """What tells these pictures from others, wherever they lie; digests: `digest` of each file."""
+    return combined(
+        part
+        for picture, found in zip(pictures, digests, strict=True)
+        for part in (os.fsencode(picture.class_name), os.fsencode(picture.below), found)
+    )
 
 
 def read_pictures(
-    paths: Sequence[Path], read: Callable[[Path], np.ndarray], *, size: int, threads: int, skip_bad: bool
-) -> tuple[np.ndarray, list[int]]:
-    """What `read` makes of each picture, (N, 3, size, size) uint8, and the places in `paths` of those it could read.
+    pictures: Sequence[Picture],
+    reader: Reader,
+    *,
+    size: int,
+    short_side: int | None = None,
+    threads: int,
+    skip_bad: bool,
+) -> tuple[np.ndarray, list[int], str]:
+    """The middles of the pictures, (N, 3, size, size) uint8, the places of those it could read, their fingerprint.
 
+    short_side: what that of each is resized to; None: `size`.
     Raises: UserError for a picture that cannot be read, unless `skip_bad`; where none can be.
     """
+    paths = [picture.path for picture in pictures]
     images = np.empty((len(paths), 3, size, size), np.uint8)
-    good = np.ones(len(paths), bool)
+    found = [b""] * len(paths)
+    bad: dict[int, str] = {}
 
     def read_one(n: int) -> None:
         try:
-            images[n] = read(paths[n])
+            found[n] = digest(paths[n])
+            images[n] = read_picture(paths[n], size, short_side, reader)
         except Exception as error:  # Pillow raises many kinds for damaged files
+            why = reason(paths[n], error)
             if not skip_bad:
-                raise unreadable(paths[n], error) from None
-            good[n] = False
+                raise unreadable(paths[n], why) from None
+            bad[n] = why
 
-    folder = paths[0].parent
+    folder = common_folder(paths)
     # Threads, not processes: Pillow decodes outside the interpreter lock, and the pictures land in one array.
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for _ in progress(_in_order(pool, read_one, len(paths)), total=len(paths), label=f"reading {folder}"):
+        label = f"reading {printable(folder)}"
+        for _ in progress(_in_order(pool, read_one, len(paths)), total=len(paths), label=label):
             pass
-    tell_skipped(int((~good).sum()), len(paths), folder)
-    return (images if good.all() else images[good]), good.nonzero()[0].tolist()
+    tell_skipped({paths[n]: bad[n] for n in sorted(bad)}, len(paths), folder)
+    reader.tell_remarks(folder)
+    good = [n for n in range(len(paths)) if n not in bad]
+    mark = fingerprint([pictures[n] for n in good], [found[n] for n in good])
+    return images[good] if bad else images, good, mark
 
 
-def unreadable(path: Path, error: object) -> UserError:
-    """The error for a picture that cannot be read."""
-    return UserError(f"--data_path: cannot read {path} ({error}); mend it, or add --skip_bad_images")
-
-
-def tell_skipped(bad: int, count: int, folder: Path) -> None:
-    """Say how many of `count` pictures were left out. Raises: UserError where all were."""
-    if bad == count:
-        raise UserError(f"--data_path: not one readable picture in {folder}")
+def tell_skipped(bad: dict[Path, str], count: int, folder: Path) -> None:
+    """Say which of `count` pictures were left out, and why. Raises: UserError where all were."""
+    for path, why in list(bad.items())[:_NAMED]:
+        print(f"--skip_bad_images: cannot read {printable(path)} ({why})")
+    if len(bad) == count:
+        raise UserError(f"--data_path: not one readable picture in {printable(folder)}")
     if bad:
-        print(f"--skip_bad_images: left out {bad} of {count} pictures in {folder}")
+        print(f"--skip_bad_images: left out {len(bad)} of {count} pictures in {printable(folder)}")
 
 
 def _in_order(pool: ThreadPoolExecutor, read, count: int) -> Iterator[None]:
@@ -126,45 +189,3 @@ def _in_order(pool: ThreadPoolExecutor, read, count: int) -> Iterator[None]:
     finally:
         for future in futures:
             future.cancel()
-
-
-def read_upright(path: Path, short_side: int) -> Image.Image:
-    """One picture, upright and RGB, its short side resized to `short_side` with an anti-aliasing filter.
-
-    16-bit pictures are scaled to 8 bits, transparent ones laid on white, palettes and grey expanded.
-    """
-    with Image.open(path) as picture:
-        # Large JPEGs are decoded at the smallest eighth that still has twice the pixels to resize from.
-        picture.draft("RGB", (2 * short_side, 2 * short_side))
-        upright = to_rgb(ImageOps.exif_transpose(picture))
-    width, height = upright.size
-    scale = short_side / min(width, height)
-    size = (max(short_side, round(width * scale)), max(short_side, round(height * scale)))
-    return upright if size == upright.size else upright.resize(size, Image.Resampling.BILINEAR)
-
-
-def centre(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle (3, size, size) of (H, W, 3) pixels."""
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size].transpose(2, 0, 1)
-
-
-def read_picture(path: Path, size: int, short_side: int | None = None) -> np.ndarray:
-    """The middle of one picture, (3, size, size) uint8, its short side resized to `short_side`, or to `size`."""
-    return centre(np.asarray(read_upright(path, short_side or size)), size)
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, as a person would expect to see the picture."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        levels = np.asarray(picture).astype(np.float64)
-        if picture.mode == "F":
-            top = 1.0 if levels.max() <= 1 else 255.0 if levels.max() <= 255 else 65535.0
-        else:
-            top = 65535.0
-        return Image.fromarray((levels.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return picture.convert("RGB")

@@ -9,10 +9,11 @@ import torch
 
 from common.errors import UserError
 from common.seed import generator
-from datasets.catalog import DATASETS, DataSource, imagenet_short_side, pictures_in_memory
-from datasets.folder import list_pictures
+from datasets.catalog import DATASETS, PICTURE_FLAGS, DataSource, imagenet_short_side, pictures_in_memory
+from datasets.folder import Picture
+from datasets.listing import list_pictures, printable
 from datasets.one_class import split_one_class
-from datasets.sets import ImageSet
+from datasets.sets import ImageSet, derived
 
 FOLDER = "folder:"
 
@@ -70,7 +71,7 @@ def outlier_flags(name: str) -> tuple[str, ...]:
         return ()
     if name in DATASETS:
         return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache", "superclasses"))
-    return ("num_worker", "skip_bad_images") + (("data_path",) if name in PICTURE_SETS else ())
+    return PICTURE_FLAGS + (("data_path",) if name in PICTURE_SETS else ())
 
 
 def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: int) -> Callable[[], ImageSet]:
@@ -91,14 +92,15 @@ def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: in
         folder = Path(source.data_path) / below
     paths = list_pictures(folder)
     if not paths:
-        raise UserError(f"no pictures in {folder}")
+        raise UserError(f"no pictures in {printable(folder)}")
     if count is not None and len(paths) > count:
         # The same pictures whatever the seed of the run, so that runs compare.
         chosen = torch.randperm(len(paths), generator=generator(0, "outliers"))[:count].sort().values
         paths = [paths[n] for n in chosen.tolist()]
     # Large pictures are framed as those of ImageNet-30 are; the small sets come in their size.
     short_side = imagenet_short_side(source.image_size) if count is not None and source.image_size else None
-    return partial(pictures_in_memory, paths, [0] * len(paths), source, short_side)
+    pictures = [Picture(path, 0, "", str(path.relative_to(folder))) for path in paths]
+    return partial(pictures_in_memory, pictures, source, short_side)
 
 
 def interpolated(images: ImageSet, lag: int) -> ImageSet:
@@ -109,4 +111,5 @@ def interpolated(images: ImageSet, lag: int) -> ImageSet:
     earlier = torch.arange(len(images)) - lag
     partner = torch.where(earlier < 0, torch.arange(len(images)), earlier)
     pixels = images.images.half()
-    return replace(images, images=(pixels + pixels[partner]) / 2)
+    mark = derived(images.fingerprint, f"{INTERP} {lag}".encode())
+    return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=mark)

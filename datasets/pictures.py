@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -30,7 +30,9 @@ from common.progress import progress
 from common.seed import generator
 from common.signals import ignore_signals, start_workers
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
-from datasets.folder import centre, read_upright, tell_skipped, unreadable
+from datasets.decode import Reader, centre, read_upright, reason, unreadable
+from datasets.folder import digests, tell_skipped
+from datasets.listing import common_folder, printable
 from datasets.sets import floats
 
 
@@ -44,20 +46,28 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures read from their files each time, the short side resized to `short_side`."""
+    """Pictures read from their files each time, the short side resized to `short_side`. reader: see `read_upright`."""
 
     paths: Sequence[Path]
     short_side: int
+    reader: Reader | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, n: int) -> np.ndarray:
         """Raises: UserError for a picture that cannot be read."""
+        found = self.read(n)
+        if isinstance(found, str):
+            raise unreadable(self.paths[n], found)
+        return found
+
+    def read(self, n: int) -> np.ndarray | str:
+        """Pixels, or why the picture cannot be read."""
         try:
-            return np.asarray(read_upright(self.paths[n], self.short_side))
+            return np.asarray(read_upright(self.paths[n], self.short_side, self.reader))
         except Exception as error:  # Pillow raises many kinds for damaged files
-            raise unreadable(self.paths[n], error) from None
+            return reason(self.paths[n], error)
 
 
 @dataclass(frozen=True)
@@ -84,29 +94,36 @@ class Cached:
         return np.memmap(self.file, np.uint8, "r")
 
 
-def open_cache(paths: Sequence[Path], short_side: int, folder: Path, *, workers: int, skip_bad: bool) -> tuple:
-    """The cache of these pictures in `folder`, built now if it is not there: (Cached, places in `paths` it holds).
+def open_cache(
+    decoded: Decoded, folder: Path, *, workers: int, skip_bad: bool
+) -> tuple[Cached, list[int], list[bytes]]:
+    """The cache of these pictures in `folder`, built now if it is not there, the places of those that it holds, and
+    the `digest` of each of their files.
 
-    Its name follows from the pictures' paths, sizes and dates, so that changed pictures get another one.
+    Its name follows from the pictures' paths, sizes and dates and from how they are read, so that changed pictures get
+    another one.
     Raises: UserError for a picture that cannot be read, unless `skip_bad`, and where the cache cannot be written.
     """
+    paths = decoded.paths
     facts = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps([short_side, facts]).encode()).hexdigest()[:16]
+    how = decoded.reader.settings() if decoded.reader else None
+    key = hashlib.sha256(json.dumps([decoded.short_side, how, facts]).encode()).hexdigest()[:16]
     file, index = folder / f"pixels_{key}.u8", folder / f"pixels_{key}.json"
     try:
         with in_turn(folder):
             if not _whole(file, index):
-                held: dict[str, list] = {"sizes": [], "places": []}
-                write_whole(file, lambda out: _write_pixels(out, held, Decoded(paths, short_side), workers, skip_bad))
+                held: dict[str, Any] = {"sizes": [], "places": [], "bad": {}}
+                write_whole(file, lambda out: _write_pixels(out, held, decoded, workers, skip_bad))
+                held["digests"] = [found.hex() for found in digests([paths[n] for n in held["places"]], workers)]
                 write_json(index, held)
     except OSError as error:
-        raise UserError(f"--image_cache: cannot write {file} ({error.strerror})") from None
+        raise UserError(f"--image_cache: cannot write {printable(file)} ({error.strerror})") from None
     held = json.loads(index.read_text())
-    missing = sorted(set(range(len(paths))) - set(held["places"]))
-    if missing and not skip_bad:
-        raise unreadable(paths[missing[0]], "it was left out when the cache was built")
-    tell_skipped(len(missing), len(paths), paths[0].parent)
-    return Cached(file, np.array(held["sizes"], np.int64)), held["places"]
+    bad = {paths[int(n)]: why for n, why in held["bad"].items()}
+    if bad and not skip_bad:
+        raise unreadable(*next(iter(bad.items())))
+    tell_skipped(bad, len(paths), common_folder(paths))
+    return Cached(file, np.array(held["sizes"], np.int64)), held["places"], [*map(bytes.fromhex, held["digests"])]
 
 
 def _whole(file: Path, index: Path) -> bool:
@@ -118,9 +135,9 @@ def _whole(file: Path, index: Path) -> bool:
         return False
 
 
-def _write_pixels(out: BinaryIO, held: dict[str, list], decoded: Decoded, workers: int, skip_bad: bool) -> None:
+def _write_pixels(out: BinaryIO, held: dict[str, Any], decoded: Decoded, workers: int, skip_bad: bool) -> None:
     loader = DataLoader(
-        _OrError(decoded),
+        _OrReason(decoded),
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -131,7 +148,8 @@ def _write_pixels(out: BinaryIO, held: dict[str, list], decoded: Decoded, worker
         for n, item in enumerate(progress(items, total=len(decoded), label="decoding into --image_cache")):
             if isinstance(item, str):
                 if not skip_bad:
-                    raise UserError(item)
+                    raise unreadable(decoded.paths[n], item)
+                held["bad"][n] = item
                 continue
             held["sizes"].append(item.shape[:2])
             held["places"].append(n)
@@ -174,6 +192,13 @@ class _OrError(Dataset):
             return self.items[n]
         except UserError as error:
             return str(error)
+
+
+class _OrReason(_OrError):
+    """Decoded pictures, or why one cannot be read."""
+
+    def __getitem__(self, n: int) -> Any:
+        return self.items.read(n)
 
 
 @dataclass(frozen=True)
@@ -220,6 +245,7 @@ class PictureSet:
     """Pictures with labels, decoded on demand. It offers what training asks of an `ImageSet`.
 
     spec: the share of the area that a crop keeps. side: pixels of a crop. workers: processes that decode.
+    fingerprint: as of an `ImageSet`.
     """
 
     pixels: Pixels
@@ -292,4 +318,4 @@ class PictureSet:
 
     def to(self, device: torch.device) -> "PictureSet":
         """Deliver batches on `device`."""
-        return PictureSet(self.pixels, self.labels, self.spec, self.side, self.workers, device)
+        return replace(self, device=device)

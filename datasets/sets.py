@@ -4,7 +4,8 @@ Letters: N images, B of a batch, C copies. Images are (N, 3, H, W) uint8, labels
 compute device where it fits there, else in host memory.
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ class ImageSet:
     """Images with labels; `indices` are their places in the data set they were taken from.
 
     device: where batches are wanted; `images` itself may stay in host memory if it does not fit there.
+    fingerprint: 16 hex digits that tell the data from others, "" where it is not known.
     """
 
     images: Tensor
@@ -86,11 +88,11 @@ class ImageSet:
             yield torch.stack([hflip(x, flip_B) for flip_B in flip])
 
     def where(self, keep: Tensor) -> "ImageSet":
-        """The images where `keep` (N,) is true."""
+        """The images where `keep` (N,) is true; all of them have the fingerprint of this set."""
         paths = self.paths and tuple(p for p, kept in zip(self.paths, keep.tolist(), strict=True) if kept)
-        return replace(
-            self, images=self.images[keep], labels=self.labels[keep], indices=self.indices[keep], paths=paths
-        )
+        mark = self.fingerprint if keep.all() else derived(self.fingerprint, bytes(keep.tolist()))
+        images, labels, indices = self.images[keep], self.labels[keep], self.indices[keep]
+        return replace(self, images=images, labels=labels, indices=indices, paths=paths, fingerprint=mark)
 
     def to(self, device: torch.device) -> "ImageSet":
         """Hold the set on `device` if it fits there, else leave it in host memory."""
@@ -98,6 +100,19 @@ class ImageSet:
         if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             images = images.to(device)
         return replace(self, images=images, device=device)
+
+
+def combined(parts: Iterable[bytes]) -> str:
+    """The fingerprint of a sequence of parts."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little") + part)
+    return whole.hexdigest()[:16]
+
+
+def derived(fingerprint: str, change: bytes) -> str:
+    """The fingerprint of what a change makes of a set; "" stays so."""
+    return fingerprint and combined([fingerprint.encode(), change])
 
 
 def floats(pixels: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ def other_sets(flags: Flags, subject: Subject, normal: Callable[[], ImageSet]) -
     used = {flag for name in names for flag in outlier_flags(name)}
     source = pick(DataSource, flags, only=used - {"data_path"})
     place = (flags.ood_data_path or flags.data_path) if "data_path" in used else ""
-    source = replace(source, data_path=place, image_size=subject.split.source.image_size)
+    main = subject.split.source
+    source = replace(source, data_path=place, image_size=main.image_size, normal=main.normal)
     lag = flags.test_batch_size if INTERP in names else 1
     return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
 

@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image_cache")
     parser.add_argument("--download_data", action="store_true")
     parser.add_argument("--skip_bad_images", action="store_true")
+    parser.add_argument("--max_megapixels", type=float, default=100.0)
+    parser.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"))
     parser.add_argument("--log_root", type=Path, default=Path("./logs"), help="folder of the run folders")
     args = parser.parse_args(argv)
     split = split_one_class(args.dataset, DataSource.of(args, args.dataset), args.one_class_idx, 32)

@@ -21,7 +21,8 @@ from common.files import write_text, write_whole
 from common.flags import positive
 from common.progress import progress
 from common.seed import generator
-from datasets.folder import ENDINGS, list_pictures, to_rgb
+from datasets.decode import Reader, check_reading, reason, unreadable
+from datasets.listing import ENDINGS, PREPARED, LeftOut, common_folder, list_pictures, pictures_below, printable
 
 # Names and WordNet ids of ImageNet-30; the index of a class is its place in alphabetical order.
 IMAGENET30 = {
@@ -95,16 +96,20 @@ def find_imagenet30(source: Path, out: dict[str, Path]) -> list[Job]:
     """
     jobs: dict[Path, Job] = {}
     missing = []
+    left_out = LeftOut()
     for split, folder in out.items():
         for name, wnid in IMAGENET30.items():
-            pictures = [path for alias in (wnid, name) for path in list_pictures(source / split / alias)]
+            folders = [source / split / alias for alias in (wnid, name)]
+            pictures = [path for below in folders for path in pictures_below(below, left_out, "--source")]
             if not pictures:
                 missing.append(f"{split}/{wnid} ({name})")
             for path in pictures:
                 target = folder / name / f"{path.stem}.jpg"
                 if target in jobs:
-                    raise UserError(f"--source: {jobs[target].source} and {path} would both become {target}")
+                    both = f"{printable(jobs[target].source)} and {printable(path)}"
+                    raise UserError(f"--source: {both} would both become {printable(target)}")
                 jobs[target] = Job(path, target)
+    left_out.tell(source)
     if missing:
         raise UserError(f"--source: no pictures in {source} for {', '.join(missing)}")
     return list(jobs.values())
@@ -129,22 +134,22 @@ def check_source(source: Path, folders: Sequence[Path]) -> None:
 
 
 def claim(folders: Sequence[Path], settings: dict[str, Any]) -> None:
-    """Create the folders, or see that they hold pictures of the same settings (prepared.json): kinds must not mix.
+    """Create the folders, or see that they hold pictures of the same settings (PREPARED): kinds must not mix.
 
     Raises: UserError, before anything is written, where settings differ or pictures are there that came otherwise.
     """
     for folder in folders:
-        note = folder / "prepared.json"
+        note = folder / PREPARED
         if note.is_file():
             if note.read_text() != _text(settings):
                 raise UserError(f"--data_path: {note} names other settings than {_text(settings)}; move {folder} away")
-        elif list_pictures(folder):
+        elif pictures_below(folder, LeftOut()):
             raise UserError(f"--data_path: {folder} holds pictures that this command did not make; move them away")
     try:
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "prepared.json").is_file():
-                write_text(folder / "prepared.json", _text(settings))
+            if not (folder / PREPARED).is_file():
+                write_text(folder / PREPARED, _text(settings))
     except OSError as error:
         raise UserError(f"--data_path: cannot write to {folder} ({error.strerror})") from None
 
@@ -154,7 +159,13 @@ def _text(settings: dict[str, Any]) -> str:
 
 
 def make(
-    jobs: Sequence[Job], change: Callable[[Image.Image], Image.Image], *, threads: int, skip_bad: bool, **save: Any
+    jobs: Sequence[Job],
+    change: Callable[[Image.Image], Image.Image],
+    reader: Reader,
+    *,
+    threads: int,
+    skip_bad: bool,
+    **save: Any,
 ) -> None:
     """Do the jobs whose target is not there yet and print the counts; `save` goes to Pillow (format, quality).
 
@@ -163,23 +174,25 @@ def make(
 
     def work(job: Job) -> bool:
         try:
-            with Image.open(job.source) as picture:
-                changed = change(to_rgb(ImageOps.exif_transpose(picture)))
+            changed = change(reader.rgb(job.source))
         except Exception as error:  # Pillow raises many kinds for damaged files
+            why = reason(job.source, error)
             if skip_bad:
+                print(f"--skip_bad_images: cannot read {printable(job.source)} ({why})")
                 return False
-            raise UserError(f"--source: cannot read {job.source} ({error}); mend it or add --skip_bad_images") from None
+            raise unreadable(job.source, why, "--source") from None
         try:
             job.target.parent.mkdir(parents=True, exist_ok=True)
             write_whole(job.target, lambda file: changed.save(file, **save))
         except OSError as error:
-            raise UserError(f"--data_path: cannot write {job.target} ({error.strerror})") from None
+            raise UserError(f"--data_path: cannot write {printable(job.target)} ({error.strerror})") from None
         return True
 
     todo = [job for job in jobs if not job.target.exists()]
     # Threads, not processes: Pillow decodes, resizes and encodes outside the interpreter lock.
     with ThreadPoolExecutor(threads) as pool:
         made = sum(progress(pool.map(work, todo), total=len(todo), label="preparing"))
+    reader.tell_remarks(common_folder([job.source for job in jobs]))
     bad = len(todo) - made
     if bad == len(jobs):
         raise UserError(f"--source: not one of the {bad} pictures can be read")
@@ -192,23 +205,33 @@ def prepare_imagenet30(args: argparse.Namespace) -> None:
     out = {"train": args.data_path / "ImageNet/one_class_train", "val": args.data_path / "ImageNet/one_class_test"}
     check_source(args.source, list(out.values()))
     jobs = find_imagenet30(args.source, out)
-    claim(list(out.values()), {"source": str(args.source.resolve()), "size": args.size})
+    reader, how = _reader(args, [job.source for job in jobs])
+    claim(list(out.values()), {"source": str(args.source.resolve()), "size": args.size, **how})
     change = partial(shorten, size=args.size)
-    make(jobs, change, threads=args.workers, skip_bad=args.skip_bad_images, format="JPEG", quality=95)
+    threads, skip_bad = args.workers, args.skip_bad_images
+    make(jobs, change, reader, threads=threads, skip_bad=skip_bad, format="JPEG", quality=95)
 
 
 def prepare_fix(args: argparse.Namespace) -> None:
     positive(count=args.count, workers=args.workers)
     out = args.data_path / FIX_FOLDERS[args.what]
     check_source(args.source, [out])
-    pictures = list_pictures(args.source)
+    pictures = list_pictures(args.source, "--source")
     if not pictures:
-        raise UserError(f"--source: no pictures ({' '.join(sorted(ENDINGS))}) below {args.source}")
+        raise UserError(f"--source: no pictures ({' '.join(sorted(ENDINGS))}) below {printable(args.source)}")
     if len(pictures) < args.count:
         print(f"--count {args.count}: there are {len(pictures)} pictures below {args.source}; taking all")
     jobs = draw(pictures, out, count=args.count, seed=args.seed)
-    claim([out], {"source": str(args.source.resolve()), "pictures": len(pictures), "seed": args.seed})
-    make(jobs, fix, threads=args.workers, skip_bad=args.skip_bad_images, format="PNG")
+    reader, how = _reader(args, pictures)
+    claim([out], {"source": str(args.source.resolve()), "pictures": len(pictures), "seed": args.seed, **how})
+    make(jobs, fix, reader, threads=args.workers, skip_bad=args.skip_bad_images, format="PNG")
+
+
+def _reader(args: argparse.Namespace, pictures: list[Path]) -> tuple[Reader, dict[str, Any]]:
+    """How to read the pictures, and what of it the result depends on."""
+    check_reading(args.max_megapixels, args.value_range)
+    how = {"value_range": args.value_range} if args.value_range else {}
+    return Reader(lambda: pictures, max_megapixels=args.max_megapixels, threads=args.workers, **how), how
 
 
 @command
@@ -233,6 +256,9 @@ def _add(kinds: Any, what: str, prepare: Callable, source: str, text: str) -> ar
     kind.add_argument("--data_path", type=Path, default=Path("../Data/"), help="folder of the data sets (../Data/)")
     kind.add_argument("--workers", type=int, default=4, help="threads (4)")
     kind.add_argument("--skip_bad_images", action="store_true", help="leave out pictures that cannot be read")
+    kind.add_argument("--max_megapixels", type=float, default=100.0, help="larger pictures are refused (100)")
+    between = "16-bit and float pictures: values that become black and white (default: found from all pictures)"
+    kind.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=between)
     return kind
 
 

@@ -129,7 +129,7 @@ def test_the_cache_is_built_once_and_again_when_a_picture_changed_or_the_cache_i
     monkeypatch.setattr(pictures, "_write_pixels", lambda *args: (built.append(1), real(*args)))
 
     def build():
-        return open_cache(paths, 32, tmp_path / "cache", workers=0, skip_bad=False)
+        return open_cache(Decoded(paths, 32), tmp_path / "cache", workers=0, skip_bad=False)[:2]
 
     cached, places = build()
     assert places == list(range(7)) and len(cached) == 7

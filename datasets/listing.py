@@ -1,0 +1,166 @@
+"""Which files count as pictures: one rule for classes, for what lies in them, for outlier sets and `scripts.prepare`.
+
+- Names that begin with . or __ are other programs' (`._x.jpg`, `.ipynb_checkpoints`, `__MACOSX`) and are left out.
+- Of the other files the ending decides.
+- Links are followed, except those to a folder that they lie in. Broken ones are left out.
+
+One line says how many were left out, and why.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.errors import UserError
+
+ENDINGS = frozenset(".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .avif .avifs .mpo".split())
+# Pictures, but Pillow does not read them.
+UNREADABLE = frozenset(".heic .heif .jxl".split())
+# What `scripts.prepare` leaves beside the pictures that it makes.
+PREPARED = "prepared.json"
+
+_FILES, _FOLDERS, _ENDINGS, _BROKEN, _LOOPS = "hidden file", "hidden folder", "ending", "broken link", "loop"
+_SPECIAL, _OUTSIDE = "special file", "outside"
+_told: set[str] = set()
+
+Identity = tuple[int, int]
+
+
+class LeftOut:
+    """What a listing left out: how many, by reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.endings: Counter[str] = Counter()
+
+    def tell(self, place: Path) -> None:
+        """Print the line, once in this process."""
+        line = f"note: {printable(place)}: left out {', '.join(self._parts())}"
+        if self.counts.total() + self.endings.total() and line not in _told:
+            _told.add(line)
+            print(line)
+
+    def _parts(self) -> Iterator[str]:
+        for reason in (_FILES, _FOLDERS):
+            if n := self.counts[reason]:
+                yield _number(n, reason)
+        if unreadable := sorted(UNREADABLE & self.endings.keys()):
+            kinds = " and ".join(f"{self.endings[ending]} {ending}" for ending in unreadable)
+            yield f"{kinds} (not readable here; convert them to PNG or JPEG)"
+        others = Counter({ending: n for ending, n in self.endings.items() if ending not in UNREADABLE})
+        if others:
+            most_first = sorted(others, key=lambda ending: (-others[ending], ending))
+            some = [f"{printable(ending) or 'none'} {others[ending]}" for ending in most_first[:5]]
+            more = ", ..." if len(others) > len(some) else ""
+            yield f"{others.total()} with other endings ({', '.join(some)}{more})"
+        if n := self.counts[_OUTSIDE]:
+            yield f"{_number(n, 'picture')} outside the class folders"
+        for reason in (_BROKEN, _SPECIAL):
+            if n := self.counts[reason]:
+                yield _number(n, reason)
+        if n := self.counts[_LOOPS]:
+            yield f"{_number(n, 'link')} to a folder around it"
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}{'s' if n > 1 else ''}"
+
+
+def printable(path: str | os.PathLike[str]) -> str:
+    """A path for a message: bytes that are not UTF-8 and control characters as escapes."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def common_folder(paths: Sequence[Path]) -> Path:
+    """The deepest folder that holds all of the files."""
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:
+    """All pictures below `folder`, sorted; none where there is no such folder. Says what it left out.
+
+    flag: named where a folder may not be listed. Raises: UserError then.
+    """
+    left_out = LeftOut()
+    found = pictures_below(folder, left_out, flag)
+    left_out.tell(folder)
+    return found
+
+
+def pictures_below(folder: Path, left_out: LeftOut, flag: str = "--data_path") -> list[Path]:
+    """As `list_pictures`, adding to `left_out` instead of saying it."""
+    return sorted(_walk(folder, _around(folder), left_out, flag)) if is_folder(folder, flag) else []
+
+
+def class_folders(folder: Path, left_out: LeftOut | None = None, flag: str = "--data_path") -> list[str]:
+    """Names of the class folders in `folder`, sorted; none where there is no such folder."""
+    if not is_folder(folder, flag):
+        return []
+    left_out = left_out or LeftOut()
+    folders, files = _look(folder, _around(folder), left_out, flag)
+    left_out.counts[_OUTSIDE] += len(files)
+    return sorted(path.name for path in folders)
+
+
+def is_folder(path: Path, flag: str) -> bool:
+    """Raises: UserError where one may not know."""
+    try:
+        return path.is_dir()
+    except PermissionError as error:
+        raise _closed(path, error, flag) from None
+
+
+def _closed(path: Path, error: OSError, flag: str) -> UserError:
+    reason = f"{printable(path)} cannot be listed ({error.strerror})"
+    return UserError(f"{flag}: {reason}; make it readable (chmod u+rx) or choose another folder")
+
+
+def _around(folder: Path) -> frozenset[Identity]:
+    """The folder and those that it lies in, by name and in truth."""
+    return frozenset(map(_identity, (folder, *folder.absolute().parents, *folder.resolve().parents)))
+
+
+def _identity(path: Path) -> Identity:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _walk(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str) -> Iterator[Path]:
+    folders, files = _look(folder, around, left_out, flag)
+    yield from files
+    for inner in folders:
+        yield from _walk(inner, around | {_identity(inner)}, left_out, flag)
+
+
+def _look(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str) -> tuple[list[Path], list[Path]]:
+    """Folders and pictures in `folder` that count, in no order."""
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = folder / entry.name
+                ending = path.suffix.lower()
+                try:
+                    is_dir, is_file = entry.is_dir(), entry.is_file()
+                except PermissionError:
+                    raise
+                except OSError:  # a link to itself
+                    is_dir = is_file = False
+                if entry.name.startswith((".", "__")):
+                    left_out.counts[_FOLDERS if is_dir else _FILES] += 1
+                elif is_dir and entry.is_symlink() and _identity(path) in around:
+                    left_out.counts[_LOOPS] += 1
+                elif is_dir:
+                    folders.append(path)
+                elif not is_file:
+                    left_out.counts[_BROKEN if entry.is_symlink() else _SPECIAL] += 1
+                elif ending in ENDINGS:
+                    files.append(path)
+                elif entry.name != PREPARED:
+                    left_out.endings[ending] += 1
+    except OSError as error:
+        raise _closed(folder, error, flag) from None
+    return folders, files
