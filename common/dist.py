@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -219,6 +220,20 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
+@contextlib.contextmanager
+def _told_waiting(world: World) -> Iterator[None]:
+    """A part of the work that waits for other processes: after a while the first says so."""
+    text = f"waiting for all of {world.size} processes (WORLD_SIZE in the environment) ..."
+    timer = threading.Timer(_TELL_S, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if world.first:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _store(world: World) -> dist.Store:
     """Where processes find each other, under a name that is of this start alone.
 
@@ -232,16 +247,12 @@ def _store(world: World) -> dist.Store:
         name = store.get(f"told/{name}").decode()  # waits for it
         store.add(f"met/{name}", 1)
         return dist.PrefixStore(name, store)
-    begun, told = time.monotonic(), False
+    patience = time.monotonic() + _PATIENCE.total_seconds()
     while store.add(f"met/{name}", 0) < world.size - 1:
         for rank in range(1, world.size):
             if store.check([f"asks/{rank}"]):
                 store.set(f"told/{store.get(f'asks/{rank}').decode()}", name)
-        waited = time.monotonic() - begun
-        if waited > _TELL_S and not told:
-            told = True
-            print(f"waiting for all of {world.size} processes (WORLD_SIZE in the environment) ...", file=sys.stderr)
-        if waited > _PATIENCE.total_seconds():
+        if time.monotonic() > patience:
             raise RunStopped(f"not all of {world.size} processes came within {_PATIENCE}")
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
@@ -278,7 +289,9 @@ def processes(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=_store(world), rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+    with _told_waiting(world):
+        store = _store(world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     try:
         with contextlib.ExitStack() as stack:
             if not world.first:

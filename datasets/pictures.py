@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.dist import ALONE, World
 from common.errors import RunStopped, UserError
-from common.files import in_turn, write_json, write_whole
+from common.files import in_turn, remove_leftovers, write_json, write_whole
 from common.progress import progress
 from common.seed import generator
 from common.signals import ignore_signals, start_workers
@@ -111,6 +111,7 @@ def open_cache(
     file, index = folder / f"pixels_{key}.u8", folder / f"pixels_{key}.json"
     try:
         with in_turn(folder):
+            remove_leftovers(folder)
             if not _whole(file, index):
                 held: dict[str, Any] = {"sizes": [], "places": [], "bad": {}}
                 write_whole(file, lambda out: _write_pixels(out, held, decoded, workers, skip_bad))
