@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
 from common.flags import positive
+from common.progress import progress
 from datasets.listing import common_folder, printable
 
 # The limit is --max_megapixels. Pillow's own would refuse what a higher one allows.
@@ -87,7 +88,7 @@ class Reader:
     ):
         self.paths, self.before, self.threads = paths, before, threads
         self.value_range, self.max_megapixels = value_range, max_megapixels
-        self._tops: dict[str, float] | None = None
+        self._tops: dict[str, float] | None = None  # of the ranges found
         self._remarks: defaultdict[str, list[str]] = defaultdict(list)
 
     @contextmanager
@@ -151,7 +152,8 @@ class Reader:
             if self._tops is None:
                 paths = self.paths()
                 with ThreadPoolExecutor(max(1, self.threads)) as pool:
-                    found = [item for item in pool.map(self._largest, paths) if item]
+                    looked = progress(pool.map(self._largest, paths), total=len(paths), label="looking for the range")
+                    found = [item for item in looked if item]
                 self._tops = {}
                 for kind in sorted({kind for kind, _ in found}):
                     largest = max(value for other, value in found if other == kind)

@@ -152,6 +152,8 @@ def read_pictures(
         try:
             found[n] = digest(paths[n])
             images[n] = read_picture(paths[n], size, short_side, reader)
+        except UserError:  # it is not this picture
+            raise
         except Exception as error:  # Pillow raises many kinds for damaged files
             why = reason(paths[n], error)
             if not skip_bad:

@@ -91,20 +91,20 @@ def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:
 
 def pictures_below(folder: Path, left_out: LeftOut, flag: str = "--data_path") -> list[Path]:
     """As `list_pictures`, adding to `left_out` instead of saying it."""
-    return sorted(_walk(folder, _around(folder), left_out, flag)) if is_folder(folder, flag) else []
+    return sorted(_walk(folder, _around(folder), left_out, flag)) if _is_folder(folder, flag) else []
 
 
-def class_folders(folder: Path, left_out: LeftOut | None = None, flag: str = "--data_path") -> list[str]:
+def class_folders(folder: Path, left_out: LeftOut | None = None) -> list[str]:
     """Names of the class folders in `folder`, sorted; none where there is no such folder."""
-    if not is_folder(folder, flag):
+    if not _is_folder(folder, "--data_path"):
         return []
     left_out = left_out or LeftOut()
-    folders, files = _look(folder, _around(folder), left_out, flag)
+    folders, files = _look(folder, _around(folder), left_out, "--data_path")
     left_out.counts[_OUTSIDE] += len(files)
     return sorted(path.name for path in folders)
 
 
-def is_folder(path: Path, flag: str) -> bool:
+def _is_folder(path: Path, flag: str) -> bool:
     """Raises: UserError where one may not know."""
     try:
         return path.is_dir()
@@ -130,13 +130,15 @@ def _identity(path: Path) -> Identity:
 def _walk(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str) -> Iterator[Path]:
     folders, files = _look(folder, around, left_out, flag)
     yield from files
-    for inner in folders:
-        yield from _walk(inner, around | {_identity(inner)}, left_out, flag)
+    for inner, identity in folders.items():
+        yield from _walk(inner, around | {identity}, left_out, flag)
 
 
-def _look(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str) -> tuple[list[Path], list[Path]]:
-    """Folders and pictures in `folder` that count, in no order."""
-    folders: list[Path] = []
+def _look(
+    folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str
+) -> tuple[dict[Path, Identity], list[Path]]:
+    """Folders and pictures in `folder` that count, in no order. around: where links may not lead."""
+    folders: dict[Path, Identity] = {}
     files: list[Path] = []
     try:
         with os.scandir(folder) as entries:
@@ -151,10 +153,12 @@ def _look(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: st
                     is_dir = is_file = False
                 if entry.name.startswith((".", "__")):
                     left_out.counts[_FOLDERS if is_dir else _FILES] += 1
-                elif is_dir and entry.is_symlink() and _identity(path) in around:
-                    left_out.counts[_LOOPS] += 1
                 elif is_dir:
-                    folders.append(path)
+                    identity = _identity(path)
+                    if entry.is_symlink() and identity in around:
+                        left_out.counts[_LOOPS] += 1
+                    else:
+                        folders[path] = identity
                 elif not is_file:
                     left_out.counts[_BROKEN if entry.is_symlink() else _SPECIAL] += 1
                 elif ending in ENDINGS:

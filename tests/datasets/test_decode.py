@@ -115,6 +115,14 @@ def test_the_range_is_that_of_the_training_split_for_all_that_a_command_reads(tm
     assert first_row(read(tmp_path / "plain", "test"))[1] == round(900 * 255 / 1023)
 
 
+def test_a_range_that_cannot_be_found_is_no_fault_of_the_picture(tmp_path):
+    levels(tmp_path / "test/good/a.png", 0, 900)
+    (tmp_path / "train/good").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--data_path: no pictures \(.*\) for .*/train"):
+        read(tmp_path, "test", skip_bad_images=True)
+    assert first_row(read(tmp_path, "test", value_range=(0, 900)))[1] == 255
+
+
 def test_the_range_is_looked_for_only_where_it_is_needed(tmp_path, monkeypatch):
     fill(tmp_path, {"train/good": 2, "test/good": 1})
     monkeypatch.setattr("datasets.decode.Reader.find_range", lambda self: pytest.fail("looked"))

@@ -116,12 +116,27 @@ def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch, closed):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path)
 
-    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr("os.scandir", scandir)
     with pytest.raises(UserError) as told:
         load(tmp_path, "train")
     assert str(told.value).startswith(f"--data_path: {tmp_path / closed} cannot be listed (Permission denied)")
     with pytest.raises(UserError, match="--source: .* cannot be listed"):
         list_pictures(tmp_path, "--source")
+
+
+def test_a_folder_that_may_not_be_entered_is_told(tmp_path, monkeypatch):
+    """Folders with r and without x: names show, what they are does not."""
+    fill(tmp_path, {"train/good/deep": 1})
+    real = Path.stat
+
+    def stat(self, **options):
+        if self == tmp_path / "train/good/deep":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    with pytest.raises(UserError, match=f"--data_path: {tmp_path}/train/good cannot be listed"):
+        load(tmp_path, "train")
 
 
 def test_ordinary_folders_keep_their_order(tmp_path):
