@@ -1,12 +1,18 @@
+import contextlib
+import io
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 
+import eval as evaluate
+import train
 from scripts import curve
 from tests.conftest import SHIFT, TINY
 
 
-def test_a_curve_is_drawn_while_training_goes_on(tmp_path, capfd):
+def test_a_curve_is_drawn_while_training_goes_on(tmp_path, monkeypatch, capfd):
     flags = [*TINY, *SHIFT, "--log_root", str(tmp_path)]
     look = "--mode ood_pre_refmix --ood_score CSI --ood_samples 2 --resize_factor 0.54 --resize_fix"
     args = ["--every", "9", "--train", "--mode simclr_CSI --epochs 4", "--evaluate", look, "--", *flags]
@@ -17,10 +23,21 @@ def test_a_curve_is_drawn_while_training_goes_on(tmp_path, capfd):
     assert header == "epoch,minutes,CSI" and row.startswith("4,")
     assert float(row.split(",")[2]) == pytest.approx(100 * result["mean"], abs=1e-3)
     assert table.with_name("curve.png").read_bytes().startswith(b"\x89PNG")
-    # Started again it trains no more, and the row of the same epoch takes the place of the old one.
+    # Started again (in this process) it trains no more, and the row of the same epoch takes the place of the old one.
+    monkeypatch.setattr(curve, "subprocess", SimpleNamespace(run=in_process, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(curve, "train_for", lambda flags, seconds: train.main(flags) == 0)
+    written = table.stat().st_mtime_ns
     assert not curve.main(args)
-    assert len(table.read_text().splitlines()) == 2
+    assert len(table.read_text().splitlines()) == 2 and table.stat().st_mtime_ns > written
     capfd.readouterr()
+
+
+def in_process(words, **settings) -> subprocess.CompletedProcess:
+    """A script of the project without a process of its own."""
+    script = {"train.py": train.main, "eval.py": evaluate.main}[words[1]]
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        code = script(words[2:])
+    return subprocess.CompletedProcess(words, code, told.getvalue())
 
 
 def test_training_is_stopped_evaluated_and_goes_on(tmp_path, monkeypatch, capsys):
@@ -90,7 +107,7 @@ def test_a_turn_ends_with_a_signal_that_training_has_to_be_ready_for(saves, tmp_
     (tmp_path / "train.py").write_text(f"import signal, sys, time; {ready} time.sleep(60)")
     monkeypatch.setattr(curve, "ROOT", tmp_path)
     if saves:
-        assert curve.train_for([], 2) is False
+        assert curve.train_for([], 4) is False
         return
     with pytest.raises(curve.RunStopped, match="--every"):
         curve.train_for([], 1)
