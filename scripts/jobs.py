@@ -16,7 +16,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import BUSY, hold, release, write_json
-from scripts.recipes import Step
+from scripts.recipes import KINDS, Step
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +95,8 @@ class Record:
         self._now["steps"][step.key]["done"] = code == 0
         if code != 0:
             how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-            self._now["failure"] = f"{step.title}, {how}: {self._last()}"
+            what = f"{step.arguments[0]} --mode {KINDS[step.kind].mode}"
+            self._now["failure"] = f"{what}, {how}: {self._last()}"
         self._write()
 
     def _last(self) -> str:
@@ -108,7 +109,7 @@ class Record:
 
 def work(
     job: Job, env: dict[str, str], retries: int, stop: Callable[[], bool] = lambda: False
-) -> Iterator[tuple[Step, subprocess.Popen]]:
+) -> Iterator[subprocess.Popen]:
     """Start the commands of a job that are not done, one after the other; each is to be waited for before the next.
 
     A command that dies is started again up to `retries` times, since runs go on from their checkpoints; one that ends
@@ -126,9 +127,7 @@ def work(
         release(lock)
 
 
-def _commands(
-    job: Job, env: dict[str, str], retries: int, stop: Callable[[], bool]
-) -> Iterator[tuple[Step, subprocess.Popen]]:
+def _commands(job: Job, env: dict[str, str], retries: int, stop: Callable[[], bool]) -> Iterator[subprocess.Popen]:
     record = Record(job)
     for step in job.steps:
         for attempt in range(1 + retries):
@@ -150,7 +149,7 @@ def _commands(
                     start_new_session=True,  # an interrupt from the keyboard is the sweep's to pass on
                     preexec_fn=end_with_parent,
                 )
-            yield step, process
+            yield process
             record.end(step, process.returncode)
             if process.returncode == 2 or attempt == retries:
                 break

@@ -116,11 +116,7 @@ class Step:
     arguments: tuple[str, ...]
     folder: Path
     needs: tuple["Step", ...]
-    flags: Flags = field(compare=False)
-
-    @property
-    def title(self) -> str:
-        return f"{self.arguments[0]} --mode {KINDS[self.kind].mode}"
+    flags: Flags = field(default=Flags({}), compare=False)
 
     @property
     def key(self) -> str:

@@ -25,7 +25,7 @@ import torch
 from common.errors import RunStopped, Terminated, UserError, command
 from common.files import BUSY, hold, release
 from scripts.jobs import Job, Record, work
-from scripts.recipes import METHODS, RECIPES, Step, refuse_own, steps_of
+from scripts.recipes import METHODS, RECIPES, refuse_own, steps_of
 from scripts.results import PUBLISHED
 from scripts.tables import Entry, write_tables
 
@@ -58,7 +58,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
     heard = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
     waiting, ended, begun = list(jobs), 0, time.monotonic()
-    active: dict[int, tuple[Job, Iterator[tuple[Step, subprocess.Popen]], subprocess.Popen | None]] = {}
+    active: dict[int, tuple[Job, Iterator[subprocess.Popen], subprocess.Popen | None]] = {}
     try:
         while (waiting and not asked) or active:
             free = [slot for slot in range(len(slots)) if slot not in active]
@@ -70,9 +70,8 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
                     if asked and slot not in told:  # once: it saves meanwhile
                         process.terminate()
                         told.add(slot)
-                elif (following := next(steps, None)) is not None:
-                    step, process = following
-                    _tell(job, step.title)
+                elif (process := next(steps, None)) is not None:
+                    _tell(job, _named(process))
                     active[slot] = (job, steps, process)
                 else:
                     del active[slot]
@@ -87,6 +86,11 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
             signal.signal(number, handler)
     if asked:
         raise Terminated("asked to stop; the jobs at work have saved. The same command goes on from there")
+
+
+def _named(process: subprocess.Popen) -> str:
+    words = [str(word) for word in process.args]  # type: ignore[union-attr]
+    return f"{words[1]} --mode {words[words.index('--mode') + 1]}"  # no other --mode: `refuse_own`
 
 
 def _tell(job: Job, text: str) -> None:
@@ -126,7 +130,7 @@ class _CarryOut:
     """What a machine of the cluster does. At the end of its time it is submitted again, and goes on."""
 
     def __call__(self, job: Job, retries: int) -> None:
-        for _, process in work(job, {}, retries):
+        for process in work(job, {}, retries):
             process.wait()
 
     def checkpoint(self, job: Job, retries: int) -> Any:

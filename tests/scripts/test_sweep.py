@@ -73,7 +73,6 @@ def test_flags_are_parsed_however_they_are_written(tmp_path):
     steps = steps_of(RECIPES["digits"], ["CSI"], 4, 7, tmp_path, words)
     assert all((step.flags.dataset, step.flags.one_class_idx, step.flags.seed) == ("folder", 4, 7) for step in steps)
     assert steps[1].folder.name == "folder_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_4_--dataset"
-    assert [step.title for step in steps] == ["train.py --mode simclr_CSI", "eval.py --mode ood_pre_refmix"]
 
 
 def evaluation(tmp_path, *flags):
@@ -210,8 +209,8 @@ def test_a_command_that_a_signal_has_stopped_goes_on_at_the_next_start(code, fai
     for end, kinds in ((f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})", ["csi"]), ("", None)):
         (tmp_path / "train.py").write_text(f"import os, sys; print('saved', flush=True); {end}")
         begun = []
-        for step, process in work(job, {}, retries=0):
-            begun.append(step.kind)
+        for process in work(job, {}, retries=0):
+            begun += [step.kind for step in job.steps if list(step.arguments) == process.args[1:]]
             process.wait()
         assert begun == (kinds or ["csi", "of csi"])
         if kinds:
