@@ -205,3 +205,11 @@ def test_the_best_of_several_starts_is_kept(monkeypatch):
     monkeypatch.setattr(module, "_one_start", lambda *_: (next(left) - mean) / scale)
     torch.testing.assert_close(run(x, 6)[0], far, atol=1e-5, rtol=0)
     assert next(left, None) is None
+
+
+def test_points_are_drawn_in_proportion_to_their_weights():
+    weight = torch.tensor([0.0, 1.0, 0.0, 3.0, 6.0, 0.0])
+    drawn = module._draw(weight, 20_000, generator(0, "test")).bincount(minlength=6)
+    torch.testing.assert_close(drawn / 20_000, weight / 10, atol=0.01, rtol=0)
+    assert drawn[[0, 2, 5]].sum() == 0
+    assert len(module._draw(torch.zeros(4), 10, generator(0, "test"))) == 10  # any, where there is nothing to choose by
