@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.dist import Share
+from common.dist import ALONE, Share
 from common.flags import Tables, build_parser, parse
 from common.seed import generator
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
@@ -15,6 +15,7 @@ from datasets.views import train_views
 from models import BACKBONES
 from tests.conftest import TINY
 from training import STAGE1, STAGE2
+from training.loop import descend
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.modes.sup_linear import rate
 from training.optim import OptimSpec
@@ -126,6 +127,18 @@ def test_weights_that_are_drawn_follow_the_seed(mode, start):
     a, b, c = (recipe_of(mode, start, "--seed", seed).model.state_dict() for seed in ("0", "0", "1"))
     name = "sr_nets.dictionary" if mode == "cocsr_dict" else "conv1.weight"
     assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+
+
+@pytest.mark.parametrize("mode", ["sup_linear", "sup_CSI_linear", "cocsr_dict"])
+def test_a_step_leaves_frozen_networks_as_they_are(mode, start):
+    """Bit for bit, running statistics included; what it trains moves."""
+    recipe = recipe_of(mode, start)
+    before = {name: value.clone() for name, value in recipe.model.state_dict().items()}
+    descend(recipe, batch_of(mode), ALONE)
+    moved = {name for name, value in recipe.model.state_dict().items() if not torch.equal(value, before[name])}
+    heads = ("linear", *(("shift_cls_layer", "joint_distribution_layer") if mode == "sup_CSI_linear" else ()))
+    trained = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
+    assert moved == ({"sr_nets.dictionary"} if mode == "cocsr_dict" else trained)
 
 
 @pytest.mark.parametrize("every, expected", [("2", [2, 4, 6, 8, 10]), ("4", [4, 8, 10])])
