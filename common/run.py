@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import torch
@@ -165,16 +166,17 @@ class Run:
         """Whether this very run has been carried out already."""
         return self.state is not None and self.state["epoch"] >= self.flags.epochs
 
-    def open(self, data: dict[str, Any] | None = None) -> None:
+    def open(self, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read.
 
-        data: what identifies the training images; the run keeps it, and its weights do.
+        facts: what weights say of their origin, in JSON's types; `data` of them identifies the training images.
         Raises: UserError, and nothing is written, where a run would go on with other images than it began with.
         """
+        data = facts.get("data")
         if self.state is not None:
             _same_data(self._data, data, self.folder)
         started = [*self._started, describe_program()]
-        self._facts = {"mode": self.flags.mode, "model": self.flags.model, "data": data or {}}
+        self._facts = dict(facts)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A process that was killed may leave one behind that goes within seconds.
@@ -274,7 +276,7 @@ class Follower(Run):
         self.flags = flags
         self.state = state
 
-    def open(self, data: dict[str, Any] | None = None) -> None:
+    def open(self, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         pass
 
     def keep(self, name: str, tensors: dict[str, Any], epoch: int) -> None:

@@ -63,7 +63,7 @@ def launch(
         settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
         settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
         with world.together():
-            run.open(split.facts(recipe.data))
+            run.open({"mode": flags.mode, "model": flags.model, "data": split.facts(recipe.data)})
         with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
             several = f", {world.size} processes" if world.size > 1 else ""
             images = f"{len(recipe.data)} images of {split.normal_title}, {shifts.count} shifts"

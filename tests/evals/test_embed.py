@@ -19,7 +19,7 @@ def drawn(stage2, tmp_path, monkeypatch):
     def draw(mode: str, *more: str) -> tuple[list[dict[str, np.ndarray]], dict, dict]:
         pictures, outputs = [], []
         shutil.copytree(stage2, tmp_path / "run", dirs_exist_ok=True)
-        monkeypatch.setattr(embed, "draw_tsne", lambda groups, path, *, title: pictures.append(groups))
+        monkeypatch.setattr(embed, "draw_tsne", lambda groups, path, *, title, facts: pictures.append(groups))
         real = Subject.outputs
         monkeypatch.setattr(Subject, "outputs", lambda *args: outputs.append(real(*args)) or outputs[-1])
         args = [*TINY, *SHIFT, "--invert_sr_feature_norm", "--mode", mode, "--load_path", str(tmp_path / "run")]

@@ -27,7 +27,7 @@ class Nowhere:
     def say(self, text: str) -> None:
         pass
 
-    def keep(self, name: str, tensors: dict) -> None:
+    def keep(self, name: str, tensors: dict, epoch: int) -> None:
         pass
 
 
