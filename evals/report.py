@@ -150,7 +150,6 @@ def result_facts(
         "seed": flags.seed,
         "checkpoint": str(subject.checkpoint),
         "weights": subject.checkpoint.stem,
-        "beside": subject.beside,
         "data": data,
         "settings": settings_of(flags, without),
         "seconds": round(time.monotonic() - begun, 2),

@@ -62,11 +62,6 @@ class Subject:
         """What file names of results end in, so that two checkpoints of one folder keep theirs apart."""
         return "" if self.checkpoint.stem == "last" else f"_{self.checkpoint.stem}"
 
-    @property
-    def beside(self) -> bool:
-        """Whether results go beside the checkpoint."""
-        return self.folder == self.checkpoint.parent
-
     @cached_property
     def _reads(self) -> Callable[[torch.Tensor], Outputs]:
         """Views -> outputs; with dictionaries, their inverse is made here, once for all sets."""

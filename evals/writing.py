@@ -28,21 +28,19 @@ def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str
 def place_for(folder: Path, stem: str, ending: str, facts: Mapping[str, Any], read: Callable[[Path], Any]) -> Path:
     """`stem` + `ending` in the folder, which is made; where that is a result of something else, a name of its own.
 
-    facts: of the new result. read: path -> the facts of the result there; whatever fails there is somebody else's file.
+    facts: of the new result. read: path -> the facts of the result there, None for somebody else's file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     path = folder / f"{stem}{ending}"
-    if not path.exists() or _same(facts, read(path)):
+    if not path.exists() or _same(facts, read(path), folder):
         return path
     identity = json.dumps([facts.get(name) for name in (*_SAME, "checkpoint")], sort_keys=True)
     return folder / f"{stem}_{short_digest(identity)}{ending}"
 
 
-def _same(new: Mapping[str, Any], old: Any) -> bool:
-    if not isinstance(old, dict):
-        return False
-    if old.get("checkpoint") != new["checkpoint"] and not _beside(old.get("checkpoint"), new):
+def _same(new: Mapping[str, Any], old: Any, folder: Path) -> bool:
+    if not isinstance(old, dict) or not _same_weights(new["checkpoint"], old.get("checkpoint"), folder):
         return False
     if "settings" in old:
         return all(old.get(name) == json.loads(json.dumps(new[name])) for name in _SAME)
@@ -54,9 +52,13 @@ def _same(new: Mapping[str, Any], old: Any) -> bool:
     )
 
 
-def _beside(before: Any, new: Mapping[str, Any]) -> bool:
-    """Whether both results lie beside their weights: then it is one folder, whatever it was called."""
-    return bool(new.get("beside")) and isinstance(before, str) and Path(before).name == Path(new["checkpoint"]).name
+def _same_weights(new: str, old: object, folder: Path) -> bool:
+    """By path, or beside the results by the names of file and run: the folder may have been moved."""
+    if not isinstance(old, str):
+        return False
+    here, there = Path(new).resolve(), Path(old).resolve()
+    beside = here.parent == folder.resolve()
+    return here == there or (beside and (here.parent.name, here.name) == (there.parent.name, there.name))
 
 
 def read_json(path: Path) -> Any:

@@ -67,7 +67,7 @@ def test_a_result_of_the_version_before_is_replaced_by_the_same_only(run):
     path = run / "result_ood_pre_CSI.json"
     assert evaluate.main([*TINY, *SHIFT, "--load_path", str(run)]) == 0
     old = json.loads(path.read_text())
-    for name in ("settings", "data", "class_name", "weights", "beside", "scores"):
+    for name in ("settings", "data", "class_name", "weights", "scores"):
         del old[name]
     path.write_text(json.dumps(old))
     assert evaluate.main([*TINY, *SHIFT, "--load_path", str(run), "--ood_samples", "2"]) == 0
