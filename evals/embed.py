@@ -19,7 +19,7 @@ from common.flags import Flags
 from common.seed import seed_of
 from evals.evidence import Evidence
 from evals.report import result_facts
-from evals.subject import load_subject
+from evals.subject import identity, load_subject
 from evals.writing import place_for
 from models.feature_net import CocsrNet
 
@@ -59,12 +59,12 @@ def run_tsne(
     for line in flags.tell_unread():
         print(line)
     test = subject.split.test().to(subject.device)
-    train, references = subject.training()
+    train, references, data = subject.training()
     test_outputs = subject.outputs(test, f"{flags.dataset} test images", references)
     if not world.first:
         return
     normal = subject.split.normal(test.labels).cpu().numpy()
-    facts = result_facts(flags, subject, begun, {flags.dataset: {"images": len(test), "fingerprint": test.fingerprint}})
+    facts = result_facts(flags, subject, begun, data | {flags.dataset: identity(test)})
     for layer, name in shown.items():
         for k in range(len(subject.draws.shifts)):
             test_x = test_outputs[name][:, 0, k].numpy()

@@ -22,7 +22,7 @@ from datasets.outliers import INTERP, MULTI_CLASS, find_outliers, outlier_flags
 from evals.detection import detect, quantile_line
 from evals.evidence import Evidence, Finished
 from evals.scores import SCORES, Score
-from evals.subject import Subject, load_subject
+from evals.subject import Subject, identity, load_subject
 from evals.writing import place_for, read_json, set_name, settings_of
 
 # Of the outputs, the optimality gap of codes.
@@ -51,9 +51,9 @@ def run_detection(
         subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, names=names, world=world)
         tests = _tests(flags, subject)
     test = tests[flags.dataset]
-    data = {title: {"images": len(images), "fingerprint": images.fingerprint} for title, images in tests.items()}
     normal = subject.split.normal(test.labels)
-    train, references = subject.training()
+    train, references, data = subject.training()
+    data |= {title: identity(images) for title, images in tests.items()}
     finished = evidence.finish(flags, subject.net, train, world)
     for line in flags.tell_unread():
         print(line)

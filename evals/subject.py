@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,20 @@ _SEEN = (
 )
 # Two names of one thing.
 _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
+
+
+class Training(NamedTuple):
+    """outputs: of the training images. references: those of them that test images mix with, (R, 3, H, W); None for
+    their neighbours. data: `identity` of them, by the name `training`."""
+
+    outputs: Outputs
+    references: torch.Tensor | None
+    data: dict[str, dict[str, Any]]
+
+
+def identity(images: ImageSet) -> dict[str, Any]:
+    """What tells images from others, for results."""
+    return {"images": len(images), "fingerprint": images.fingerprint}
 
 
 @dataclass(frozen=True)
@@ -89,15 +103,15 @@ class Subject:
         parts = self.world.collect(list(self.blocks(images, label, references)))
         return concatenate(chain.from_iterable(parts))
 
-    def training(self) -> tuple[Outputs, torch.Tensor | None]:
-        """Outputs of the normal training images, which always mix with their neighbours, none where nothing is fitted
-        to them; and the reference images that test images mix with, None for their neighbours."""
+    def training(self) -> "Training":
+        """What is known of the normal training images, which always mix with their neighbours; nothing where no score
+        is fitted to them."""
         if not self.evidence.fitted:
-            return {}, None
+            return Training({}, None, {})
         train = self.split.train().to(self.device)
         self._tell_other_images(train)
         pool = reference_pool(train, self.references, self.draws.seed) if self.references else None
-        return self.outputs(train, "training images"), pool
+        return Training(self.outputs(train, "training images"), pool, {"training": identity(train)})
 
     def _tell_other_images(self, train: ImageSet) -> None:
         """Say where scores are fitted to other images than the network was trained on."""

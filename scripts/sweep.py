@@ -246,11 +246,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for job in failed:
             why = records[job].failure or "not finished; another sweep may be at work on it"
             print(f"failed: {job.title}: {why}; see {job.log}", file=sys.stderr)
-        dataset = jobs[0].steps[0].flags.dataset
+        first = jobs[0].steps[0].flags
+        dataset = first.dataset
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         notes = {"epochs": f"{options.epochs} + {options.more}", "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
+        comparable = set(classes) >= set(range(recipe.classes)) and first.superclasses == "published"
         table = write_tables(
             out,
             dataset,
@@ -261,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds=spent,
             notes=notes,
             times=options.bootstrap,
-            # They are means over all classes.
-            published=PUBLISHED.get(dataset) if set(classes) >= set(range(recipe.classes)) else None,
+            # They are means over all classes, of CIFAR-100 over the published groups.
+            published=PUBLISHED.get(dataset) if comparable else None,
         )
         print(f"\n{table}", end="")
         print(f"table.md, table.csv and table.json are in {out}", flush=True)

@@ -186,3 +186,11 @@ def test_the_quickstarts_table_is_as_the_readme_has_it(tmp_path, capsys):
     told = capsys.readouterr().out
     assert told.partition("Mean AUROC")[0] in (ROOT / "README.md").read_text()
     assert told.endswith("CSI_sr (ood_pre_cocsr_refmix): model resnet8; epochs 3; seed 0; device cpu\n")
+
+
+def test_published_means_do_not_stand_below_groups_that_are_not_published(tmp_path):
+    for kind, mean in (("published", 0.9), ("standard", 0.8)):
+        write(tmp_path / kind, "CSI", 0, mean, dataset="cifar100", settings={"superclasses": kind})
+    header, rows = table(tmp_path)
+    assert header == ["CSI (ood_pre, superclasses published)", "CSI (ood_pre, superclasses standard)"]
+    assert rows[-1][1:] == ["published mean", "89.6", ""]
