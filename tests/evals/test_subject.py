@@ -45,7 +45,7 @@ def test_coding_flags_of_evaluation_are_used_where_the_file_does_not_say(stage2)
 def test_the_network_is_in_evaluation_mode_and_training_images_mix_with_their_neighbours(stage1):
     subject = subject_of(stage1, "--refmix_batch_size", "4", reference=True)
     assert not any(module.training for module in subject.net.modules())
-    train, pool = subject.training()
+    train, pool = subject.training()[:2]
     images = subject.split.train()
     assert pool is not None and len(pool) == 4
     reads = CONTRASTIVE.outputs(subject.net)
