@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.folder import list_pictures
 from scripts.prepare import IMAGENET30, fix, main, shorten
 from tests.datasets.test_folder import save
 
@@ -184,6 +185,8 @@ def test_a_second_run_writes_nothing_and_a_stopped_one_is_completed(grays, origi
     changed = {path for path, state in snapshot(tmp_path / "d").items() if state != before.get(path)}
     assert changed == {lost}
     assert not [path for path in (tmp_path / "d").rglob(".*")]
+    assert len(list_pictures(tmp_path / "d/LSUN_fix")) == 20
+    assert capsys.readouterr().out == ""  # what prepare leaves beside the pictures is nobody's loss
 
 
 def test_a_kind_of_pictures_is_not_mixed_into_another(grays, originals, tmp_path, capsys):
