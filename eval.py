@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import command
-from evals import EVALS
-from evals.launch import launch
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from evals import EVALS
+    from evals.launch import launch
+
     launch(argv, script="eval.py", modes=EVALS, default_mode="ood_pre")
 
 

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import command
-from training import STAGE1
-from training.launch import launch
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from training import STAGE1
+    from training.launch import launch
+
     launch(argv, script="train.py", modes=STAGE1, default_mode="simclr", weights="last.model", resume="last.resume")
 
 

@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import command
-from evals import TSNES
-from evals.launch import launch
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from evals import TSNES
+    from evals.launch import launch
+
     launch(argv, script="tsne.py", modes=TSNES, default_mode="ood_pre_tsne")
 
 

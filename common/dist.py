@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 # Longer than any part of a run in which one process works and the others wait for it.
 _PATIENCE = timedelta(minutes=30)
+# Seconds after which the first process says that it waits for others.
+_TELL_S = 15.0
 # What gloo and nccl say in a process whose partner has gone.
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|remote process", re.I)
 
@@ -51,6 +54,12 @@ class World:
             raise UserError(f"torchrun: {', '.join(names)} in the environment must be whole numbers") from None
         if not 0 <= rank < size or local_rank < 0:
             raise UserError(f"torchrun: RANK {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} cannot be")
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if size > 1 and missing:
+            raise UserError(
+                f"WORLD_SIZE is {size} in the environment, without {', '.join(missing)}: start several processes with"
+                " torchrun, or unset WORLD_SIZE to run one"
+            )
         return cls(rank, size, local_rank)
 
     @property
@@ -126,20 +135,20 @@ class World:
         """What to raise where all processes find the same error: the first tells it, the others end with `code`."""
         return error if self.first else SystemExit(code)
 
-    def any_of(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """Whether any process was `asked`: the same answer in all, one call late, so that no step waits for it."""
+    def any_of(self, asked: Callable[[], int]) -> Callable[[], int]:
+        """The largest answer of any process: the same in all, one call late, so that no step waits for it."""
         if self.size == 1:
             return asked
         pending: list[tuple[dist.Work, Tensor]] = []
 
-        def answer() -> bool:
-            before = False
+        def answer() -> int:
+            before = 0
             if pending:
                 work, flag = pending.pop()
                 work.wait()
-                before = bool(flag)
+                before = int(flag)
             flag = torch.tensor(int(asked()))
-            pending.append((dist.all_reduce(flag, async_op=True), flag))
+            pending.append((dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True), flag))
             return before
 
         return answer
@@ -211,6 +220,20 @@ class _Sum(torch.autograd.Function):
         return grad
 
 
+@contextlib.contextmanager
+def _told_waiting(world: World) -> Iterator[None]:
+    """A part of the work that waits for other processes: after a while the first says so."""
+    text = f"waiting for all of {world.size} processes (WORLD_SIZE in the environment) ..."
+    timer = threading.Timer(_TELL_S, lambda: print(text, file=sys.stderr, flush=True))
+    timer.daemon = True
+    if world.first:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _store(world: World) -> dist.Store:
     """Where processes find each other, under a name that is of this start alone.
 
@@ -255,7 +278,10 @@ def processes(device: str) -> Iterator[World]:
     """
     with told_once():
         world = World.of(os.environ)
-    kind = pick_device(device, world.local_rank if world.size > 1 else None)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if world.size > 1 and pick_device(device, 0).type == "cuda" and here > torch.cuda.device_count():
+            raise UserError(f"--device {device}: {here} processes here, but {torch.cuda.device_count()} GPU(s)")
+        kind = pick_device(device, world.local_rank if world.size > 1 else None)
     if world.size == 1:
         yield world
         return
@@ -263,7 +289,9 @@ def processes(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         torch.cuda.set_device(kind)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=_store(world), rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+    with _told_waiting(world):
+        store = _store(world)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     try:
         with contextlib.ExitStack() as stack:
             if not world.first:

@@ -1,9 +1,13 @@
-"""Errors told to the person at the keyboard in one line, and the exit codes that go with them."""
+"""Errors reported to the person at the keyboard in one line, and the exit codes that go with them."""
 
 import functools
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+
+from common.output import safe_output
 
 
 class UserError(Exception):
@@ -15,18 +19,27 @@ class RunStopped(Exception):
 
 
 class Terminated(Exception):
-    """A run that was told to end (SIGTERM) and has saved where it stands; exit code 143, as a shell gives."""
+    """A run that a signal told to end and that has saved where it stands; exit code 128 + number, as a shell gives."""
+
+    def __init__(self, text: str, number: int = signal.SIGTERM):
+        super().__init__(text)
+        self.code = 128 + number
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
-    """Turn `main(argv)` into a command: exit codes instead of tracebacks for what a user can put right."""
+    """Turn `main(argv)` into a command: exit codes instead of tracebacks for what a user can put right.
+
+    Output that nobody reads, or that a terminal cannot show, ends nothing. Scripts import what takes time within
+    `main`, so that an interrupt in the first seconds is reported like any other.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
-        try:
-            return main(argv) or 0
-        except (UserError, RunStopped, Terminated, KeyboardInterrupt) as error:
-            return tell(error)
+        with safe_output():
+            try:
+                return main(argv) or 0
+            except (UserError, RunStopped, Terminated, KeyboardInterrupt) as error:
+                return tell(error)
 
     return wrapped
 
@@ -39,9 +52,11 @@ def tell(error: BaseException) -> int:
         case RunStopped():
             text, code = f"stopped: {_one_line(error)}", 1
         case Terminated():
-            text, code = f"stopped: {_one_line(error)}", 143
+            text, code = f"stopped: {_one_line(error)}", error.code
         case KeyboardInterrupt():
-            text, code = "interrupted; start the same command again to go on from the last checkpoint", 130
+            text, code = "interrupted; what was written is whole, and the same command may be started again", 130
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return code  # Of several processes on a machine the first reports it.
         case _:
             text, code = "".join(traceback.format_exception(error)).rstrip(), 1
     print(text, file=sys.stderr, flush=True)

@@ -8,12 +8,12 @@ import math
 import os
 import pickle
 import re
+import secrets
 import shutil
-import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,48 +22,88 @@ from torch import Tensor
 
 from common.errors import RunStopped, UserError
 
-# What our checkpoints end in, and the 8 hex digits after it: the CRC-32 of all that comes before.
-_SEAL = b"admm-srnet crc32 "
+# The comment that ends our checkpoints, a zip file each: facts as JSON, then the CRC-32 of all that comes before it, in
+# 8 hex digits. Files of version 0.1 have no facts and a checksum of the bytes before the comment.
+_FACTS, _SEAL, _OLD_SEAL = b"admm-srnet ", b" sealed ", b"admm-srnet crc32 "
 _DIGITS = 8
 _CHUNK = 2**22
+# What temporary files are named by; `remove_leftovers` knows them by it.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{12}\.tmp")
+_LOCK = ".lock"
+_DAY_S = 24 * 3600
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
     """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the new one.
 
-    keep: where the old file, if there is one, stays.
+    keep: where the old file, if there is one, stays. The file's permissions are those of the umask.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _temporary(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        # Exclusive and locked: who looks for leftovers can tell that this one is being written.
+        with open(temporary, "xb") as file:
+            _lock_quietly(file.fileno())
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp's 0600 would hide results from colleagues
-        if keep is not None and path.exists():
-            _keep(path, keep)
-        os.replace(name, path)
+            if keep is not None and path.exists():
+                _keep(path, keep)
+            os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary(path: Path) -> Path:
+    # A name of a file may have up to 255 bytes, and what is added here has 18.
+    name = os.fsdecode(os.fsencode(path.name)[:230])
+    return path.with_name(f".{name}.{secrets.token_hex(6)}.tmp")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is one of our temporary or lock files, by its name."""
+    return path.name == _LOCK or _TEMPORARY.fullmatch(path.name) is not None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in `folder`; those that are being written stay."""
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            # Without locks, on some network disks, only the file's age tells.
+            with contextlib.suppress(OSError):
+                handle = hold(path)
+                if handle != BUSY and (handle is not None or time.time() - path.stat().st_mtime > _DAY_S):
+                    path.unlink()
+                release(handle)
 
 
 # In place of a handle: another process holds what was asked for.
 BUSY = -1
 _held: set[int] = set()
+_told_unlocked: set[Path] = set()
+
+
+def _lock_quietly(handle: int) -> None:
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def hold(path: Path, *, wait: float = 0.0) -> int | None:
-    """Hold a folder or file against other processes until `release`, or until this process ends.
+    """Hold a folder (by a file `.lock` in it) or a file against other processes until `release`, or this one's end.
 
-    wait: seconds to wait for another one that holds it. Returns a handle; BUSY; None where that cannot be had.
+    wait: seconds to wait for another one that holds it. Returns a handle; BUSY; None, and a line says so once, where
+    the file system has no locks.
     """
     try:
         import fcntl
     except ImportError:  # not on Windows
         return None
-    handle = os.open(path, os.O_RDONLY)
+    # Open for writing: NFS makes an exclusive lock of it, which a handle for reading is refused.
+    place = path / _LOCK if path.is_dir() else path
+    handle = os.open(place, os.O_RDWR | (os.O_CREAT if place != path else 0), 0o666)
     until = time.monotonic() + wait
     while True:
         try:
@@ -75,8 +115,11 @@ def hold(path: Path, *, wait: float = 0.0) -> int | None:
                 os.close(handle)
                 return BUSY
             time.sleep(0.05)
-        except OSError:  # some network file systems lock nothing
+        except OSError as error:
             os.close(handle)
+            if path not in _told_unlocked and not _TEMPORARY.fullmatch(path.name):
+                _told_unlocked.add(path)
+                print(f"note: {path} cannot be locked ({error.strerror}); let only one process write there at a time")
             return None
 
 
@@ -110,26 +153,29 @@ def in_turn(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk (or quota) into RunStopped; what was whole in `folder` is so still."""
+    """Turn a full disk (or quota) into RunStopped; files that were whole in `folder` are so still."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise RunStopped(
-            f"no space left on the disk of {folder} ({error.strerror}); the last checkpoint is whole."
+            f"no space left on the disk of {folder} ({error.strerror}); the files that were there are whole."
             " Make room and start the same command again"
         ) from None
 
 
 def _keep(path: Path, keep: Path) -> None:
-    spare = keep.with_name(f".{keep.name}")
-    spare.unlink(missing_ok=True)
+    spare = _temporary(keep)
     try:
-        os.link(path, spare)
-    except OSError:  # a file system without links
-        shutil.copyfile(path, spare)
-    os.replace(spare, keep)
+        try:
+            os.link(path, spare)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, spare)
+        os.replace(spare, keep)
+    finally:
+        # Renaming does nothing where both are links to one file, as after a kill between this and the new file.
+        spare.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -143,7 +189,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+    """As UTF-8; what cannot be (names of files that are not) is escaped."""
+    write_whole(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -155,47 +202,79 @@ def previous(path: Path) -> Path:
     return path.with_name(f"previous.{path.name.removeprefix('last.')}")
 
 
-def save_tensors(path: Path, state: Any, *, keep: bool = False) -> None:
-    """`torch.save`, whole or not at all, sealed with a checksum in the comment that ends a zip file.
+def save_tensors(path: Path, state: Any, *, facts: Mapping[str, Any] | None = None, keep: bool = False) -> None:
+    """`torch.save`, whole or not at all; facts and a checksum are in the comment that ends a zip file.
 
-    Any program that reads torch's files reads it. keep: leave the file that was there as `previous(path)`.
+    Any program that reads torch's files reads it. facts: what can be said in JSON, at most 65,000 bytes of it, of where
+    the tensors come from. keep: leave the file that was there as `previous(path)`.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    comment = _FACTS + json.dumps(facts or {}).encode() + _SEAL
     # The last two bytes of a zip file without a comment are the comment's length.
     body = buffer.getbuffer()[:-2]
-    length = (len(_SEAL) + _DIGITS).to_bytes(2, "little")
-    digits = f"{zlib.crc32(length, zlib.crc32(body)):0{_DIGITS}x}".encode()
+    tail = (len(comment) + _DIGITS).to_bytes(2, "little") + comment
+    digits = f"{zlib.crc32(tail, zlib.crc32(body)):0{_DIGITS}x}".encode()
 
     def write(file: BinaryIO) -> None:
         file.write(body)
-        file.write(length + _SEAL + digits)
+        file.write(tail + digits)
 
     write_whole(path, write, keep=previous(path) if keep else None)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts that `save_tensors` put into a file; none for files of other programs."""
+    try:
+        with zipfile.ZipFile(path) as parts:
+            comment = parts.comment
+        if not comment.startswith(_FACTS) or comment[-_DIGITS - len(_SEAL) : -_DIGITS] != _SEAL:
+            return {}
+        return json.loads(comment[len(_FACTS) : -_DIGITS - len(_SEAL)])
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return {}
 
 
 def is_whole(path: Path) -> bool:
     """Whether a file's checksum fits: our own over every byte, else those that a zip file has of its parts.
 
-    A file of an older format, which has none, counts as whole.
+    A file without checksums, of an older format or written without them, counts as whole.
     """
-    seal = len(_SEAL) + _DIGITS
+    seal = len(_OLD_SEAL) + _DIGITS
     with path.open("rb") as file:
-        left = file.seek(0, os.SEEK_END) - seal
-        file.seek(max(left, 0))
-        tail = file.read()
-        if left > 0 and tail.startswith(_SEAL):
-            file.seek(0)
-            crc = 0
-            while left > 0 and (chunk := file.read(min(_CHUNK, left))):
-                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-            return f"{crc:0{_DIGITS}x}".encode() == tail[len(_SEAL) :]
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - seal, 0))
+        tail, digits = file.read()[:-_DIGITS], b""
+        if tail.endswith(_SEAL):
+            digits, left = _read_at(file, end - _DIGITS), end - _DIGITS
+        elif tail == _OLD_SEAL:
+            digits, left = _read_at(file, end - _DIGITS), end - seal
+        if digits:
+            return f"{_checksum(file, left):0{_DIGITS}x}".encode() == digits
     try:
         with zipfile.ZipFile(path) as parts:
-            return not parts.comment and parts.testzip() is None
+            if parts.comment.startswith(_FACTS):
+                return False  # ours, without its end
+            filled = [part.CRC for part in parts.infolist() if part.file_size]
+            # torch leaves them all 0 where it is told to write none.
+            return not any(filled) or parts.testzip() is None
     except Exception:  # whatever the byte at hand leads to
         # Files of torch before 1.6 are no zip files.
         return not _looks_zipped(path)
+
+
+def _read_at(file: BinaryIO, place: int) -> bytes:
+    file.seek(place)
+    return file.read()
+
+
+def _checksum(file: BinaryIO, length: int) -> int:
+    """CRC-32 of the first `length` bytes."""
+    file.seek(0)
+    crc = 0
+    while length > 0 and (chunk := file.read(min(_CHUNK, length))):
+        crc, length = zlib.crc32(chunk, crc), length - len(chunk)
+    return crc
 
 
 def _looks_zipped(path: Path) -> bool:
@@ -208,8 +287,10 @@ def load_tensors(path: Path, *, flag: str) -> Any:
 
     Raises: UserError that names `flag` and the file when it is absent, truncated or holds anything else.
     """
-    if not path.is_file():
-        raise UserError(f"--{flag}: no checkpoint at {path}")
+    with readable(path, flag):
+        if not path.is_file():
+            raise UserError(f"--{flag}: no checkpoint at {path}")
+        path.open("rb").close()
     try:
         if not is_whole(path):
             raise UserError(f"--{flag}: {path} is truncated or altered{_offer(path)}")
@@ -223,6 +304,15 @@ def load_tensors(path: Path, *, flag: str) -> Any:
                 f"--{flag}: {path} holds more than tensors (its pickle would run code) or is damaged; refused unrun"
             ) from None
         raise UserError(f"--{flag}: {path} is truncated or not a checkpoint{_offer(path)}") from None
+
+
+@contextlib.contextmanager
+def readable(path: Path, flag: str) -> Iterator[None]:
+    """Turn an OSError (a file or folder that may not be read) into UserError that names `flag`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--{flag}: {path} cannot be read ({error.strerror})") from None
 
 
 def _offer(path: Path) -> str:
@@ -250,6 +340,8 @@ def _load_safetensors(path: Path, flag: str) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise UserError(f"--{flag}: no checkpoint at {path}") from None
+    except PermissionError as error:
+        raise UserError(f"--{flag}: {path} cannot be read ({error.strerror})") from None
     except (SafetensorError, OSError):
         raise UserError(f"--{flag}: {path} is truncated or not a checkpoint") from None
 

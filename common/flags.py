@@ -7,6 +7,8 @@ A flag that was given and that nothing read is told to the user, once (`Flags.un
 import argparse
 import dataclasses
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -46,6 +48,31 @@ def _not_refused(flag: str) -> Callable[[str], str]:
     return check
 
 
+def _one_component(flag: str) -> Callable[[str], str]:
+    """A type for argparse: a value that becomes part of a folder's name, and that no path hides in."""
+
+    def check(value: str) -> str:
+        if "/" in value or os.sep in value or "\0" in value:
+            raise argparse.ArgumentTypeError(f"{value!r} becomes part of a folder's name; leave out / in it")
+        return _not_refused(flag)(value) if flag in REFUSED_VALUES else value
+
+    return check
+
+
+def _outlier_set(value: str) -> str:
+    """A type for argparse: ~ in the path of `folder:<path>` is the home folder."""
+    kind, colon, path = value.partition(":")
+    return f"{kind}{colon}{os.path.expanduser(path)}"
+
+
+def class_choice(value: str) -> int | str:
+    """A type for argparse: the number of a class, or its name."""
+    try:
+        return int(value)
+    except ValueError:
+        return value
+
+
 class _Names(list[str]):
     """Known names, and any that begins with `prefix`."""
 
@@ -69,6 +96,13 @@ class Flags:
         self._values = dict(values)
         self._given = frozenset(given)
         self._read: set[str] = set()
+
+    def filled(self, defaults: Mapping[str, Any]) -> "Flags":
+        """The same with `defaults`, those of a mode, in place of the program's where the user gave none."""
+        own = {name: value for name, value in defaults.items() if name not in self._given}
+        flags = Flags({**self._values, **own}, self._given)
+        flags._read |= self._read
+        return flags
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._values:
@@ -141,6 +175,9 @@ def parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> Flags:
     return flags
 
 
+# Bytes; file systems allow 255, temporary files add to it.
+_LONGEST_NAME = 230
+
 _POSITIVE = (
     "batch_size",
     "test_batch_size",
@@ -179,36 +216,41 @@ def build_parser(
         prog=script, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, argument_default=None
     )
     on: dict[str, Any] = {"action": "store_true"}
+    path: dict[str, Any] = {"type": os.path.expanduser}
 
     g = parser.add_argument_group("what to run")
     choices: dict[str, Any] = {"type": _not_refused("mode"), "choices": sorted(modes)}
     g.add_argument("--mode", **choices, default=default_mode, help="what to train or evaluate")
-    g.add_argument("--suffix", help="appended to the run's name")
+    g.add_argument("--suffix", type=_one_component("suffix"), help="appended to the run's name")
     g.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
-    g.add_argument("--log_root", default="./logs", help="folder of the run folders")
+    g.add_argument("--log_root", **path, default="./logs", help="folder of the run folders")
     g.add_argument("--overwrite", help="replace a run folder of the same name", **on)
     g.add_argument("--dry_run", help="print what would run as JSON, touch nothing", **on)
-    g.add_argument("--resume_path", help="run folder or weights to start from (stage 2: the stage-1 run)")
-    g.add_argument("--load_path", help="weights to evaluate (or to put linear heads on), or their folder")
+    g.add_argument("--resume_path", **path, help="run folder or weights to start from (stage 2: the stage-1 run)")
+    g.add_argument("--load_path", **path, help="weights to evaluate (or to put linear heads on), or their folder")
+    g.add_argument("--out", **path, help="evaluation: folder for results (default: that of the weights)")
     g.add_argument("--no_strict", help="load weights although keys are missing or left over", **on)
 
     g = parser.add_argument_group("data")
     g.add_argument("--dataset", choices=sorted(tables.datasets), default="cifar10", help="data set")
-    g.add_argument("--data_path", default="../Data/", help="folder of the data sets")
+    g.add_argument("--data_path", **path, default="../Data/", help="folder of the data sets")
     g.add_argument("--download_data", help="download (or unpack) the data set into --data_path", **on)
-    g.add_argument("--one_class_idx", type=int, help="the normal class; without it all classes, unlabelled")
+    normal = "the normal class, its number or its name; without it all classes, unlabelled"
+    g.add_argument("--one_class_idx", type=class_choice, help=normal)
+    groups = "cifar100, one class: groups of the published tables (13 of 20 hold a foreign class), or CIFAR-100's own"
+    g.add_argument("--superclasses", choices=("published", "standard"), default="published", help=groups)
     g.add_argument("--image_size", type=int, help="pixels on a side (default: what the data set or the model is for)")
     g.add_argument("--num_worker", type=int, default=4, help="threads or processes that decode pictures")
     g.add_argument("--skip_bad_images", help="leave out pictures that cannot be read, and count them", **on)
-    g.add_argument("--image_cache", help="imagenet: folder to keep decoded training pictures in, built once")
+    g.add_argument("--image_cache", **path, help="imagenet: folder to keep decoded training pictures in, built once")
     g.add_argument("--max_megapixels", type=float, default=100.0, help="larger pictures are refused")
     between = "16-bit and float pictures: values that become black and white (default: found from training pictures)"
     g.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=between)
 
     g = parser.add_argument_group("network and device")
-    choices = {"type": _not_refused("model"), "choices": _Names(tables.models, "timm_", "<name>")}
+    choices = {"type": _one_component("model"), "choices": _Names(tables.models, "timm_", "<name>")}
     g.add_argument("--model", **choices, default="resnet18", help="backbone")
-    g.add_argument("--pretrained_path", help="local file of weights to start the backbone from")
+    g.add_argument("--pretrained_path", **path, help="local file of weights to start the backbone from")
     g.add_argument("--simclr_dim", type=int, default=128, help="outputs of the projector")
     g.add_argument("--pretrained_model", help=argparse.SUPPRESS)
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -275,8 +317,8 @@ def build_parser(
     g = parser.add_argument_group("evaluation")
     g.add_argument("--ood_score", nargs="+", help="scores (default: the mode's own)")
     sets = _Names({*tables.datasets, *tables.outliers}, "folder:", "<path>")
-    g.add_argument("--ood_dataset", nargs="+", choices=sets, help="other data sets to tell apart")
-    g.add_argument("--ood_data_path", help="folder of those data sets (default: --data_path)")
+    g.add_argument("--ood_dataset", nargs="+", type=_outlier_set, choices=sets, help="other data sets to tell apart")
+    g.add_argument("--ood_data_path", **path, help="folder of those data sets (default: --data_path)")
     g.add_argument("--ood_layer", nargs="+", default=["penultimate"], help="t-SNE: penultimate or simclr")
     g.add_argument("--ood_samples", type=int, default=1, help="augmented draws per test image")
     g.add_argument("--ood_batch_size", type=int, default=100, help="images per batch of evaluation")
@@ -295,7 +337,8 @@ def run_name(flags: Any) -> str:
     """The folder name of a run: an interface, since later commands spell it out (specification, section 11).
 
     Only the modes `simclr_CSI` and `cocsr_dict` name their shift, and only the latter its dictionary settings.
-    Labelled modes, `sup_*`, are not "unsup".
+    Labelled modes, `sup_*`, are not "unsup". A class bears the number or the name that the user gave.
+    Raises: UserError for a name too long for a folder.
     """
     parts = [flags.dataset, flags.model, *([] if flags.mode.startswith("sup_") else ["unsup"]), flags.mode]
     if flags.mode in ("simclr_CSI", "cocsr_dict"):
@@ -304,10 +347,18 @@ def run_name(flags: Any) -> str:
         parts += ["cocsr", f"ld{flags.sr_lambda}", f"lr{flags.sr_lr}"]
         parts += ["invf"] if flags.invert_sr_feature_norm else []
     if flags.one_class_idx is not None:
-        parts += ["one_class", str(flags.one_class_idx)]
+        parts += ["one_class", file_name(str(flags.one_class_idx))]
     if flags.suffix:
         parts.append(flags.suffix)
-    return "_".join(parts)
+    name = "_".join(parts)
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise UserError(f"--suffix: the run's name would have more than {_LONGEST_NAME} bytes; give a shorter one")
+    return name
+
+
+def file_name(text: str) -> str:
+    """Text as part of a file's name: what is no letter, digit, `_`, `-` or `.` becomes `_`."""
+    return re.sub(r"[^\w.-]+", "_", text)
 
 
 def print_dry_run(flags: Flags, *, script: str, run_dir: Path, shifts: int, views_per_step: int) -> None:

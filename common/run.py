@@ -19,11 +19,14 @@ from common.errors import UserError
 from common.files import (
     BUSY,
     hold,
+    is_leftover,
     is_whole,
     load_tensors,
     previous,
     published_epoch,
+    read_facts,
     release,
+    remove_leftovers,
     save_tensors,
     write_json,
     write_text,
@@ -33,7 +36,7 @@ from common.flags import Flags
 # Flags that are read and do not change what a run computes: it may go on under other values of these.
 _FREE = frozenset(
     "overwrite dry_run num_worker image_cache log_root download_data local_rank"
-    " save_step save_minutes error_step test_batch_size".split()
+    " save_step save_minutes error_step test_batch_size max_megapixels".split()
 )
 # How long a folder may still be held by a process that is about to go.
 _PATIENCE_S = 10.0
@@ -48,10 +51,19 @@ class Run:
     resume: name of the file from which an interrupted run goes on ("last.resume").
     replace: --overwrite, a folder that is there makes way for this run.
     processes: how many train together, each on --batch_size images of a step.
+    extensible: whether --resume_path trains a finished run of this mode for longer.
     """
 
     def __init__(
-        self, folder: Path, flags: Flags, *, weights: str, resume: str, replace: bool = False, processes: int = 1
+        self,
+        folder: Path,
+        flags: Flags,
+        *,
+        weights: str,
+        resume: str,
+        replace: bool = False,
+        processes: int = 1,
+        extensible: bool = False,
     ):
         self.folder = folder
         self.weights = folder / weights
@@ -68,6 +80,9 @@ class Run:
         self._launch = launch_id(os.environ)
         self._started: list[dict[str, Any]] = []
         self._processes = processes
+        self._extensible = extensible
+        self._data: dict[str, Any] | None = None
+        self._facts: dict[str, Any] = {}
         try:
             if folder.exists():
                 self._look(replace)
@@ -77,7 +92,8 @@ class Run:
     def _look(self, replace: bool) -> None:
         config = self.folder / "args.json"
         if not config.is_file():
-            if any(self.folder.iterdir()):
+            # A run that was killed before it could write even that has left no more than these.
+            if not all(is_leftover(path) for path in self.folder.iterdir()):
                 raise UserError(
                     f"--log_root: {self.folder} exists and is no run folder of this program; choose another --suffix"
                 )
@@ -89,13 +105,14 @@ class Run:
                 return
             before = {name: written["flags"][name] for name in written["used"]}
             processes = written.get("processes", 1)
+            self._data = written.get("data")
         except (OSError, ValueError, KeyError, TypeError):
             if replace:
                 self._replace = True
                 return
             raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
         now = self.flags.as_dict()
-        changed = _differences(before, now)
+        changed = _differences(before, now, self._data)
         if processes != self._processes and "batch_size" in before:
             # What counts is how many images a step sees.
             steps = [f"{n} x {flags['batch_size']}" for n, flags in ((processes, before), (self._processes, now))]
@@ -109,9 +126,12 @@ class Run:
                 )
         self._started = written.get("started", [])
         if changed:
+            longer = ""
+            if [text.split()[0] for text in changed] == ["--epochs"] and self._extensible:
+                longer = f"; to train it for longer, --resume_path {self.folder} and another --suffix"
             raise UserError(
                 f"--overwrite: {self.folder} holds a run with another configuration ({', '.join(changed)});"
-                " choose another --suffix, or --overwrite to replace it"
+                f" choose another --suffix, or --overwrite to replace it{longer}"
             )
         for name in sorted(_MACHINE & before.keys()):
             if before[name] != now[name]:
@@ -145,9 +165,16 @@ class Run:
         """Whether this very run has been carried out already."""
         return self.state is not None and self.state["epoch"] >= self.flags.epochs
 
-    def open(self) -> None:
-        """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read."""
+    def open(self, data: dict[str, Any] | None = None) -> None:
+        """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read.
+
+        data: what identifies the training images; the run keeps it, and its weights do.
+        Raises: UserError, and nothing is written, where a run would go on with other images than it began with.
+        """
+        if self.state is not None:
+            _same_data(self._data, data, self.folder)
         started = [*self._started, describe_program()]
+        self._facts = {"mode": self.flags.mode, "model": self.flags.model, "data": data or {}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # A process that was killed may leave one behind that goes within seconds.
@@ -156,6 +183,7 @@ class Run:
                 raise UserError(
                     f"--log_root: another process is at work in {self.folder}; let it end, or give a --suffix"
                 )
+            remove_leftovers(self.folder)
             if self._replace:
                 _empty(self.folder)
             elif _stamp(self._resume) != self._seen:
@@ -166,11 +194,12 @@ class Run:
                 "flags": self.flags.as_dict(),
                 "used": self.flags.used(),
                 "processes": self._processes,
+                "data": data,
                 "launch": self._launch,
                 "started": started,
             }
             write_json(self.folder / "args.json", config)
-            self._log = (self.folder / "log.txt").open("a", buffering=1)
+            self._log = (self.folder / "log.txt").open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
             _keep_rows(self.folder / "metrics.jsonl", self.state["epoch"] if self.state else 0)
             self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
@@ -178,9 +207,9 @@ class Run:
         for line in self.flags.tell_unread():
             self.say(line)
 
-    def keep(self, name: str, tensors: dict[str, Any]) -> None:
-        """Write tensors to a file of the folder."""
-        save_tensors(self.folder / name, tensors)
+    def keep(self, name: str, tensors: dict[str, Any], epoch: int) -> None:
+        """Write weights of `epoch` to a file of the folder."""
+        save_tensors(self.folder / name, tensors, facts={**self._facts, "epoch": epoch})
 
     def say(self, text: str) -> None:
         """A line for the screen and for log.txt."""
@@ -215,8 +244,9 @@ class Run:
         The weights come first: a kill between the two leaves a run that has yet to make this epoch, never one that is
         finished with older weights.
         """
-        save_tensors(self.weights, weights, keep=True)
-        save_tensors(self._resume, state, keep=True)
+        facts = {**self._facts, "epoch": state["epoch"]}
+        save_tensors(self.weights, weights, facts=facts, keep=True)
+        save_tensors(self._resume, state, facts=facts, keep=True)
 
     def close(self) -> None:
         for stream in (self._log, self._metrics, self._board):
@@ -244,10 +274,10 @@ class Follower(Run):
         self.flags = flags
         self.state = state
 
-    def open(self) -> None:
+    def open(self, data: dict[str, Any] | None = None) -> None:
         pass
 
-    def keep(self, name: str, tensors: dict[str, Any]) -> None:
+    def keep(self, name: str, tensors: dict[str, Any], epoch: int) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -268,6 +298,8 @@ class Follower(Run):
 
 def _empty(folder: Path) -> None:
     for child in folder.iterdir():
+        if is_leftover(child):
+            continue  # the lock is this process's own
         if child.is_dir() and not child.is_symlink():
             shutil.rmtree(child)
         else:
@@ -283,14 +315,33 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_ino
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Flags that the run depended on and that differ now."""
+def _same_data(before: dict[str, Any] | None, now: dict[str, Any] | None, folder: Path) -> None:
+    """Raises: UserError where a run began with other training images than there are now, by what is known of them."""
+    if not before or not now:
+        return
+    known = [name for name in now if name in before and before[name] and now[name]]
+    changed = [name for name in known if before[name] != now[name]]
+    if changed:
+        told = {"fingerprint": "their content"}
+        what = ", ".join(told.get(name, f"{name} {before[name]}, now {now[name]}") for name in changed)
+        raise UserError(
+            f"--data_path: the training images changed since the run in {folder} began ({what}); put the former ones"
+            " back, or give another --suffix (--overwrite replaces the run)"
+        )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], data: dict[str, Any] | None) -> list[str]:
+    """Flags that the run depended on and that differ now. data: what is known of its training images."""
 
     def same(name: str) -> bool:
         if name in _FREE or name in _MACHINE:
             return True
-        # Only for folders does the path say which data set it is; the others may be moved about.
-        if name == "data_path" and now["dataset"] != "folder":
+        # The images' fingerprint tells whether they are the same ones, wherever they lie. Without one only for folders
+        # the path says which data set it is.
+        if name == "data_path" and (data or now["dataset"] != "folder"):
+            return True
+        # What a mode fills in itself was not recorded before the images were.
+        if name == "temperature" and not data and now["mode"].startswith("sup_"):
             return True
         if name in ("data_path", "resume_path", "load_path") and before[name] and now[name]:
             return Path(before[name]).resolve() == Path(now[name]).resolve()
@@ -331,20 +382,36 @@ def _git_commit() -> str | None:
     return out.stdout.strip() if out.returncode == 0 else None
 
 
-def start_epoch(weights: Path) -> int:
-    """The epoch at which the stage-1 run that wrote `weights` stands: its last.resume, or a published last.config.
+def start_epoch(weights: Path, *, flag: str = "resume_path") -> int:
+    """The epoch at which a run wrote `weights`: the file says so, else the state beside it, or a published last.config.
 
     Weights on their own count as epoch 0, and a line says so.
     """
-    resume = weights.parent / "last.resume"
-    if resume.is_file():
-        epoch = int(load_tensors(resume, flag="resume_path")["epoch"])
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            meant = json.loads((weights.parent / "args.json").read_text())["flags"]["epochs"]
-            if epoch < meant:
-                print(f"note: {weights} is of an unfinished run, epoch {epoch} of {meant}")
-        return epoch
-    published = published_epoch(weights.parent / "last.config", flag="resume_path")
-    if published is None:
+    epoch = epoch_of(weights, flag=flag)
+    if epoch is None:
         print(f"note: nothing beside {weights} tells its epoch; counting on from 0")
-    return published or 0
+        return 0
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        meant = json.loads((weights.parent / "args.json").read_text())["flags"]["epochs"]
+        if epoch < meant:
+            print(f"note: {weights} is of an unfinished run, epoch {epoch} of {meant}")
+    return epoch
+
+
+def epoch_of(weights: Path, *, flag: str) -> int | None:
+    """The epoch of a file of weights, where it is known.
+
+    Raises: UserError for a file beside it that should tell and is damaged.
+    """
+    facts = read_facts(weights)
+    if "epoch" in facts:
+        return int(facts["epoch"])
+    if weights.suffix == ".resume":
+        return int(load_tensors(weights, flag=flag)["epoch"])
+    stem, _, kind = weights.name.rpartition(".")
+    if kind in ("model", "cocsr_model"):
+        resume = weights.with_name(f"{stem}.{kind.replace('model', 'resume')}")
+        if resume.is_file():
+            return int(load_tensors(resume, flag=flag)["epoch"])
+        return published_epoch(weights.with_name(f"{stem}.{kind.replace('model', 'config')}"), flag=flag)
+    return None

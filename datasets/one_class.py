@@ -1,6 +1,12 @@
 """The one-class split: train on one class, test on all; without a class, all training classes, unlabelled."""
 
+import hashlib
+import json
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,27 +15,83 @@ from common.errors import UserError
 from datasets.augment import AlignedSpec
 from datasets.catalog import DATASETS, DatasetSpec, DataSource
 from datasets.pictures import PictureSet
-from datasets.sets import ImageSet
+from datasets.sets import ImageSet, image_set
 
 
 @dataclass(frozen=True)
 class Split:
     """A data set under a choice of the normal class.
 
-    n_classes: outputs of the linear head (fine classes). class_names: of the classes one chooses from.
-    one_class_idx None: all training classes are normal.
+    n_classes: outputs of the linear head (fine classes). class_names: of the classes one chooses from, then of those
+    that only the test split has. one_class_idx None: all training classes are normal.
     """
 
+    dataset: str
     spec: DatasetSpec
     source: DataSource
     one_class_idx: int | None
     n_classes: int
     class_names: list[str]
 
+    @property
+    def class_name(self) -> str | None:
+        """Of the normal class; None where all are."""
+        return None if self.one_class_idx is None else self.class_names[self.one_class_idx]
+
+    def describe(self, label: int) -> str:
+        """A class by number and name, for people: `class 8 (ship)`."""
+        return f"class {label} ({self.class_names[label]})"
+
+    @property
+    def normal_title(self) -> str:
+        """What is normal, for people."""
+        return "all classes" if self.one_class_idx is None else self.describe(self.one_class_idx)
+
+    def facts(self, data: ImageSet | PictureSet) -> dict[str, Any]:
+        """What identifies the training images `data`, in JSON's types: a run and its weights keep it."""
+        names = self.class_names[: self.n_classes] if self._groups is None else self.class_names
+        return {
+            "dataset": self.dataset,
+            "class_name": self.class_name,
+            "classes": names if len(json.dumps(names)) < _LONGEST else f"sha256 {_digest(names)}",
+            "images": len(data),
+            "fingerprint": data.fingerprint,
+        }
+
+    def check_trained(self, trained: Mapping[str, Any], path: Path, *, flag: str) -> None:
+        """Compare what is normal here with the `facts` of the images that weights were trained on; none known: fits.
+
+        A line tells of another data set. Raises: UserError where it is the same one and the class is another.
+        """
+        if not trained:
+            return
+        here, there = self.class_name, trained["class_name"]
+        if trained["dataset"] != self.dataset:
+            on = "all classes" if there is None else f"class {there!r}"
+            print(f"note: {path} was trained on {trained['dataset']}, {on}; here it is {self.dataset}")
+        elif here is not None and there is not None and here != there:
+            remedy = f"give another --{flag} or --data_path"
+            if there in self.class_names:
+                remedy = f"give --one_class_idx {shlex.quote(there)}"
+            own = f"class {self.one_class_idx} is {here!r}"
+            raise UserError(f"--one_class_idx: {path} was trained on class {there!r}, and here {own}; {remedy}")
+        elif here is None and there is None and trained["classes"] != self.facts(_NO_IMAGES)["classes"]:
+            raise UserError(
+                f"--data_path: {path} was trained on other classes ({_listed(trained['classes'])}) than there are here"
+                f" ({_listed(self.class_names[: self.n_classes])}); give it the same ones"
+            )
+
+    @property
+    def _groups(self) -> tuple[tuple[int, ...], ...] | None:
+        """Labels of each coarse class, where those are what one chooses from."""
+        if self.spec.groups is None or self.one_class_idx is None:
+            return None
+        return tuple(self.spec.groups[self.source.superclasses].values())
+
     def train(self) -> ImageSet:
         """The normal training images."""
         # A coarse class is several labels, so it is chosen after loading.
-        label = self.one_class_idx if self.spec.groups is None else None
+        label = self.one_class_idx if self._groups is None else None
         data = self._relabelled(self.spec.load(self.source, "train", label))
         return data if self.one_class_idx is None else data.where(data.labels == self.one_class_idx)
 
@@ -48,19 +110,39 @@ class Split:
         return labels < self.n_classes if self.one_class_idx is None else labels == self.one_class_idx
 
     def _relabelled(self, data: ImageSet) -> ImageSet:
-        if self.spec.groups is None or self.one_class_idx is None:
+        if self._groups is None:
             return data
-        group_of = torch.empty(sum(map(len, self.spec.groups)), dtype=torch.long)
-        for group, members in enumerate(self.spec.groups):
+        group_of = torch.empty(sum(map(len, self._groups)), dtype=torch.long)
+        for group, members in enumerate(self._groups):
             group_of[list(members)] = group
         return replace(data, labels=group_of[data.labels])
 
 
+# Bytes of class names in a checkpoint; beyond, their digest.
+_LONGEST = 30_000
+_NO_IMAGES = image_set(torch.empty(0, 3, 0, 0, dtype=torch.uint8), [])
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def _listed(names: list[str] | str) -> str:
+    """The first of many names."""
+    if isinstance(names, str):
+        return names
+    return ", ".join(names[:_SHOWN]) + (f", ... {len(names)} in all" if len(names) > _SHOWN else "")
+
+
+_SHOWN = 12
+
+
 def split_one_class(
-    dataset: str, source: DataSource, one_class_idx: int | None, model_size: int, *, fixed: bool = False
+    dataset: str, source: DataSource, one_class: int | str | None, model_size: int, *, fixed: bool = False
 ) -> Split:
     """Look the data set up and check the class.
 
+    one_class: number or name of the normal class; None: all are normal.
     model_size: pixels the model is for, where nothing else says; fixed: it takes no other.
     Raises: UserError for a class out of range, a folder that holds no classes, or a size that the model does not take.
     """
@@ -73,8 +155,18 @@ def split_one_class(
     # A folder that only the test split has is never normal.
     n_classes = spec.n_train_classes(source) if spec.n_train_classes else len(names)
     choices = n_classes
-    if spec.groups is not None and one_class_idx is not None:
-        names, choices = [f"superclass {i}" for i in range(len(spec.groups))], len(spec.groups)
-    if one_class_idx is not None and not 0 <= one_class_idx < choices:
-        raise UserError(f"--one_class_idx must lie in 0..{choices - 1} for {dataset}, got {one_class_idx}")
-    return Split(spec, source, one_class_idx, n_classes, names)
+    if spec.groups is not None and one_class is not None:
+        names = list(spec.groups[source.superclasses])
+        choices = len(names)
+    return Split(dataset, spec, source, _index_of(one_class, names[:choices], dataset), n_classes, names)
+
+
+def _index_of(choice: int | str | None, names: list[str], dataset: str) -> int | None:
+    """The number of the class. Raises: UserError for one that cannot be normal."""
+    if isinstance(choice, str):
+        if choice not in names:
+            raise UserError(f"--one_class_idx {choice}: {dataset} has no such training class, but {_listed(names)}")
+        return names.index(choice)
+    if choice is not None and not 0 <= choice < len(names):
+        raise UserError(f"--one_class_idx must lie in 0..{len(names) - 1} for {dataset}, got {choice}")
+    return choice

@@ -70,7 +70,7 @@ def outlier_flags(name: str) -> tuple[str, ...]:
     if name == INTERP:
         return ()
     if name in DATASETS:
-        return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache"))
+        return tuple(flag for flag in DATASETS[name].flags if flag not in ("image_size", "image_cache", "superclasses"))
     return PICTURE_FLAGS + (("data_path",) if name in PICTURE_SETS else ())
 
 

@@ -7,6 +7,7 @@ what that saves.
 Letters: N pictures, B of a batch, C copies, S pixels on a side. Pixels are (H, W, 3) uint8, each picture in its size.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.dist import ALONE, World
-from common.errors import UserError
-from common.files import in_turn, write_json, write_whole
+from common.errors import RunStopped, UserError
+from common.files import in_turn, remove_leftovers, write_json, write_whole
 from common.progress import progress
 from common.seed import generator
+from common.signals import ignore_signals, start_workers
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, tell_skipped
@@ -109,6 +111,7 @@ def open_cache(
     file, index = folder / f"pixels_{key}.u8", folder / f"pixels_{key}.json"
     try:
         with in_turn(folder):
+            remove_leftovers(folder)
             if not _whole(file, index):
                 held: dict[str, Any] = {"sizes": [], "places": [], "bad": {}}
                 write_whole(file, lambda out: _write_pixels(out, held, decoded, workers, skip_bad))
@@ -134,16 +137,46 @@ def _whole(file: Path, index: Path) -> bool:
 
 
 def _write_pixels(out: BinaryIO, held: dict[str, Any], decoded: Decoded, workers: int, skip_bad: bool) -> None:
-    loader = DataLoader(_OrReason(decoded), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
-    for n, item in enumerate(progress(loader, total=len(decoded), label="decoding into --image_cache")):
-        if isinstance(item, str):
-            if not skip_bad:
-                raise unreadable(decoded.paths[n], item)
-            held["bad"][n] = item
-            continue
-        held["sizes"].append(item.shape[:2])
-        held["places"].append(n)
-        out.write(item.tobytes())
+    loader = DataLoader(
+        _OrReason(decoded),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=ignore_signals,
+    )
+    items = start_workers(lambda: iter(loader))
+    try:
+        for n, item in enumerate(progress(items, total=len(decoded), label="decoding into --image_cache")):
+            if isinstance(item, str):
+                if not skip_bad:
+                    raise unreadable(decoded.paths[n], item)
+                held["bad"][n] = item
+                continue
+            held["sizes"].append(item.shape[:2])
+            held["places"].append(n)
+            out.write(item.tobytes())
+    finally:
+        del items  # Its processes end with it.
+
+
+@contextlib.contextmanager
+def loading_errors() -> Iterator[None]:
+    """Turn the end of a process that loads pictures, and a /dev/shm too small for its batches, into RunStopped.
+
+    Around all that goes on meanwhile: torch raises the first wherever the process that waits for pictures is.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        text = str(error)
+        if "shared memory" in text or "torch_" in text and "No space left" in text:
+            raise RunStopped(
+                "--num_worker: processes that load pictures need more shared memory than /dev/shm has; give"
+                " --num_worker 0, or make it larger (docker run --shm-size 2g)"
+            ) from None
+        if "DataLoader worker" in text:
+            raise RunStopped(f"a process that loads pictures has ended ({text.strip().splitlines()[0]})") from None
+        raise
 
 
 class _OrError(Dataset):
@@ -273,11 +306,16 @@ class PictureSet:
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            yield batch.to(self.device, non_blocking=True)
+        found = start_workers(lambda: iter(loader))
+        try:
+            for batch in found:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                yield batch.to(self.device, non_blocking=True)
+        finally:
+            del found  # Its processes end with it: now, and not when the last traceback that knows it is gone.
 
     def to(self, device: torch.device) -> "PictureSet":
         """Deliver batches on `device`."""

@@ -17,6 +17,7 @@ from evals.evidence import LABELLED
 from evals.report import result_facts
 from evals.scores import label_probabilities
 from evals.subject import load_subject
+from evals.writing import place_for, read_json
 
 _BINS = 15
 
@@ -46,8 +47,9 @@ def run_accuracy(flags: Flags, world: World = ALONE, *, marginalized: bool, trai
         there = probabilities.shape[1]
         raise UserError(f"--dataset: it has {subject.split.n_classes} classes, but {subject.checkpoint} knows {there}")
     found = {"accuracy": accuracy(probabilities, test.labels), "ece": calibration_error(probabilities, test.labels)}
-    facts = {**result_facts(flags, subject, begun), "n": len(test), **found}
-    path = subject.folder / f"accuracy_{flags.mode}{subject.tag}.json"
+    data = {flags.dataset: {"images": len(test), "fingerprint": test.fingerprint}}
+    facts = {**result_facts(flags, subject, begun, data), "n": len(test), **found}
+    path = place_for(subject.folder, f"accuracy_{flags.mode}{subject.tag}", ".json", facts, read_json)
     write_json(path, facts)
     print(
         f"{flags.dataset}, {len(test)} test images of {subject.split.n_classes} classes:"

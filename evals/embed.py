@@ -3,11 +3,14 @@
 Letters: N images, K shifts, F feature size, M atoms.
 """
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from common.dist import ALONE, World
 from common.errors import UserError
@@ -15,7 +18,9 @@ from common.files import write_whole
 from common.flags import Flags
 from common.seed import seed_of
 from evals.evidence import Evidence
+from evals.report import result_facts
 from evals.subject import load_subject
+from evals.writing import place_for
 from models.feature_net import CocsrNet
 
 # Okabe and Ito's palette, which most colour-blind readers can tell apart; drawn in this order, atoms on top.
@@ -25,6 +30,8 @@ _STYLE: dict[str, dict[str, Any]] = {
     "normal test": {"c": "#0072B2", "marker": ".", "s": 22, "alpha": 0.9},
     "atoms": {"c": "#D55E00", "marker": "*", "s": 45, "alpha": 1.0, "edgecolors": "black", "linewidths": 0.4},
 }
+# The key of a picture's facts in its file.
+_FACTS = "Comment"
 _LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
 
 
@@ -41,11 +48,14 @@ def run_tsne(
 
     output: name of the network's output to show; None: the layers of --ood_layer. With `s`, the features that are
     coded, come the atoms, scaled to the mean norm of the features.
-    Raises: UserError as `load_subject`; for an unknown layer.
+    Raises: UserError as `load_subject`; for an unknown layer; for the logits of a single shift.
     """
+    begun = time.monotonic()
     with world.together():
         shown, limit = _shown(flags, output), flags.tsne_points
         subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, world=world)
+        if output == "shift" and len(subject.draws.shifts) < 2:
+            raise UserError(f"--shift_trans_type: one shift has no logits to show in --mode {flags.mode}")
     for line in flags.tell_unread():
         print(line)
     test = subject.split.test().to(subject.device)
@@ -54,8 +64,7 @@ def run_tsne(
     if not world.first:
         return
     normal = subject.split.normal(test.labels).cpu().numpy()
-    idx = flags.one_class_idx
-    of = "all classes" if idx is None else f"{subject.split.class_names[idx]} ({idx})"
+    facts = result_facts(flags, subject, begun, {flags.dataset: {"images": len(test), "fingerprint": test.fingerprint}})
     for layer, name in shown.items():
         for k in range(len(subject.draws.shifts)):
             test_x = test_outputs[name][:, 0, k].numpy()
@@ -70,9 +79,11 @@ def run_tsne(
                 mean_norm = np.linalg.norm(np.concatenate(list(groups.values())), axis=1).mean()
                 norms = np.linalg.norm(atoms, axis=1, keepdims=True)
                 groups["atoms"] = atoms * (mean_norm / np.maximum(norms, 1e-12))
+            of = subject.split.normal_title
             title = f"{flags.dataset}, normal: {of}, shift {k} of {flags.shift_trans_type}, {layer}"
-            path = subject.folder / f"{flags.mode}_{layer}_shift{k}{subject.tag}.png"
-            draw_tsne(groups, path, title=title)
+            stem = f"{flags.mode}_{layer}_shift{k}{subject.tag}"
+            path = place_for(subject.folder, stem, ".png", facts, _read_facts)
+            draw_tsne(groups, path, title=title, facts=facts)
             print(f"wrote {path}", flush=True)
 
 
@@ -98,8 +109,20 @@ def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:
     return x[np.random.default_rng(seed_of(seed, "t-SNE points")).choice(len(x), limit, replace=False)]
 
 
-def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str) -> None:
-    """Embed all groups together, t-SNE with seed 0, and write a scatter plot. groups: name in `_STYLE` -> (n, F)."""
+def _read_facts(path: Path) -> Any:
+    """What `draw_tsne` has written into a picture beside its pixels; None where there is nothing."""
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info[_FACTS])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str, facts: Mapping[str, Any]) -> None:
+    """Embed all groups together, t-SNE with seed 0, and write a scatter plot. groups: name in `_STYLE` -> (n, F).
+
+    facts: what the picture depends on, which is kept in its file.
+    """
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
@@ -117,4 +140,4 @@ def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(groups), frameon=False, markerscale=1.6)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={_FACTS: json.dumps(facts)}))

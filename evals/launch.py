@@ -6,6 +6,7 @@ from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, told_once
+from common.files import disk_errors
 from common.flags import Tables, build_parser, parse, print_dry_run
 from datasets import DATASETS, SHIFTS
 from datasets.outliers import OUTLIERS
@@ -21,7 +22,8 @@ def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalM
     mode = modes[flags.mode]
     if not flags.dry_run:
         remedy = f"lower --ood_batch_size {flags.ood_batch_size}"
-        with processes(flags.device) as world, memory_errors(remedy):
+        place = Path(flags.out or flags.load_path or flags.log_root)
+        with processes(flags.device) as world, memory_errors(remedy), disk_errors(place):
             mode.run(flags, world)
         return
     if not World.of(os.environ).first:

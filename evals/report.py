@@ -2,9 +2,8 @@
 
 import csv
 import io
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -24,6 +23,7 @@ from evals.detection import detect, quantile_line
 from evals.evidence import Evidence, Finished
 from evals.scores import SCORES, Score
 from evals.subject import Subject, load_subject
+from evals.writing import place_for, read_json, set_name, settings_of
 
 # Of the outputs, the optimality gap of codes.
 _GAP = "gap"
@@ -51,6 +51,7 @@ def run_detection(
         subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, names=names, world=world)
         tests = _tests(flags, subject)
     test = tests[flags.dataset]
+    data = {title: {"images": len(images), "fingerprint": images.fingerprint} for title, images in tests.items()}
     normal = subject.split.normal(test.labels)
     train, references = subject.training()
     finished = evidence.finish(flags, subject.net, train, world)
@@ -75,18 +76,21 @@ def run_detection(
         own = values.pop(flags.dataset)
         classes = _by_class(test, own, is_normal)
         found = detect(own[is_normal], classes, values)
-        result = {"score": name, **result_facts(flags, subject, begun), **found.as_result()}
+        more = frozenset(chain.from_iterable(SCORES[n].flags for n in names)) - set(SCORES[name].flags)
+        facts = result_facts(flags, subject, begun, data, more)
+        result = {"score": name, **facts, **found.as_result()}
+        path = place_for(subject.folder, f"result_{flags.mode}_{name}{subject.tag}", ".json", facts, read_json)
+        stem = path.stem.replace("result_", "scores_", 1)
+        tables = {title: f"{stem}_{set_name(title)}.csv" for title in tests} if save_score else {}
+        for title, table in tables.items():
+            names_of = subject.split.class_names if title == flags.dataset else []
+            write_text(subject.folder / table, _table(tests[title], {flags.dataset: own, **values}[title], names_of))
+        write_json(path, {**result, "scores": tables})
         _show(subject, result)
         if print_score:
             for title, of_images in {"normal test": own[is_normal], **classes, **values}.items():
                 print(f"quantiles of {name}, {title}: {quantile_line(of_images)}")
-        kind = f"{flags.mode}_{name}{subject.tag}"
-        write_json(subject.folder / f"result_{kind}.json", result)
-        if save_score:
-            for title, of_images in {flags.dataset: own, **values}.items():
-                path = subject.folder / f"scores_{kind}_{_file_name(title)}.csv"
-                write_text(path, _table(tests[title], of_images))
-    print(f"results are in {subject.folder}")
+        print(f"wrote {path}", flush=True)
 
 
 def _tests(flags: Flags, subject: Subject) -> dict[str, ImageSet]:
@@ -100,7 +104,7 @@ def _tests(flags: Flags, subject: Subject) -> dict[str, ImageSet]:
             " if the data set has several classes, or other data sets"
         )
     if not normal.any():
-        raise UserError(f"--data_path: no test image of the normal class {flags.one_class_idx}")
+        raise UserError(f"--data_path: no test image of the normal class, {subject.split.normal_title}")
     return {name: data.to(subject.device) for name, data in {flags.dataset: test, **others}.items()}
 
 
@@ -126,14 +130,29 @@ def _scored(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def result_facts(flags: Flags, subject: Subject, begun: float) -> dict[str, Any]:
-    """What every result says of where it comes from; begun: `time.monotonic()` at the start."""
+def result_facts(
+    flags: Flags,
+    subject: Subject,
+    begun: float,
+    data: Mapping[str, Mapping[str, Any]],
+    without: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """What every result says of where it comes from.
+
+    begun: `time.monotonic()` at the start. data: what identifies the images, by name of the set. without: flags that
+    were read and that this result does not depend on.
+    """
     return {
         "mode": flags.mode,
         "dataset": flags.dataset,
-        "one_class_idx": flags.one_class_idx,
+        "one_class_idx": subject.split.one_class_idx,
+        "class_name": subject.split.class_name,
         "seed": flags.seed,
         "checkpoint": str(subject.checkpoint),
+        "weights": subject.checkpoint.stem,
+        "beside": subject.beside,
+        "data": data,
+        "settings": settings_of(flags, without),
         "seconds": round(time.monotonic() - begun, 2),
         "device": device_name(subject.device),
         **peak_memory(subject.device),
@@ -165,11 +184,6 @@ def other_sets(flags: Flags, subject: Subject, normal: Callable[[], ImageSet]) -
     return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
 
 
-def _file_name(title: str) -> str:
-    """A data set's name as part of a file name: folder:<path> has slashes."""
-    return re.sub(r"[^\w.-]+", "_", title)
-
-
 def _by_class(test: ImageSet, values: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of the anomalous test images by class, under their published names."""
     labels = test.labels.cpu().numpy()
@@ -178,8 +192,7 @@ def _by_class(test: ImageSet, values: np.ndarray, normal: np.ndarray) -> dict[st
 
 def _show(subject: Subject, result: dict) -> None:
     names = subject.split.class_names
-    idx = result["one_class_idx"]
-    of = f"class {idx} ({names[idx]})" if idx is not None else "all classes"
+    of = subject.split.normal_title
     print(f"AUROC of {result['score']}, {result['dataset']}, {of} normal, {result['n_in']} against {result['n_out']}:")
     for name, value in result["auroc"].items():
         label = name.removeprefix("one_class_")
@@ -189,11 +202,16 @@ def _show(subject: Subject, result: dict) -> None:
     print(f"  {'One_class_real_mean (pooled)':<32} {100 * result['pooled']:5.1f}", flush=True)
 
 
-def _table(images: ImageSet, scores: np.ndarray) -> str:
-    """CSV with one row an image: index, label, score and, for folders, path."""
+def _table(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -> str:
+    """CSV with one row an image: index, label, score, for folders path, and name of the class where there are any."""
+    labels = images.labels.tolist()
+    columns = {"index": images.indices.tolist(), "label": labels, "score": map(repr, scores.tolist())}
+    if images.paths:
+        columns["path"] = images.paths
+    if class_names:
+        columns["class"] = [class_names[label] for label in labels]
     out = io.StringIO()
     rows = csv.writer(out, lineterminator="\n")
-    rows.writerow(["index", "label", "score"] + (["path"] if images.paths else []))
-    columns = [images.indices.tolist(), images.labels.tolist(), map(repr, scores.tolist())]
-    rows.writerows(zip(*columns, *([images.paths] if images.paths else []), strict=True))
+    rows.writerow(columns)
+    rows.writerows(zip(*columns.values(), strict=True))
     return out.getvalue()

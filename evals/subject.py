@@ -15,8 +15,9 @@ from torch import nn
 from common.device import autocast, pick_device
 from common.dist import ALONE, World
 from common.errors import UserError
-from common.files import load_tensors, published_epoch
+from common.files import read_facts
 from common.flags import Flags, pick
+from common.run import epoch_of
 from datasets import DataSource, ImageSet, Split, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec
@@ -38,7 +39,8 @@ class Subject:
     """net: what `evidence` reads.
 
     epochs: how long it was trained, where that is known. references: training images to take reference partners of test
-    images from; 0: test images mix with their neighbours.
+    images from; 0: test images mix with their neighbours. folder: where results go. facts: what the checkpoint says of
+    the images it was trained on.
     """
 
     evidence: Evidence
@@ -51,6 +53,8 @@ class Subject:
     device: torch.device
     amp: str
     references: int
+    folder: Path
+    facts: Mapping[str, Any]
     world: World = ALONE
 
     @property
@@ -59,9 +63,9 @@ class Subject:
         return "" if self.checkpoint.stem == "last" else f"_{self.checkpoint.stem}"
 
     @property
-    def folder(self) -> Path:
-        """Where results go: beside the checkpoint."""
-        return self.checkpoint.parent
+    def beside(self) -> bool:
+        """Whether results go beside the checkpoint."""
+        return self.folder == self.checkpoint.parent
 
     @cached_property
     def _reads(self) -> Callable[[torch.Tensor], Outputs]:
@@ -96,8 +100,17 @@ class Subject:
         if not self.evidence.fitted:
             return {}, None
         train = self.split.train().to(self.device)
+        self._tell_other_images(train)
         pool = reference_pool(train, self.references, self.draws.seed) if self.references else None
         return self.outputs(train, "training images"), pool
+
+    def _tell_other_images(self, train: ImageSet) -> None:
+        """Say where scores are fitted to other images than the network was trained on."""
+        here = self.split.facts(train)
+        there = {name: self.facts.get(name) or value for name, value in here.items()}
+        if there["dataset"] == here["dataset"] and there != here:
+            what = f"{there['images']} there, {here['images']} here" if there["images"] != here["images"] else "content"
+            print(f"note: scores are fitted to other images than {self.checkpoint} was trained on ({what})")
 
 
 def load_subject(
@@ -125,26 +138,31 @@ def load_subject(
             f"--load_path: {path} was trained by --mode {trained['mode']};"
             f" --mode {flags.mode}{' ' + ' '.join(names) if names else ''} is for weights of {', '.join(trained_by)}"
         )
-    _check_writable(path.parent)
+    folder = Path(flags.out) if flags.out else path.parent
+    _check_writable(folder)
     backbone = backbone_spec(flags.model)
     source = DataSource.of(flags, flags.dataset)
     split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)
-    _tell_training(flags, path, trained)
+    facts = read_facts(path).get("data", {})
+    split.check_trained(facts, path, flag="load_path")
+    _tell_training(flags, path, trained, known_class=bool(facts))
     # Many shifts make many views of an image; no result depends on how many images come at a time.
     batch_size = max(1, flags.ood_batch_size // max(1, len(shifts) // 8))
     draws = DrawSpec(shifts, aligned, flags.seed, batch_size=batch_size)
     net = net.to(device).eval()
     references = flags.refmix_batch_size if reference else 0
     samples = 1 if evidence.plain else flags.ood_samples
-    return Subject(evidence, net, split, draws, samples, path, _epochs(path), device, flags.amp, references, world)
+    epochs = _epochs(path)
+    return Subject(
+        evidence, net, split, draws, samples, path, epochs, device, flags.amp, references, folder, facts, world
+    )
 
 
 def _check_writable(folder: Path) -> None:
     """Raises: UserError now, and not after the work, where results cannot be written."""
-    if not os.access(folder, os.W_OK):
-        raise UserError(
-            f"--load_path: results go beside the checkpoint, but {folder} is not writable; copy it elsewhere"
-        )
+    place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out: results cannot be written to {folder}; give a folder that is writable")
 
 
 def _training_flags(path: Path) -> dict[str, Any]:
@@ -156,10 +174,10 @@ def _training_flags(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _tell_training(flags: Flags, path: Path, trained: Mapping[str, Any]) -> None:
-    """Say which flags differ from those the checkpoint was trained with."""
+def _tell_training(flags: Flags, path: Path, trained: Mapping[str, Any], *, known_class: bool) -> None:
+    """Say which flags differ from those the checkpoint was trained with. known_class: its class has been compared."""
     now = flags.as_dict()
-    both = trained.keys() & set(flags.used())
+    both = (trained.keys() & set(flags.used())) - ({"one_class_idx", "dataset"} if known_class else set())
     for name in [name for name in _SEEN if name in both]:
         if trained[name] != now[name]:
             print(f"note: {path} was trained with --{name} {trained[name]}, evaluated with {now[name]}")
@@ -169,12 +187,8 @@ def _tell_training(flags: Flags, path: Path, trained: Mapping[str, Any]) -> None
 
 
 def _epochs(path: Path) -> int | None:
-    resume = path.with_name(path.name.replace(".model", ".resume").replace(".cocsr_model", ".cocsr_resume"))
     try:
-        if resume != path and resume.is_file():
-            return int(load_tensors(resume, flag="load_path")["epoch"])
-        config = "last.cocsr_config" if "cocsr" in path.name else "last.config"
-        return published_epoch(path.parent / config, flag="load_path")
+        return epoch_of(path, flag="load_path")
     except UserError as error:
         print(f"note: the epoch is not known ({error})")
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from common.files import load_state_dict
+from common.files import load_state_dict, readable
 from models import BACKBONES, backbone_spec
 from models.feature_net import BackboneNet, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
@@ -59,13 +59,14 @@ def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
     Raises: UserError that names `flag` where there is none.
     """
     place = Path(path)
-    if place.is_dir():
-        for name in names:
-            if (place / name).is_file():
-                return place / name
-        raise UserError(f"--{flag}: no {' or '.join(names)} in {place}")
-    if not place.is_file():
-        raise UserError(f"--{flag}: no checkpoint at {place}")
+    with readable(place, flag):
+        if place.is_dir():
+            for name in names:
+                if (place / name).is_file():
+                    return place / name
+            raise UserError(f"--{flag}: no {' or '.join(names)} in {place}")
+        if not place.is_file():
+            raise UserError(f"--{flag}: no checkpoint at {place}")
     return place
 
 

@@ -64,31 +64,43 @@ def evaluate(flags: Sequence[str], folder: Path) -> Row:
     return {"epoch": results[0]["epochs"], **{r["score"]: round(100 * r["mean"], 3) for r in results}}
 
 
+def columns(rows: Sequence[Row]) -> list[str]:
+    """All there are, in order of appearance: a score that was added later is not in the rows before."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def read_rows(path: Path) -> list[Row]:
+    """Blank cells are left out. Raises: UserError for a file that is no curve."""
     if not path.is_file():
         return []
-    return [
-        {name: float(value) for name, value in row.items()} for row in csv.DictReader(path.read_text().splitlines())
-    ]
+    try:
+        table = csv.DictReader(path.read_text().splitlines())
+        rows = [{name: float(value) for name, value in row.items() if value} for row in table]
+    except (ValueError, TypeError):
+        rows = [{}]
+    if not all(row.keys() >= set(_FACTS) for row in rows):
+        raise UserError(f"--log_root: {path} is no curve; remove it, and a new one begins")
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO()
-    table = csv.DictWriter(text, rows[-1], lineterminator="\n", extrasaction="ignore")
+    table = csv.DictWriter(text, columns(rows), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     write_text(path, text.getvalue())
 
 
 def draw(path: Path, rows: Sequence[Row], title: str) -> None:
-    """A line for each score, over epochs."""
+    """A line for each score, over the epochs at which it is known."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for score in [name for name in rows[-1] if name not in _FACTS]:
-        axes.plot([row["epoch"] for row in rows], [row.get(score, float("nan")) for row in rows], "o-", label=score)
+    for score in [name for name in columns(rows) if name not in _FACTS]:
+        known = [row for row in rows if score in row]
+        axes.plot([row["epoch"] for row in known], [row[score] for row in known], "o-", label=score)
     axes.set(xlabel="epochs of stage 1", ylabel="mean AUROC (%)")
     axes.set_title(title, fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

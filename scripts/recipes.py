@@ -1,13 +1,15 @@
 """What a sweep runs: `RECIPES`, the published families of commands, and `METHODS`, the columns of their tables."""
 
 import argparse
+import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.flags import Tables, build_parser, parse, run_name
+from common.errors import UserError
+from common.flags import Flags, Tables, build_parser, parse, run_name
 from datasets import DATASETS, SHIFTS
 from datasets.outliers import OUTLIERS
 from evals import EVALS
@@ -107,27 +109,71 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Step:
-    """A command of a job and the folder that it works in. needs: those before it, on which its result depends."""
+    """A command of a job and the folder that it works in. needs: those before it, on which its result depends. flags:
+    its arguments, parsed."""
 
     kind: str
     arguments: tuple[str, ...]
     folder: Path
     needs: tuple["Step", ...]
+    flags: Flags = field(default=Flags({}), compare=False)
 
     @property
     def key(self) -> str:
         """What it depends on: its own command and those before it."""
         return "\n".join(shlex.join(step.arguments) for step in (*self.needs, self))
 
-    def files(self, score: str) -> tuple[Path, Path]:
-        """Of an evaluation: its result, and the scores of the images of its data set."""
-        name = f"{KINDS[self.kind].mode}_{score}"
-        return self.folder / f"result_{name}.json", self.folder / f"scores_{name}_{self.value('dataset')}.csv"
+    def result(self, score: str) -> tuple[dict[str, Any], Path]:
+        """Of an evaluation: its result, and the scores of the images of its data set.
 
-    def value(self, flag: str) -> str:
-        """What the command gives a flag, the last time it does."""
-        last = max(i for i, word in enumerate(self.arguments) if word == f"--{flag}")
-        return self.arguments[last + 1]
+        The folder may hold results of other flags too, so the names of files do not tell.
+        Raises: FileNotFoundError where there is none of these flags; ValueError, KeyError, TypeError for what is none.
+        """
+        name = f"{self.flags.mode}_{score}"
+        found = [(path, json.loads(path.read_text())) for path in self.folder.glob(f"result_{name}*.json")]
+        own = [(path.stat().st_mtime, path, result) for path, result in found if self._made(result, score)]
+        if not own:
+            raise FileNotFoundError(f"no result_{name}*.json of these flags in {self.folder}")
+        _, _, result = max(own, key=lambda item: item[:2])
+        plain = f"scores_{name}_{self.flags.dataset}.csv"
+        return result, self.folder / result.get("scores", {}).get(self.flags.dataset, plain)
+
+    def _made(self, result: Mapping[str, Any], score: str) -> bool:
+        """Whether this command may have written a result; files of an older version record fewer settings."""
+        flags = self.flags.as_dict()
+        weights = result["weights"] if "weights" in result else Path(result["checkpoint"]).stem
+        facts = {name: result[name] for name in ("dataset", "one_class_idx", "seed")} | result.get("settings", {})
+        # A flag without a value is filled in by the mode.
+        asked = {name: flags[name] for name in facts if flags.get(name) is not None}
+        return (result["score"], weights) == (score, "last") and all(facts[name] == asked[name] for name in asked)
+
+
+# What a sweep gives every command itself, and how one asks for something else.
+_OWN = {
+    "overwrite": "a sweep goes on from what there is; remove its --out to start anew",
+    "mode": "choose columns by --methods",
+    "ood_score": "choose columns by --methods",
+    "one_class_idx": "give --classes",
+    "seed": "give --seeds",
+    "epochs": "give --epochs and --more before the --",
+    "log_root": "give --out",
+    "resume_path": "every command starts from the one before it",
+    "load_path": "every command starts from the one before it",
+    "dry_run": "give --dry_run before the --",
+}
+
+
+def refuse_own(words: Sequence[str]) -> None:
+    """Raises: UserError for flags of every command that are the sweep's to give, or that do not parse."""
+    given = parse(words, _parser("train.py"))
+    for name, remedy in _OWN.items():
+        if given.given(name):
+            raise UserError(f"--{name} after -- : {remedy}")
+
+
+def _parser(script: str) -> argparse.ArgumentParser:
+    modes = _MODES[script]
+    return build_parser(script, modes, next(iter(modes)), Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS))
 
 
 def steps_of(
@@ -161,11 +207,10 @@ def steps_of(
             words += ["--suffix", suffix] if suffix else []
             words += ["--resume_path", str(before.folder)] if before else []
         words += options.flags
-        tables = Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)
-        flags = parse(words, build_parser(kind.script, _MODES[kind.script], kind.mode, tables))
+        flags = parse(words, _parser(kind.script))
         folder = before.folder if kind.script == "eval.py" and before else Path(flags.log_root) / run_name(flags)
         needs = (*before.needs, before) if before else ()
-        made[name] = Step(name, (kind.script, *words), folder, needs)
+        made[name] = Step(name, (kind.script, *words), folder, needs, flags)
         return made[name]
 
     for name in scores:

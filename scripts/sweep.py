@@ -10,7 +10,6 @@ Flags after `--` go to every command: `-- --dataset folder` for pictures in fold
 
 import argparse
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -26,11 +25,13 @@ import torch
 from common.errors import RunStopped, Terminated, UserError, command
 from common.files import BUSY, hold, release
 from scripts.jobs import Job, Record, work
-from scripts.recipes import METHODS, RECIPES, steps_of
+from scripts.recipes import METHODS, RECIPES, refuse_own, steps_of
 from scripts.results import PUBLISHED
 from scripts.tables import Entry, write_tables
 
 _POLL_S = 0.2
+# What asks a sweep to stop.
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 def places(jobs: int | None) -> list[dict[str, str]]:
@@ -52,7 +53,10 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
     Raises: Terminated when asked to stop, once the jobs at work have saved and ended.
     """
     asked: list[int] = []
-    before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    told: set[int] = set()
+    # nohup has SIGHUP ignored, and so it stays.
+    heard = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
     waiting, ended, begun = list(jobs), 0, time.monotonic()
     active: dict[int, tuple[Job, Iterator[subprocess.Popen], subprocess.Popen | None]] = {}
     try:
@@ -63,8 +67,9 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
                 active[slot] = (job, work(job, slots[slot], retries, lambda: bool(asked)), None)
             for slot, (job, steps, process) in list(active.items()):
                 if process is not None and process.poll() is None:
-                    if asked:
+                    if asked and slot not in told:  # once: it saves meanwhile
                         process.terminate()
+                        told.add(slot)
                 elif (process := next(steps, None)) is not None:
                     _tell(job, _named(process))
                     active[slot] = (job, steps, process)
@@ -85,7 +90,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
 
 def _named(process: subprocess.Popen) -> str:
     words = [str(word) for word in process.args]  # type: ignore[union-attr]
-    return f"{words[1]} --mode {words[words.index('--mode') + 1]}"
+    return f"{words[1]} --mode {words[words.index('--mode') + 1]}"  # no other --mode: `refuse_own`
 
 
 def _tell(job: Job, text: str) -> None:
@@ -148,12 +153,12 @@ def _entries(job: Job, record: Record, methods: Sequence[str]) -> Iterator[Entry
         step = job.step(kind)
         if step is None or not record.done(step):
             continue
-        result, scores = step.files(score)
         try:
-            found = json.loads(result.read_text())
+            found, scores = step.result(score)
             yield Entry(method, score, job.one_class_idx, job.seed, float(found["mean"]), scores, found["device"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--out: {result} cannot be read; remove {job.file}, and the job looks again") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            why = error if isinstance(error, OSError) else f"a result_*.json in {step.folder} cannot be read"
+            raise UserError(f"--out: {why}; remove {job.file}, and the job looks again") from None
 
 
 def _classes(text: str) -> list[int]:
@@ -210,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("jobs", "epochs", "more", "bootstrap"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be > 0, got {getattr(options, name)}")
-    if "--overwrite" in options.flags:
-        raise UserError(f"--overwrite: a sweep goes on from what there is; remove {out} to start anew")
+    refuse_own(options.flags)
     methods = [method for method in METHODS if method in options.methods]
     classes = options.classes if options.classes is not None else list(range(recipe.classes))
     seeds = list(dict.fromkeys(options.seeds))
@@ -242,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for job in failed:
             why = records[job].failure or "not finished; another sweep may be at work on it"
             print(f"failed: {job.title}: {why}; see {job.log}", file=sys.stderr)
-        dataset = jobs[0].steps[0].value("dataset")
+        dataset = jobs[0].steps[0].flags.dataset
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         notes = {"epochs": f"{options.epochs} + {options.more}", "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}

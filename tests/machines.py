@@ -20,6 +20,8 @@ import torch
 
 from tests.conftest import ROOT, SHIFT, TINY
 
+# Of a training that is long enough to be hit.
+ARGUMENTS = [*TINY, *SHIFT, *"--mode simclr_CSI --simclr_dim 32 --batch_size 16 --epochs 6".split()]
 _NAMES = ("admm-one", "admm-two")
 _ADDRESSES = ("10.77.31.1", "10.77.31.2")
 
@@ -63,17 +65,12 @@ def start(machine: int, logs: Path, run: str) -> subprocess.Popen:
     launcher = f"--nnodes=2 --nproc_per_node=1 --max_restarts=3 --rdzv_backend=c10d --rdzv_id={run}".split()
     place = [f"--rdzv_endpoint={_ADDRESSES[0]}:29401", f"--rdzv_conf=is_host={int(machine == 0)}"]
     place += [f"--local_addr={_ADDRESSES[machine]}"]
-    args = [
-        *TINY,
-        *SHIFT,
-        *"--mode simclr_CSI --simclr_dim 32 --batch_size 8 --epochs 12 --save_minutes 0.0005".split(),
-    ]
     inside = ["ip", "netns", "exec", _NAMES[machine], sys.executable, "-m", "torch.distributed.run"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": ("eth-one", "eth-two")[machine]}
     # A launcher that tells its store in the first round only leaves one that joins later waiting for it (torch 2.15).
     env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     return subprocess.Popen(
-        [*inside, *launcher, *place, "train.py", *args, "--log_root", str(logs)],
+        [*inside, *launcher, *place, "train.py", *ARGUMENTS, "--save_minutes", "0.0005", "--log_root", str(logs)],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -99,12 +96,15 @@ def kill_all_of(launcher: subprocess.Popen) -> list[int]:
     return victims
 
 
-def weights(logs: Path) -> dict[str, torch.Tensor]:
-    return torch.load(next(logs.glob("*/last.model")), weights_only=True)
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "last.model", weights_only=True)
 
 
-def killed_and_started_again(root: Path) -> str:
-    """Carry it out; what was seen. Raises: AssertionError where the run does not end as it should."""
+def killed_and_started_again(root: Path, whole: Path | None = None) -> str:
+    """Carry it out; what was seen. whole: folder of the same run by two processes left alone, made where it is None.
+
+    Raises: AssertionError where the run does not end as it should.
+    """
     started: list[subprocess.Popen] = []
 
     def both(name: str) -> list[subprocess.Popen]:
@@ -112,9 +112,10 @@ def killed_and_started_again(root: Path) -> str:
         return pair
 
     try:
-        ended(both("whole"), 120)
+        if whole is None:
+            ended(both("whole"), 120)
         one, two = both("parts")
-        while not list((root / "parts").glob("*/log.txt")) or "epoch 1/12" not in log(root / "parts"):
+        while not list((root / "parts").glob("*/log.txt")) or "epoch 1/6" not in log(root / "parts"):
             assert one.poll() is None and two.poll() is None, "ended before it was killed"
             time.sleep(0.02)
         killed = kill_all_of(two)
@@ -127,7 +128,7 @@ def killed_and_started_again(root: Path) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
     told = log(root / "parts")
     assert "continuing after epoch" in told, told
-    a, b = weights(root / "whole"), weights(root / "parts")
+    a, b = weights(whole or next((root / "whole").iterdir())), weights(next((root / "parts").iterdir()))
     assert all(torch.equal(a[name], b[name]) for name in a), "other weights"
     line = next(line for line in told.splitlines() if "continuing" in line)
     seconds = time.monotonic() - begun

@@ -1,6 +1,7 @@
 """What one process of several does in `test_processes`: a module of its own, since processes import it afresh."""
 
 import itertools
+import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -20,11 +21,15 @@ STEPS, BATCH = 5, 25  # the last batch of the 122 images of a class has 22
 
 
 def found_by(world_size: int, folder: Path, cases: dict[str, list[str]]) -> list[dict[str, Any]]:
-    """What each of so many processes finds: `findings` of every case, joined by gloo where there are several."""
+    """What each of so many processes finds: `findings` of every case, joined by gloo where there are several.
+
+    They are forked from a process that has imported this module and done nothing else.
+    """
+    multiprocessing.set_forkserver_preload([__name__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_work, (world_size, port, folder, cases), world_size, start_method="spawn")
+    mp.start_processes(_work, (world_size, port, folder, cases), world_size, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -68,7 +73,7 @@ class _Nowhere:
     def say(self, text: str) -> None:
         pass
 
-    def keep(self, name: str, tensors: dict) -> None:
+    def keep(self, name: str, tensors: dict, epoch: int) -> None:
         pass
 
 

@@ -1,29 +1,37 @@
 """A sweep of which one job is killed half-way and one class fails, started again: `python -m tests.sweeps`. Minutes;
 the tests do a smaller one."""
 
+import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 
-from tests.conftest import ROOT
+from scripts.sweep import main
 
 KILLED = 1
 
 
-def command(out: Path, classes: str, seeds: list[int], *more: str) -> list[str]:
+def arguments(out: Path, classes: str, seeds: list[int], *more: str) -> list[str]:
     """Short runs of the digits recipe, two at a time."""
     words = ["--classes", classes, "--seeds", *map(str, seeds), "--out", str(out), "--jobs", "2", "--retries", "0"]
     words += ["--epochs", "6", "--more", "1", "--methods", "CSI", *more]
     # Nothing is left to chance by the image size but time.
     flags = ["--", *"--image_size 8 --batch_size 16 --save_minutes 0.0005 --device cpu --ood_samples 1".split()]
-    return [sys.executable, "-m", "scripts.sweep", "digits", *words, *flags]
+    return ["digits", *words, *flags]
+
+
+def sweep(words: list[str]) -> tuple[int, str, str]:
+    """Exit code, and what was said on standard output and standard error."""
+    with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(io.StringIO()) as errors:
+        return main(words), told.getvalue(), errors.getvalue()
 
 
 def killed_and_failed(out: Path, classes: str, seeds: list[int], failing: int) -> str:
@@ -34,15 +42,20 @@ def killed_and_failed(out: Path, classes: str, seeds: list[int], failing: int) -
     for folder in names:
         folder.mkdir(parents=True)
         (folder / "holiday.jpg").write_text("not a run")
-    process = subprocess.Popen(
-        command(out, classes, seeds), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
     log = out / "jobs" / f"class_{KILLED}_seed_{seeds[0]}.log"
-    while process.poll() is None and not (log.is_file() and "epoch 1/6" in log.read_text()):
-        time.sleep(0.005)
-    os.kill(_child(process.pid, KILLED, seeds[0]), signal.SIGKILL)
-    told, errors = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in errors, errors
+    ended = threading.Event()
+
+    def kill() -> None:
+        while not ended.is_set() and not (log.is_file() and "epoch 1/6" in log.read_text()):
+            time.sleep(0.005)
+        os.kill(_child(os.getpid(), KILLED, seeds[0]), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    code, _, errors = sweep(arguments(out, classes, seeds))
+    ended.set()
+    killer.join()
+    assert code == 1 and "Traceback" not in errors, errors
     assert f"failed: class {KILLED}, seed {seeds[0]}: train.py --mode simclr_CSI, killed by signal 9" in errors, errors
     for seed in seeds:
         assert f"failed: class {failing}, seed {seed}: train.py --mode simclr_CSI, exit code 2: error:" in errors, (
@@ -54,11 +67,11 @@ def killed_and_failed(out: Path, classes: str, seeds: list[int], failing: int) -
     for folder in names:
         (folder / "holiday.jpg").unlink()
         folder.rmdir()
-    again = subprocess.run(command(out, classes, seeds), cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
+    code, told, errors = sweep(arguments(out, classes, seeds))
+    assert code == 0, errors
     jobs = len(first["each"]) + missing
-    assert f"{jobs} jobs, {jobs - missing} of them finished" in again.stdout
-    assert again.stdout.count("train.py --mode") == missing  # nothing else was looked at again
+    assert f"{jobs} jobs, {jobs - missing} of them finished" in told
+    assert told.count("train.py --mode") == missing  # nothing else was looked at again
     assert "continuing after epoch" in log.read_text()
     table = json.loads((out / "table.json").read_text())
     assert len(table["each"]) == jobs and all(cell in table["each"] for cell in first["each"])
@@ -79,7 +92,7 @@ def check_table(out: Path, table: dict, seeds: list[int]) -> None:
     """Raises: AssertionError unless the table is what the result files say, and its three forms agree."""
     found: dict[int, list[float]] = {}
     for seed in seeds:
-        for path in sorted((out / f"seed_{seed}").glob("*/result_ood_pre_refmix_CSI.json")):
+        for path in sorted((out / f"seed_{seed}").glob("*/result_ood_pre_refmix_CSI*.json")):
             result = json.loads(path.read_text())
             assert result["seed"] == seed
             found.setdefault(result["one_class_idx"], []).append(result["mean"])

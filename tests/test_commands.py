@@ -32,7 +32,7 @@ def run_eval(*args: object) -> int:
 
 def test_stage_1_leaves_a_complete_run_folder(stage1):
     names = {p.name for p in stage1.iterdir() if not p.name.startswith("events")}
-    assert names == {"args.json", "log.txt", "metrics.jsonl"} | {
+    assert names == {"args.json", "log.txt", "metrics.jsonl", ".lock"} | {
         f"{which}.{kind}" for which in ("last", "previous") for kind in ("model", "resume")
     }
     rows = [json.loads(line) for line in (stage1 / "metrics.jsonl").read_text().splitlines()]
@@ -77,7 +77,8 @@ def test_evaluation_writes_results_that_agree_with_each_other(stage2, capsys):
     told = capsys.readouterr().out
     result = json.loads((stage2 / "result_ood_pre_cocsr_refmix_CSI_sr.json").read_text())
     rows = list(csv.DictReader((stage2 / "scores_ood_pre_cocsr_refmix_CSI_sr_digits.csv").open()))
-    assert list(rows[0]) == ["index", "label", "score"] and len(rows) == 599
+    assert list(rows[0]) == ["index", "label", "score", "class"] and len(rows) == 599
+    assert all(row["class"] == row["label"] for row in rows)  # names of digits
     scores = {label: np.array([float(r["score"]) for r in rows if int(r["label"]) == label]) for label in range(10)}
     others = [c for c in range(10) if c != 3]
     for c in others:

@@ -85,11 +85,12 @@ def test_a_second_process_on_one_run_folder_is_refused(wholes, tmp_path, capsys,
     logs = tmp_path / "logs"
     shutil.copytree(wholes[0].folder, logs / wholes[0].folder.name)
     args = [*STAGES[0].args(logs, None), "--overwrite"]
+    code = "import sys, common.run; common.run._PATIENCE_S = 0.2; import train; sys.exit(train.main(sys.argv[1:]))"
     real, second = Run.save, []
 
     def save(self, *state):
         if not second:
-            second.append(subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True))
+            second.append(subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True))
         real(self, *state)
 
     monkeypatch.setattr(Run, "save", save)

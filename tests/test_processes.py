@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from models.checkpoint import build_net
 from tests.conftest import ROOT, SHIFT, TINY
-from tests.machines import can_join, killed_and_started_again, machines
+from tests.machines import ARGUMENTS, can_join, killed_and_started_again, machines
 from tests.processes import found_by
 
 _TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -101,8 +101,7 @@ def two(*args, **settings):
 
 
 def arguments(logs, *more):
-    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--simclr_dim", "32", "--batch_size", "16", "--epochs", "6"]
-    return [*args, "--log_root", str(logs), *more]
+    return [*ARGUMENTS, "--log_root", str(logs), *more]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +183,7 @@ def test_a_killed_process_is_started_again_by_the_launcher(whole, tmp_path):
 
 
 @pytest.mark.skipif(not can_join(), reason="network namespaces take root and iproute2")
-def test_a_machine_that_dies_comes_back(tmp_path):
+def test_a_machine_that_dies_comes_back(whole, tmp_path):
     with machines():
-        told = killed_and_started_again(tmp_path)
+        told = killed_and_started_again(tmp_path, whole)
     assert "continuing after epoch" in told and "the same weights" in told

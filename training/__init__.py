@@ -1,8 +1,9 @@
 """Training. `STAGE1` and `STAGE2` are the tables of modes; `training.launch` runs one."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from common.dist import World
 from common.flags import Flags
@@ -14,18 +15,27 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mode:
-    """One row: how to build the recipe, which shifts it has, how many copies of an image a step sees."""
+    """One row: how to build the recipe, which shifts it has, how many copies of an image a step sees.
+
+    defaults: flags that have another default in this mode. extensible: whether --resume_path trains a run of it for
+    longer.
+    """
 
     build: Callable[[Flags, Split, ShiftSpec, World], Recipe]
     shifts: Callable[[Flags], ShiftSpec]
     copies: int
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    extensible: bool = False
 
+
+_CONTRASTIVE: dict[str, Any] = {"copies": 2, "extensible": True}
+_LABELLED = {"temperature": 0.07}
 
 STAGE1: dict[str, Mode] = {
-    "simclr": Mode(simclr.build, no_shifts, copies=2),
-    "simclr_CSI": Mode(simclr.build, several_shifts, copies=2),
-    "sup_simclr": Mode(partial(simclr.build, labelled=True), no_shifts, copies=2),
-    "sup_simclr_CSI": Mode(partial(simclr.build, labelled=True), rotations, copies=2),
+    "simclr": Mode(simclr.build, no_shifts, **_CONTRASTIVE),
+    "simclr_CSI": Mode(simclr.build, several_shifts, **_CONTRASTIVE),
+    "sup_simclr": Mode(partial(simclr.build, labelled=True), no_shifts, **_CONTRASTIVE, defaults=_LABELLED),
+    "sup_simclr_CSI": Mode(partial(simclr.build, labelled=True), rotations, **_CONTRASTIVE, defaults=_LABELLED),
     "sup_linear": Mode(sup_linear.build, no_shifts, copies=1),
     "sup_CSI_linear": Mode(sup_linear.build, rotations, copies=1),
     "rot_trans": Mode(rot_trans.build, rotations, copies=1),

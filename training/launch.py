@@ -2,20 +2,27 @@
 
 import contextlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, told_once
+from common.errors import UserError
 from common.files import disk_errors
 from common.flags import Flags, Tables, build_parser, not_negative, parse, print_dry_run, run_name
 from common.run import Follower, Run
-from datasets import DATASETS, SHIFTS, DataSource, ShiftSpec, split_one_class
+from common.signals import stop_signals
+from datasets import DATASETS, SHIFTS, DataSource, ShiftSpec, Split, split_one_class
 from datasets.outliers import OUTLIERS
+from datasets.pictures import loading_errors
 from models import BACKBONES, backbone_spec
 from training import Mode
 from training.loop import fit
+from training.modes.setup import own_device
 from training.recipe import Recipe
 
 
@@ -37,6 +44,7 @@ def launch(
         flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
         not_negative(save_minutes=flags.save_minutes)
         mode = modes[flags.mode]
+        flags = flags.filled(mode.defaults)
         shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)
     if flags.dry_run:
@@ -46,25 +54,28 @@ def launch(
         return
     reuse_host_memory()
     with processes(flags.device) as world:
-        run = open_run(folder, flags, world, weights=weights, resume=resume)
+        run = open_run(folder, flags, world, weights=weights, resume=resume, extensible=mode.extensible)
         if run is None:
-            print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew")
+            longer = f"; to train it for longer, --resume_path {folder} and another --suffix" if mode.extensible else ""
+            print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew{longer}")
             return
-        recipe = _prepare(flags, mode, shifts, world)
+        recipe, split = _prepare(flags, mode, shifts, world)
         settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
         settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
         with world.together():
-            run.open()
-        with disk_errors(folder), contextlib.closing(run), stop_signal() as stop:
+            run.open(split.facts(recipe.data))
+        with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
             several = f", {world.size} processes" if world.size > 1 else ""
-            images = f"{len(recipe.data)} images, {shifts.count} shifts"
+            images = f"{len(recipe.data)} images of {split.normal_title}, {shifts.count} shifts"
             run.say(f"{folder.name}: {images}, epochs up to {flags.epochs}{several}")
-            with memory_errors(_remedy(flags)):
+            with memory_errors(_remedy(flags)), loading_errors():
                 fit(recipe, run, **settings, stop=stop, world=world)
             run.say(f"wrote {folder / weights}")
 
 
-def open_run(folder: Path, flags: Flags, world: World, *, weights: str, resume: str) -> Run | None:
+def open_run(
+    folder: Path, flags: Flags, world: World, *, weights: str, resume: str, extensible: bool = False
+) -> Run | None:
     """The run of this folder, with the state that it goes on from in all processes; None where it is finished.
 
     Raises: UserError for a folder that is something else.
@@ -72,46 +83,39 @@ def open_run(folder: Path, flags: Flags, world: World, *, weights: str, resume: 
     run = None
     with world.together():
         if world.first:
-            names = {"weights": weights, "resume": resume}
-            run = Run(folder, flags, **names, replace=flags.overwrite, processes=world.size)
+            run = Run(
+                folder,
+                flags,
+                weights=weights,
+                resume=resume,
+                replace=flags.overwrite,
+                processes=world.size,
+                extensible=extensible,
+            )
     finished, state = world.of_first(None if run is None else (run.finished, run.state)) or (False, None)
     return None if finished else run or Follower(folder, flags, state)
 
 
-def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> Recipe:
+def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> tuple[Recipe, Split]:
     """Read the data and build the recipe, with the same weights in all processes."""
     backbone = backbone_spec(flags.model)
-    with world.together(), memory_errors(_remedy(flags)):
+    with world.together(), memory_errors(_remedy(flags)), loading_errors():
+        if flags.compile:
+            _check_compiler(own_device(flags, world))
         source = DataSource.of(flags, flags.dataset, training=True)
         size, fixed = backbone.image_size, backbone.fixed_size
         split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
         recipe = mode.build(flags, split, shifts, world)
     world.copy_first(recipe.model.state_dict().values())
-    return recipe
+    return recipe, split
 
 
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM has come, which clusters send some time before they kill. Outside the main thread: never."""
-    asked: list[int] = []
-    own = os.getpid()
-
-    def ask(number: int, frame: object) -> None:
-        if os.getpid() == own:
-            asked.append(number)
-        else:  # a process that loads pictures, and that only copied this handler
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, ask)
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _check_compiler(device: torch.device) -> None:
+    """Raises: UserError where what --compile makes cannot be compiled: C++ for a CPU, C for what launches on a GPU."""
+    variable, usual = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
+    names = shlex.split(os.environ.get(variable, ""))[:1] or usual
+    if not any(map(shutil.which, names)):
+        raise UserError(f"--compile: no compiler ({' or '.join(names)}); install one, or leave --compile out")
 
 
 def _remedy(flags: Flags) -> str:

@@ -1,8 +1,9 @@
 """The one training loop. It knows recipes and run folders, no mode."""
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from common.device import peak_memory
 from common.dist import ALONE, World
-from common.errors import RunStopped, Terminated
+from common.errors import RunStopped, Terminated, UserError
 from common.progress import progress
 from common.run import Run
 from common.seed import generator, seed_of
@@ -27,7 +28,7 @@ def batches(
     epoch: int,
     first: int = 0,
     world: World = ALONE,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before.
 
     first: the step to begin with. world: several processes get the same batches, and in them the images of their share.
@@ -53,9 +54,9 @@ def _split(order: Tensor, batch_size: int) -> list[Tensor]:
     return parts
 
 
-def never() -> bool:
-    """Nobody asks the run to stop."""
-    return False
+def never() -> int:
+    """No signal asks the run to stop."""
+    return 0
 
 
 def fit(
@@ -68,14 +69,15 @@ def fit(
     seed: int,
     save_step: int,
     save_minutes: float = 0.0,
-    stop: Callable[[], bool] = never,
+    stop: Callable[[], int] = never,
     world: World = ALONE,
 ) -> None:
     """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
 
     Writes a checkpoint every `save_step` epochs, every `save_minutes` minutes (0: not by time) and at the end. The
     device is read once an epoch: losses are summed there, and a non-finite one is told by the epoch and the step at
-    which it first appeared. stop: looked at after every step; when it says so, the run saves where it stands and ends.
+    which it first appeared. stop: looked at after every step; when it gives the number of a signal, the run saves where
+    it stands and ends.
     Every draw follows from seed, epoch and step, so a run goes on bit for bit from any step.
     world: this process among those that train together, each on its share of every batch; `run` writes in the first
     only, and `state` is the same in all.
@@ -84,8 +86,13 @@ def fit(
     total_steps = steps_per_epoch(len(recipe.data), batch_size)
     first, first_step, meter = recipe.first_epoch, 0, _Meter()
     if run.state is not None:
-        _restore(recipe, run.state)
         first, first_step = run.state["epoch"], run.state.get("step", 0)
+        if first_step >= total_steps:
+            raise UserError(
+                f"--data_path: the run in {run.folder} stands at step {first_step} of an epoch, which now has"
+                f" {total_steps}; put its training images back, or give another --suffix"
+            )
+        _restore(recipe, run.state)
         meter = _Meter.of(run.state.get("meter"))
         within = f", step {first_step} of {total_steps} of the next" if first_step else ""
         run.say(f"continuing after epoch {first}{within}")
@@ -99,24 +106,25 @@ def fit(
     started = told = time.monotonic()
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
-        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step, world=world)
         done, lr = 0, 0.0
-        for batch in progress(steps, total=total_steps - first_step, label=f"epoch {epoch}/{epochs}"):
-            lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
-            # Layers that draw at random (dropout in models of timm) know the global generator only.
-            torch.manual_seed(seed_of(seed, "layers", epoch, batch.step) + world.rank)
-            meter.add(descend(recipe, batch, world))
-            done = batch.step + 1
-            if done == total_steps:
-                continue  # The end of the epoch saves by rules of its own.
-            asked = stop()
-            if due() or asked:
-                _read(meter, run, epoch, world)  # What is spoilt is not kept.
-                run.save(*_state(recipe, epoch - 1, done, meter))
-                next_save = _Due(save_minutes)
-            if asked:
-                stopped = Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}")
-                raise world.alike(stopped, 143)
+        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step, world=world)
+        with contextlib.closing(steps):  # Processes that load pictures end with it, whatever ends this.
+            for batch in progress(steps, total=total_steps - first_step, label=f"epoch {epoch}/{epochs}"):
+                lr = recipe.before_step(epoch - 1 + batch.step / total_steps)
+                # Layers that draw at random (dropout in models of timm) know the global generator only.
+                torch.manual_seed(seed_of(seed, "layers", epoch, batch.step) + world.rank)
+                meter.add(descend(recipe, batch, world))
+                done = batch.step + 1
+                if done == total_steps:
+                    continue  # The end of the epoch saves by rules of its own.
+                asked = stop()
+                if due() or asked:
+                    _read(meter, run, epoch, world)  # What is spoilt is not kept.
+                    run.save(*_state(recipe, epoch - 1, done, meter))
+                    next_save = _Due(save_minutes)
+                if asked:
+                    stopped = Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}", asked)
+                    raise world.alike(stopped, stopped.code)
         values = _read(meter, run, epoch, world)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
@@ -135,13 +143,14 @@ def fit(
             run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
             told = time.monotonic()
         asked = stop()
+        if epoch == epochs and world.first:
+            recipe.finish(run)
         if due() or epoch % save_step == 0 or epoch == epochs or asked:
             run.save(*_state(recipe, epoch))
             next_save = _Due(save_minutes)
         if asked and epoch < epochs:
-            raise world.alike(Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}"), 143)
-    if world.first:
-        recipe.finish(run)
+            stopped = Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}", asked)
+            raise world.alike(stopped, stopped.code)
 
 
 _GO_ON = "The same command goes on from there"
@@ -250,6 +259,13 @@ def _state(recipe: Recipe, epoch: int, step: int = 0, meter: "_Meter | None" = N
 
 
 def _restore(recipe: Recipe, state: dict) -> None:
-    recipe.model.load_state_dict(state["model"])
-    for optimizer, saved in zip(recipe.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    try:
+        recipe.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(recipe.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"--data_path: what the run has saved does not fit its network now ({reason}); have classes been added or"
+            " removed? Put them back, or give another --suffix"
+        ) from None

@@ -83,7 +83,7 @@ class Recipe:
     end_epoch: (epoch) -> further values to record, by tag.
     show: (epoch) -> pictures and histograms; after the first epoch and with checkpoints made by --save_step.
     alarms: signs of a collapse, looked for after every epoch.
-    finish: once, after the last epoch.
+    finish: once, after the last epoch and before it is saved: what it finds wrong is never a finished run.
     first_epoch: epochs that came before, in the run this one starts from.
     """
 

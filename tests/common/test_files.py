@@ -1,7 +1,14 @@
+import errno
+import fcntl
+import io
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +18,19 @@ from common.files import (
     BUSY,
     hold,
     in_turn,
+    is_whole,
     load_state_dict,
     load_tensors,
+    previous,
     published_epoch,
+    read_facts,
     release,
+    remove_leftovers,
     save_tensors,
     write_text,
     write_whole,
 )
+from tests.conftest import ROOT
 
 
 class Bomb:
@@ -142,3 +154,139 @@ def test_what_one_holds_another_waits_for_and_children_do_not_keep(tmp_path):
     third = hold(tmp_path / "new")
     assert third != BUSY
     release(third)
+
+
+def test_facts_travel_with_the_tensors_and_are_sealed_with_them(tmp_path):
+    path = tmp_path / "a.model"
+    facts = {"epoch": 3, "data": {"class_name": "Schöner Löffel", "images": 5}}
+    save_tensors(path, {"w": torch.arange(4)}, facts=facts)
+    assert read_facts(path) == facts and is_whole(path)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], torch.arange(4))  # any program reads it
+    whole = path.read_bytes()
+    for place in (whole.rindex(b"epoch"), len(whole) - 3, len(whole) // 2):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert not is_whole(path), place
+    for end in (1, 9, 40, 200):
+        path.write_bytes(whole[:-end])
+        assert not is_whole(path), end
+    torch.save({"w": torch.ones(1)}, path)
+    assert read_facts(path) == {} and read_facts(tmp_path / "absent") == {}
+
+
+def test_a_checkpoint_of_the_version_before_is_still_checked(tmp_path):
+    path = tmp_path / "a.model"
+    buffer = io.BytesIO()
+    torch.save({"w": torch.arange(4)}, buffer)
+    body, seal = buffer.getvalue()[:-2], b"admm-srnet crc32 "
+    body += (len(seal) + 8).to_bytes(2, "little")
+    path.write_bytes(body + seal + f"{zlib.crc32(body):08x}".encode())
+    assert is_whole(path) and torch.equal(load_tensors(path, flag="load_path")["w"], torch.arange(4))
+    path.write_bytes(body[:100] + b"x" + body[101:] + seal + f"{zlib.crc32(body):08x}".encode())
+    assert not is_whole(path)
+
+
+def test_a_file_written_without_checksums_is_no_damaged_one(tmp_path):
+    path = tmp_path / "a.model"
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.arange(100)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_state_dict(path, flag="load_path")["w"], torch.arange(100))
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="truncated"):
+        load_state_dict(path, flag="load_path")
+
+
+def test_what_a_killed_process_was_writing_goes_and_what_is_being_written_stays(tmp_path):
+    code = (
+        "import os, sys, pathlib; from common.files import write_whole\n"
+        "def write(file):\n"
+        "    file.write(bytes(1000)); file.flush(); print('there', flush=True); sys.stdin.read()\n"
+        "write_whole(pathlib.Path(sys.argv[1]), write)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "last.model"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as writing:
+        assert killed.stdout.readline() == writing.stdout.readline() == b"there\n"
+        killed.kill()
+        killed.wait()
+        (tmp_path / "last.model").write_bytes(b"the one before")
+        assert len(list(tmp_path.glob(".last.model.*.tmp"))) == 2
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.glob(".last.model.*.tmp"))) == 1
+        writing.communicate()
+    assert writing.returncode == 0 and (tmp_path / "last.model").read_bytes() == bytes(1000)
+    assert os.listdir(tmp_path) == ["last.model"]
+
+
+def test_a_kill_between_keeping_the_old_file_and_the_new_one_leaves_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "last.model"
+    for step in range(2):
+        save_tensors(path, {"w": torch.tensor(step)}, keep=True)
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: real(a, b) if Path(b) != path else (_ for _ in ()).throw(OSError))
+    with pytest.raises(OSError):
+        save_tensors(path, {"w": torch.tensor(2)}, keep=True)
+    assert path.samefile(previous(path))
+    monkeypatch.undo()
+    for step in (3, 4):
+        save_tensors(path, {"w": torch.tensor(step)}, keep=True)
+    assert sorted(os.listdir(tmp_path)) == ["last.model", "previous.model"]
+    assert [int(torch.load(p, weights_only=True)["w"]) for p in (path, previous(path))] == [4, 3]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o002, 0o664), (0o077, 0o600), (0o022, 0o644)])
+def test_permissions_follow_the_umask(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == mode
+
+
+def test_locks_are_asked_for_as_nfs_gives_them_and_their_absence_is_reported(tmp_path, monkeypatch, capsys):
+    """NFS makes an exclusive flock a lock of bytes, for which a handle must be open for writing."""
+    real = fcntl.flock
+
+    def of_nfs(handle, operation):
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return real(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    (tmp_path / "log").touch()
+    for place in (tmp_path, tmp_path / "log"):
+        handle = hold(place)
+        assert handle is not None and handle >= 0 and hold(place) == BUSY
+        release(handle)
+    assert capsys.readouterr().out == ""
+
+    def without(handle, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    assert hold(tmp_path) is None and hold(tmp_path) is None
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and str(tmp_path) in told and "No locks available" in told
+
+
+def test_weights_that_may_not_be_read_are_not_called_truncated(tmp_path, monkeypatch):
+    path = tmp_path / "a.model"
+    save_tensors(path, {"w": torch.ones(1)})
+    real = Path.open
+
+    def refused(self, *args, **kwargs):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(UserError, match=r"--load_path: .*a\.model cannot be read \(Permission denied\)"):
+        load_tensors(path, flag="load_path")
+
+
+def test_text_that_is_no_utf8_is_escaped(tmp_path):
+    write_text(tmp_path / "a.csv", f"path\n{os.fsdecode(b'b' + bytes([0xFF]))}.png\n")
+    assert (tmp_path / "a.csv").read_text() == "path\nb\\udcff.png\n"

@@ -87,3 +87,10 @@ def test_pick_fills_a_dataclass_by_field_names():
         warmup: int
 
     assert pick(Spec, flags("--warmup", "3")) == Spec(1.0, 3)
+
+
+def test_defaults_that_are_not_published():
+    f = flags(mode="simclr").as_dict()
+    expected = {"knn_k": 5, "sr_fit_steps": 300, "sr_tol": None, "save_minutes": 15, "tsne_points": 1000}
+    expected |= {"micro_batch": None, "cropmix_resize_factor": 0.08, "cropmix_resize_fix": False, "image_size": None}
+    assert {name: f[name] for name in expected} == expected

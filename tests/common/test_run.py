@@ -9,7 +9,7 @@ from common.flags import Flags
 from common.run import Run, launch_id, start_epoch
 
 VALUES = {"mode": "simclr", "dataset": "digits", "data_path": "a", "epochs": 4, "lr_init": 0.1, "save_step": 10}
-VALUES |= {"overwrite": False, "ood_samples": 1, "device": "auto"}
+VALUES |= {"overwrite": False, "ood_samples": 1, "device": "auto", "model": "resnet8"}
 USED = ("mode", "dataset", "data_path", "epochs", "lr_init", "save_step", "device")
 
 
@@ -77,11 +77,11 @@ def test_a_kill_between_the_two_files_of_a_save_never_leaves_old_weights_in_a_fi
     run, real, calls = run_in(half_done), module.save_tensors, []
     run.open()
 
-    def killed(path, state, *, keep):
+    def killed(path, state, *, facts, keep):
         calls.append(path.name)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(path, state, keep=keep)
+        real(path, state, facts=facts, keep=keep)
 
     monkeypatch.setattr(module, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):

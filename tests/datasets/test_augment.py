@@ -166,3 +166,18 @@ def test_no_jitter_at_strength_zero():
 def test_refuses_values_out_of_range_by_flag_name(bad):
     with pytest.raises(UserError, match=f"--{next(iter(bad))}"):
         AlignedSpec(**bad)
+
+
+def test_views_are_jittered_then_grey_then_cropped_each_by_its_own_draw():
+    """Against the three steps, one after the other."""
+    x = torch.rand(60, 3, 8, 8, generator=generator(0, "x"))
+    draw = draw_aligned(60, (8, 8), AlignedSpec(), generator(0, "draw"))
+    assert 0 < draw.jitter.sum() < 60 and 0 < draw.gray.sum() < 60
+    expected = crop(gray(jitter(x, draw), draw.gray), draw.box)
+    torch.testing.assert_close(aligned(x, draw), expected, atol=1e-6, rtol=0)
+    for other in (
+        crop(jitter(x, draw), draw.box),
+        crop(gray(x, draw.gray), draw.box),
+        gray(jitter(x, draw), draw.gray),
+    ):
+        assert (expected - other).abs().max() > 0.1

@@ -194,7 +194,7 @@ def test_training_and_evaluation_on_all_of_them(data, tmp_path):
     out, err = run(data, trains, [*evaluates, "--save_score"])
     training, evaluation = out.split("=========\n")
     check_told(training, data / "train/one", data / "train")
-    assert training.count("cannot read") == len(REFUSED) and f"{COUNT} images, 1 shifts" in training
+    assert training.count("cannot read") == len(REFUSED) and f"{COUNT} images of class" in training
     check_told(evaluation, data / "test/one", data / "test")
     check_told(evaluation, data / "others", data / "others")
     assert f"{COUNT} against {COUNT}" in evaluation

@@ -1,4 +1,5 @@
 import gzip
+import json
 
 import numpy as np
 import pytest
@@ -39,8 +40,26 @@ def test_a_class_out_of_range_is_told(idx):
         split_one_class("digits", DataSource(), idx, 32)
 
 
-def test_superclasses_partition_the_fine_classes():
-    assert sorted(sum(CIFAR100_GROUPS, ())) == list(range(100)) and len(CIFAR100_GROUPS) == 20
+@pytest.mark.parametrize("kind", ["published", "standard"])
+def test_superclasses_partition_the_fine_classes(kind):
+    groups = list(CIFAR100_GROUPS[kind].values())
+    assert sorted(sum(groups, ())) == list(range(100)) and len(groups) == 20
+
+
+def test_superclasses_are_those_of_the_published_program_and_of_cifar100():
+    """By their fine classes: 13 published groups hold a foreign one."""
+    names = DATASETS["cifar100"].classes(DataSource())
+    published, standard = (list(CIFAR100_GROUPS[kind].values()) for kind in ("published", "standard"))
+    assert [names[n] for n in standard[0]] == ["beaver", "dolphin", "otter", "seal", "whale"]
+    assert [names[n] for n in published[0]] == ["beaver", "elephant", "otter", "seal", "whale"]
+    assert sum(a != b for a, b in zip(published, standard, strict=True)) == 13
+    assert sum("(published)" in name for name in CIFAR100_GROUPS["published"]) == 13
+    folder = SHARED / "data/cifar100"
+    if not folder.is_dir():
+        pytest.skip("the lists of CIFAR-100 are not on this machine")
+    assert names == json.loads((folder / "fine_labels_in_order.json").read_text())
+    own = json.loads((folder / "superclasses.json").read_text())
+    assert {frozenset(names[n] for n in group) for group in standard} == {frozenset(v) for v in own.values()}
 
 
 class FakeTorchvision:
@@ -56,9 +75,13 @@ def test_cifar100_takes_superclasses_in_one_class_training_and_fine_ones_without
     split = split_one_class("cifar100", DataSource(), 1, 32)
     train, test = split.train(), split.test()
     assert split.n_classes == 100 and len(split.class_names) == 20
-    assert set(train.images[:, 0, 0, 0].tolist()) == {v + w for v in CIFAR100_GROUPS[1] for w in (0, 100)}
+    assert set(train.images[:, 0, 0, 0].tolist()) == {v + w for v in (1, 33, 67, 73, 91) for w in (0, 100)}
     assert set(train.labels.tolist()) == {1} and split.normal(test.labels).sum() == 10
     assert set(test.labels.tolist()) == set(range(20))
+    standard = split_one_class("cifar100", DataSource(superclasses="standard"), "fish", 32)
+    assert set(standard.train().images[:, 0, 0, 0].tolist()) == {v + w for v in (1, 32, 67, 73, 91) for w in (0, 100)}
+    with pytest.raises(UserError, match=r"no such training class, but .*fish \(published\)"):
+        split_one_class("cifar100", DataSource(), "fish", 32)
     everything = split_one_class("cifar100", DataSource(), None, 32)
     assert set(everything.train().labels.tolist()) == set(range(100))
     with pytest.raises(UserError, match=r"0\.\.19"):

@@ -32,3 +32,20 @@ def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
     s, codes = out["s"][:, 0].permute(1, 2, 0), out["codes"][:, 0].permute(1, 2, 0)
     nothing = objective(D, s, torch.zeros_like(codes), 1e-3)
     assert (objective(D, s, codes, 1e-3) < 0.5 * nothing).all()
+
+
+def test_draws_are_averaged_before_features_are_inverted_and_coded():
+    """Mean first, then h / |h|^2: the other order gives other features."""
+    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    draws = [outputs(50, seed) for seed in range(3)]
+    several = {name: torch.cat([draw[name] for draw in draws], 1) for name in draws[0]}
+    out = MULTI_SR.finish(Flags({**FLAGS, "seed": 0}), net, several).finish(several)
+    h = several["h"].mean(1)
+    torch.testing.assert_close(out["s"][:, 0], h / h.square().sum(2, keepdim=True))
+
+
+def test_fitted_dictionaries_follow_the_seed():
+    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    few = {**FLAGS, "sr_fit_steps": 2}
+    a, b, c = (MULTI_SR.finish(Flags({**few, "seed": s}), net, outputs(50, 0)).dictionary for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.allclose(a, c)

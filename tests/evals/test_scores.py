@@ -192,3 +192,22 @@ def test_the_similarity_matrix_is_cut_into_blocks_that_do_not_matter(monkeypatch
     whole = score(z, shift)
     monkeypatch.setattr("evals.scores._BLOCK", 200)
     torch.testing.assert_close(score(z, shift), whole)
+
+
+@pytest.mark.parametrize("name", ["CSI", "CSI_sr"])
+def test_switches_leave_out_the_part_that_they_name(name, data):
+    D, train, test = data
+    dictionary = torch.from_numpy(D)
+    outputs = [{**{k: torch.from_numpy(v) for k, v in x.items()}, "s": torch.from_numpy(x["z"])} for x in (train, test)]
+
+    def found(sim: bool, shi: bool) -> torch.Tensor:
+        fit = SCORES[name].fit
+        return fit(outputs[0], dictionary if name == "CSI_sr" else None, disable_sim_score=sim, disable_shi_score=shi)(
+            outputs[1]
+        )
+
+    own = torch.from_numpy(mean(test["shift"])).diagonal(dim1=1, dim2=2)
+    weights = torch.from_numpy(mean(train["shift"])).diagonal(dim1=1, dim2=2).mean(0)
+    torch.testing.assert_close(found(True, False), (own / weights).mean(1))
+    torch.testing.assert_close(found(True, False) + found(False, True), found(False, False))
+    assert set(SCORES[name].flags) == {"disable_sim_score", "disable_shi_score"}

@@ -5,6 +5,7 @@ import json
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -12,13 +13,15 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from evals.detection import mean_aurocs, resampled
-from scripts.jobs import Job, Record
+from scripts import jobs
+from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, steps_of
 from scripts.sweep import main
 from scripts.tables import Entry, summarise
 from tests.conftest import ROOT
-from tests.scripts.test_sweeps import options, sweep
-from tests.sweeps import command, killed_and_failed
+from tests.scripts.test_sweeps import options
+from tests.scripts.test_sweeps import sweep as published_sweep
+from tests.sweeps import arguments, killed_and_failed, sweep
 
 
 def dry_run(capsys, *args):
@@ -37,7 +40,7 @@ def test_recipes_are_the_published_commands(family, wrapper, tmp_path, capsys):
     env = {"LOG_ROOT": str(tmp_path / "seed_5"), "DATA_PATH": str(tmp_path), "START": "2", "END": "2"}
     published = []
     for stage in ("Stage1", "Stage2", "Eval"):
-        (line,) = sweep(f"{wrapper}_{stage}", stub, "--seed", "5", **env).stdout.splitlines()
+        (line,) = published_sweep(f"{wrapper}_{stage}", stub, "--seed", "5", **env).stdout.splitlines()
         published.append(line.split("\0")[:-1])
     place = ["--data_path", tmp_path, "--out", tmp_path]
     ours = dry_run(capsys, family, "--classes", 2, "--seeds", 5, "--methods", "ADMM-SRNet", *place)
@@ -63,6 +66,54 @@ def test_jobs_share_what_columns_have_in_common_and_flags_reach_every_command(tm
     assert all(line.endswith("--suffix x --model resnet18") for line in capsys.readouterr().out.splitlines())
     assert main(["digits", "--dry_run", "--", "--no_such_flag"]) == 2
     assert "--no_such_flag" in capsys.readouterr().err
+
+
+def test_flags_are_parsed_however_they_are_written(tmp_path):
+    words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=["--dataset=folder", "--suffix=--dataset"])
+    steps = steps_of(RECIPES["digits"], ["CSI"], 4, 7, tmp_path, words)
+    assert all((step.flags.dataset, step.flags.one_class_idx, step.flags.seed) == ("folder", 4, 7) for step in steps)
+    assert steps[1].folder.name == "folder_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_4_--dataset"
+
+
+def evaluation(tmp_path, *flags):
+    """The evaluation of class 3 by seed 5, and a function that writes a result beside its checkpoint."""
+    words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=list(flags))
+    _, step = steps_of(RECIPES["digits"], ["CSI"], 3, 5, tmp_path, words)
+    step.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(name: str, mean: float, **more) -> None:
+        usual = {"score": "CSI", "dataset": "digits", "one_class_idx": 3, "seed": 5, "checkpoint": "a/last.model"}
+        (step.folder / f"result_{name}.json").write_text(json.dumps({**usual, "mean": mean, **more}))
+
+    return step, write
+
+
+def test_an_evaluation_is_found_by_what_it_records(tmp_path):
+    step, write = evaluation(tmp_path, "--dataset=folder", "--ood_samples", "2")
+    own = {"dataset": "folder", "settings": {"ood_samples": 2, "image_size": 16, "temperature": 0.5}}
+    others = [
+        {"seed": 4},
+        {"one_class_idx": 2},
+        {"dataset": "digits"},
+        {"settings": {"ood_samples": 10}},
+        {"score": "CSI_sr"},
+        {"weights": "previous"},
+        {"checkpoint": "a/previous.model"},
+    ]
+    for i, other in enumerate(others):
+        write(f"ood_pre_refmix_CSI{'' if i == 0 else f'_{i:08x}'}", 0.1, **own | other)
+    with pytest.raises(FileNotFoundError, match="result_ood_pre_refmix_CSI"):
+        step.result("CSI")
+    write("ood_pre_refmix_CSI_1a2b3c4d", 0.9, **own, scores={"folder": "scores_x.csv"})
+    result, scores = step.result("CSI")
+    assert result["mean"] == 0.9 and scores == step.folder / "scores_x.csv"
+
+
+def test_the_result_of_an_older_version_is_found_by_its_name(tmp_path):
+    step, write = evaluation(tmp_path)
+    write("ood_pre_refmix_CSI", 0.8)
+    result, scores = step.result("CSI")
+    assert result["mean"] == 0.8 and scores == step.folder / "scores_ood_pre_refmix_CSI_digits.csv"
 
 
 def test_bootstrap_is_that_of_weighted_aurocs():
@@ -149,6 +200,24 @@ def test_results_that_other_flags_wrote_over_are_made_again(tmp_path, capsys):
     assert Record(b).seconds[b.steps[1].key] >= 0 and not Record(b).done(b.steps[1]) and Record(b).done(b.steps[0])
 
 
+@pytest.mark.parametrize("code, failure", [(143, "143"), (130, "130"), (129, "129"), (138, "138"), (-9, "signal 9")])
+def test_a_command_that_a_signal_has_stopped_goes_on_at_the_next_start(code, failure, tmp_path, monkeypatch):
+    (tmp_path / "eval.py").write_text("print('evaluated')")
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=[])
+    job = Job(0, 0, steps_of(RECIPES["digits"], ["CSI"], 0, 0, tmp_path, words), tmp_path / "jobs")
+    for end, kinds in ((f"os.kill(os.getpid(), {-code})" if code < 0 else f"sys.exit({code})", ["csi"]), ("", None)):
+        (tmp_path / "train.py").write_text(f"import os, sys; print('saved', flush=True); {end}")
+        begun = []
+        for process in work(job, {}, retries=0):
+            begun += [step.kind for step in job.steps if list(step.arguments) == process.args[1:]]
+            process.wait()
+        assert begun == (kinds or ["csi", "of csi"])
+        if kinds:
+            assert failure in Record(job).failure and "saved" in Record(job).failure
+    assert Record(job).failure is None and all(map(Record(job).done, job.steps))
+
+
 @pytest.mark.parametrize(
     "args, told",
     [
@@ -156,6 +225,10 @@ def test_results_that_other_flags_wrote_over_are_made_again(tmp_path, capsys):
         (["--epochs", "0"], "--epochs must be > 0"),
         (["--jobs", "-1"], "--jobs must be > 0"),
         (["--", "--overwrite"], "--overwrite"),
+        (["--", "--seed=3"], "--seeds"),
+        (["--", "--one_class_idx", "3"], "--classes"),
+        (["--", "--epoch=3"], "--epochs and --more"),
+        (["--", "--log_root=x"], "--out"),
     ],
 )
 def test_what_a_sweep_cannot_do_is_told(args, told, tmp_path, capsys):
@@ -169,20 +242,21 @@ def test_a_sweep_outlives_a_killed_job_and_a_failing_class(tmp_path):
 
 
 def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_through_submitit(tmp_path):
-    words = command(tmp_path, "5", [0], "--epochs", "80")
-    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = arguments(tmp_path, "5", [0], "--epochs", "30")
+    command = [sys.executable, "-m", "scripts.sweep", *words]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "jobs" / "class_5_seed_0.log"
-    while first.poll() is None and not (log.is_file() and "epoch 1/80" in log.read_text()):
+    while first.poll() is None and not (log.is_file() and "epoch 1/30" in log.read_text()):
         time.sleep(0.005)
-    second = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert second.returncode == 2 and "another sweep is at work" in second.stderr
+    code, _, told = sweep(words)
+    assert code == 2 and "another sweep is at work" in told
     first.send_signal(signal.SIGTERM)
     _, errors = first.communicate()
     assert first.returncode == 143 and "goes on from there" in errors
     assert "saved after" in log.read_text()
     words[words.index("--jobs") : words.index("--jobs") + 2] = ["--executor", "local", "--set", "timeout_min=5"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "submitted as" in done.stdout and "| class 5 " in done.stdout, done.stderr
+    code, told, errors = sweep(words)
+    assert code == 0 and "submitted as" in told and "| class 5 " in told, errors
     assert "continuing after epoch" in log.read_text()
     record = json.loads((tmp_path / "jobs" / "class_5_seed_0.json").read_text())
     assert all(step["done"] for step in record["steps"].values())

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import Lars, OptimSpec, warm_up
+from training.optim import OPTIMIZERS, Lars, OptimSpec, warm_up
 
 
 def stated_rule(weights, gradients, lr, wd, trust=0.001, eps=1e-8, momentum=0.9):
@@ -93,3 +93,25 @@ def test_schedule_at_points_known_by_hand():
     assert [step(509.9), step(510), step(760)] == pytest.approx([1.0, 0.1, 0.01])
     assert spec(lr_scheduler="step_decay", optimizer="adam").lr(510) == pytest.approx(0.3)
     assert warm_up(0, 0, lambda e: 1.0) == 10
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "torchlars"])
+def test_every_optimiser_has_its_rate_its_momentum_and_its_weight_decay(name):
+    """Of one weight: a step without a gradient decays it, or with momentum goes on; the rate scales both."""
+
+    def after(lr: float, decay: float, gradients: list[float]) -> float:
+        w = nn.Parameter(torch.full((3,), 2.0))
+        optimizer = spec(optimizer=name, lr_init=lr, weight_decay=decay).build([w])
+        for gradient in gradients:
+            w.grad = torch.full((3,), gradient)
+            optimizer.step()
+        return float(w.detach()[0])
+
+    assert after(0.01, 0.0, [0.0]) == 2.0
+    decayed, twice = 2 - after(0.01, 0.5, [0.0]), 2 - after(0.02, 0.5, [0.0])
+    # Adam makes a step of the size of the rate of whatever gradient there is.
+    assert decayed == pytest.approx(0.01 if name == "adam" else 0.01 * 0.5 * 2, rel=1e-4)
+    assert twice == pytest.approx(2 * decayed, rel=1e-4)
+    first, second = 2 - after(0.01, 0.0, [1.0]), after(0.01, 0.0, [1.0]) - after(0.01, 0.0, [1.0, 0.0])
+    share = {"adam": 0.9 * 0.1 / 0.19 / (0.999 * 0.001 / (1 - 0.999**2)) ** 0.5}.get(name, 0.9)
+    assert second == pytest.approx(share * first, rel=2e-3) and first > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from common.device import Amp, autocast
 from common.dist import ALONE, Share, World
 from common.errors import UserError
-from common.files import load_state_dict, load_tensors
+from common.files import load_state_dict, load_tensors, read_facts
 from common.flags import Flags, not_negative, pick, positive
 from common.run import Run, start_epoch
 from common.seed import generator
@@ -117,6 +117,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         strict=not flags.no_strict,
         simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
     )
+    split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     first_epoch = start_epoch(file)
     if flags.epochs <= first_epoch:
         raise UserError(
@@ -165,7 +166,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
                 centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
                 bank.set_atoms(centres.mT, norm)
             world.copy_first(bank.parameters())
-        run.keep(START, model.state_dict())
+        run.keep(START, model.state_dict(), first_epoch)
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
@@ -175,7 +176,11 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.share)
 
     def finish(run: Run) -> None:
-        start = load_tensors(run.folder / START, flag="resume_path")
+        try:
+            start = load_tensors(run.folder / START, flag="resume_path")
+        except UserError as error:
+            run.say(f"note: whether the frozen network stayed as it was is not known ({error})")
+            return
         end = {k: v.cpu() for k, v in model.state_dict().items()}
         check_frozen(start, end)
         run.say(moved(start["sr_nets.dictionary"], end["sr_nets.dictionary"], trained=bool(optimizers)))

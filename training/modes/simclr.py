@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from common.device import Amp, autocast
 from common.dist import ALONE, Share, World
 from common.errors import UserError
-from common.files import load_state_dict, load_tensors
+from common.files import load_state_dict, load_tensors, read_facts
 from common.flags import Flags, pick
 from common.run import start_epoch
 from common.seed import generator
@@ -52,7 +52,7 @@ _COLLAPSE = Alarm(
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE, *, labelled: bool = False) -> Recipe:
     """The recipe of `simclr` and `simclr_CSI`: NT-Xent plus the cross-entropy of the shift label.
 
-    labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent, at temperature 0.07 unless one is given.
+    labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent.
     A linear probe on detached features of unshifted views is trained beside it, for monitoring.
     Raises: UserError where a labelled mode is given a single class.
     """
@@ -67,7 +67,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     state: dict[str, Any] | None = None
     if flags.resume_path:
         file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
-        if file.name == "last.resume":
+        if file.suffix == ".resume":
             state = load_tensors(file, flag="resume_path")
         net = net_from_state(
             state["model"] if state else load_state_dict(file, flag="resume_path"),
@@ -79,6 +79,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
             simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
         )
         same_classes(net, split, file, flag="resume_path")
+        split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     else:
         net = fresh_net(flags, split, len(shifts))
     net = with_shared_statistics(net.to(device), world).train()
@@ -86,8 +87,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
-    seed, sim_lambda = flags.seed, flags.sim_lambda
-    temperature = 0.07 if labelled and not flags.given("temperature") else flags.temperature
+    seed, sim_lambda, temperature = flags.seed, flags.sim_lambda, flags.temperature
     render, micro_batch = view_renderer(flags), piece_size(flags)
     if flags.compile:
         net.compile()

@@ -10,7 +10,7 @@ from torch import Tensor
 from common.device import autocast
 from common.dist import ALONE, Share, World
 from common.errors import UserError
-from common.files import load_state_dict
+from common.files import load_state_dict, read_facts
 from common.flags import Flags, not_negative, pick, positive
 from common.seed import generator
 from datasets import ShiftSpec, Split
@@ -47,6 +47,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         strict=not flags.no_strict,
     )
     same_classes(net, split, file, flag="load_path")
+    split.check_trained(read_facts(file).get("data", {}), file, flag="load_path")
     spec = pick(AlignedSpec, flags)
     data, aligned = training_images(split, shift_spec, spec, device)
     shifts, amp, seed = shift_spec.functions(aligned), autocast(flags.amp, device), flags.seed

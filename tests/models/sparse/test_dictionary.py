@@ -1,5 +1,6 @@
 import torch
 
+from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 
@@ -36,3 +37,13 @@ def test_a_zero_atom_stays_zero():
     b = bank()
     b.set_atoms(torch.zeros(2, 6, 9), norm=1.0)
     assert (b.dictionary == 0).all()
+
+
+def test_a_bank_codes_by_all_of_its_settings():
+    s = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    for spec in (CodingSpec(0.1, 1.0, 10), CodingSpec(0.3, 2.0, 7), CodingSpec(0.1, 1.0, 2000, 0.1)):
+        b = DictionaryBank(2, 6, 9, spec, torch.Generator().manual_seed(0))
+        code = admm_lasso(b.dictionary, s, lam=spec.lam, rho=spec.rho, steps=spec.steps, tol=spec.tol)
+        for system in (None, b.system()):
+            torch.testing.assert_close(b.code(s, system=system).codes, code.codes, atol=1e-6, rtol=0)
+    assert (b.code(s).codes - admm_lasso(b.dictionary, s, lam=0.1, steps=2000).codes).abs().max() > 1e-4

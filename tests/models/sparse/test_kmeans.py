@@ -163,3 +163,55 @@ def test_refuses_what_is_not_finite_and_shapes_that_do_not_fit(bad):
     x[0, 5, 5] = bad
     with pytest.raises(ValueError, match="finite"):
         run(x, 3)
+
+
+def crowded(centres: int = 8, apart: float = 1e-3) -> tuple[module._Points, Tensor, Tensor]:
+    """Points about far clusters, of which the first has two centres `apart`, and the last two, near others, none.
+
+    Returns points, the clusters' means, and the centres.
+    """
+    gen = torch.Generator().manual_seed(0)
+    far = 3 * torch.randn(centres - 1, 16, generator=gen)
+    means = torch.cat([far, far[1:3] + 0.5 * torch.randn(2, 16, generator=gen)])
+    x = means.repeat_interleave(20, 0) + 0.01 * torch.randn(20 * len(means), 16, generator=gen)
+    means, x = means - x.mean(0), x - x.mean(0)
+    return module._Points(x, 2**22), means, torch.cat([means[:1] - apart, means[:1] + apart, means[1 : centres - 1]])
+
+
+@pytest.mark.parametrize("centres", [8, 20])
+@pytest.mark.parametrize("apart", [1e-3])
+def test_of_two_centres_in_one_cluster_one_is_swapped_and_one_stays(apart, centres):
+    """Either is hardly missed while the other is there; both would leave the cluster to nobody."""
+    points, means, c = crowded(centres, apart)
+    for seed in range(10):
+        order = torch.randperm(centres, generator=generator(seed, "order"))
+        new = module._round(points, c[order], generator(seed, "test"))
+        moved = (new - c[order]).norm(dim=1) > 0.2
+        assert moved[order < 2].sum() == 1 and torch.cdist(means[:1], new).min() < 0.1
+
+
+def test_swaps_find_what_lloyd_alone_cannot(monkeypatch):
+    points, means, start = crowded()
+    monkeypatch.setattr(module, "_start", lambda some, *_: (start / scale, points.square / scale**2))
+    scale = points.x.abs().max()
+    swapped, lloyd = (inertia(points.x, run(points.x[None], 8, rounds=rounds)[0]) for rounds in (3, 0))
+    assert swapped < 0.5 * lloyd
+
+
+def test_the_best_of_several_starts_is_kept(monkeypatch):
+    x, far = clusters(6, 30)
+    ends = [far + 1.0, far + 3.0, far, far + 2.0, far - 1.0, far - 2.0, far - 3.0, far + 0.5]
+    mean = x[0].mean(0)
+    scale = (x[0] - mean).abs().amax()
+    left = iter(ends)
+    monkeypatch.setattr(module, "_one_start", lambda *_: (next(left) - mean) / scale)
+    torch.testing.assert_close(run(x, 6)[0], far, atol=1e-5, rtol=0)
+    assert next(left, None) is None
+
+
+def test_points_are_drawn_in_proportion_to_their_weights():
+    weight = torch.tensor([0.0, 1.0, 0.0, 3.0, 6.0, 0.0])
+    drawn = module._draw(weight, 20_000, generator(0, "test")).bincount(minlength=6)
+    torch.testing.assert_close(drawn / 20_000, weight / 10, atol=0.01, rtol=0)
+    assert drawn[[0, 2, 5]].sum() == 0
+    assert len(module._draw(torch.zeros(4), 10, generator(0, "test"))) == 10  # any, where there is nothing to choose by

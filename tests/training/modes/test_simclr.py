@@ -56,3 +56,17 @@ def test_probe_error_counts_wrong_guesses_and_restores_the_mode():
         net.linear.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     data = image_set(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.tensor([1, 1, 0, 2, 1]))
     assert probe_error(net, data, 2) == pytest.approx(0.4) and net.training
+
+
+def test_the_probe_is_tested_by_running_statistics_which_the_test_leaves_alone():
+    from datasets.sets import image_set
+
+    g = torch.Generator().manual_seed(0)
+    net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
+    data = image_set(torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(40) % 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    errors = [probe_error(net, data, size) for size in (2, 7, 40)]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    with torch.no_grad():
+        named = net.eval().linear(net(data.batch(torch.arange(40))).h).argmax(1)
+    assert errors == pytest.approx([float((named != data.labels).float().mean())] * 3)

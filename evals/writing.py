@@ -1,0 +1,78 @@
+"""Where results go: a file is only ever replaced by a result of the same settings and data."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from common.files import remove_leftovers
+from common.flags import Flags, file_name
+
+# Flags that are read and that no number of a result depends on, or that a result has entries of its own for.
+_NO_SETTINGS = frozenset(
+    "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
+    " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
+    " ood_batch_size print_score save_score skip_bad_images no_strict".split()
+)
+# What has to be the same for one result to take the place of another.
+_SAME = ("dataset", "class_name", "seed", "settings", "data")
+
+
+def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The flags that numbers depend on, of those read so far. without: more that do not count."""
+    values = flags.as_dict()
+    return {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
+
+
+def place_for(folder: Path, stem: str, ending: str, facts: Mapping[str, Any], read: Callable[[Path], Any]) -> Path:
+    """`stem` + `ending` in the folder, which is made; where that is a result of something else, a name of its own.
+
+    facts: of the new result. read: path -> the facts of the result there; whatever fails there is somebody else's file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    path = folder / f"{stem}{ending}"
+    if not path.exists() or _same(facts, read(path)):
+        return path
+    identity = json.dumps([facts.get(name) for name in (*_SAME, "checkpoint")], sort_keys=True)
+    return folder / f"{stem}_{short_digest(identity)}{ending}"
+
+
+def _same(new: Mapping[str, Any], old: Any) -> bool:
+    if not isinstance(old, dict):
+        return False
+    if old.get("checkpoint") != new["checkpoint"] and not _beside(old.get("checkpoint"), new):
+        return False
+    if "settings" in old:
+        return all(old.get(name) == json.loads(json.dumps(new[name])) for name in _SAME)
+    # Of version 0.1: all flags, and neither data nor the name of the class.
+    flags = old.get("flags", {})
+    own = ("dataset", "seed", "one_class_idx")
+    return all(old.get(name) == new[name] for name in own) and all(
+        flags.get(name, value) == value for name, value in new["settings"].items()
+    )
+
+
+def _beside(before: Any, new: Mapping[str, Any]) -> bool:
+    """Whether both results lie beside their weights: then it is one folder, whatever it was called."""
+    return bool(new.get("beside")) and isinstance(before, str) and Path(before).name == Path(new["checkpoint"]).name
+
+
+def read_json(path: Path) -> Any:
+    """What a file of JSON holds; None where it is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def set_name(title: str) -> str:
+    """The name of a data set as part of a file's name. folder:<path> is shortened, and different paths stay apart."""
+    name = file_name(title)
+    return name if name == title else f"{name[-60:]}_{short_digest(title)}"
+
+
+def short_digest(text: str) -> str:
+    """8 hex digits."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]

@@ -1,0 +1,30 @@
+"""Pixels against pixels: the scores of the baseline, from the definitions."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from sklearn.svm import OneClassSVM
+
+from datasets import DataSource, split_one_class
+from scripts.pixel_baseline import main
+
+
+def test_both_baselines_score_test_images_by_the_training_images_of_the_class(tmp_path, capsys):
+    args = ["--dataset", "digits", "--one_class_idx", "3", "--image_size", "8", "--log_root", str(tmp_path)]
+    assert main(args) == 0
+    split = split_one_class("digits", DataSource(image_size=8), 3, 8)
+    train, test = (data.images.flatten(1).numpy() / 255 for data in (split.train(), split.test()))
+    labels = split.test().labels.numpy()
+    distance = np.sqrt(((test[:, None] - train[None]) ** 2).sum(2)).min(1)
+    svm = OneClassSVM(kernel="rbf", gamma="scale", nu=0.1).fit(train)
+    for name, scores in (("nearest", -distance), ("ocsvm", svm.decision_function(test))):
+        (path,) = tmp_path.glob(f"*/result_pixels_{name}.json")
+        result = json.loads(path.read_text())
+        for c in (c for c in range(10) if c != 3):
+            pair = (labels == 3) | (labels == c)
+            expected = roc_auc_score(labels[pair] == 3, scores[pair])
+            assert result["auroc"][f"one_class_{c}"] == pytest.approx(expected, abs=2e-3)
+        assert result["mean"] == pytest.approx(np.mean(list(result["auroc"].values())))
+        assert (result["n_in"], result["n_out"]) == (61, 538)

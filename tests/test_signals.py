@@ -1,0 +1,156 @@
+"""Signals, alone or to the group as clusters send them: what can be saved is, and one true line says so."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from tests.conftest import ROOT, SHIFT, TINY
+from tests.datasets.test_pictures import photographs
+
+# A step in which the process sends itself a signal, or its whole group.
+SENDS = """
+import os, signal, sys, training.loop as loop, train
+real = loop.descend
+def descend(recipe, batch, world):
+    if (batch.epoch, batch.step) == (2, 0):
+        os.{send}(os.{whom}(), signal.{name})
+    return real(recipe, batch, world)
+loop.descend = descend
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def sent(name: str, args: list[str], *, group: bool) -> subprocess.CompletedProcess:
+    code = SENDS.format(send="killpg" if group else "kill", whom="getpgrp" if group else "getpid", name=name)
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """Training whose pictures two processes load, and where it ends when nothing interrupts it."""
+    root = tmp_path_factory.mktemp("data")
+    photographs(root, {"one_class_train/acorn": 9, "one_class_train/tank": 9})
+    args = ["--dataset", "imagenet", "--model", "resnet8", "--image_size", "16", *SHIFT, "--data_path", str(root)]
+    args += "--one_class_idx tank --mode simclr_CSI --batch_size 3 --epochs 2 --num_worker 2".split()
+    assert train.main([*args, "--log_root", str(root / "whole")]) == 0
+    (whole,) = (root / "whole").iterdir()
+    return args, torch.load(whole / "last.model", weights_only=True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_group_saves_although_other_processes_load_the_pictures(name, streamed, tmp_path):
+    args, whole = streamed
+    ended = sent(name, [*args, "--log_root", tmp_path], group=True)
+    assert ended.returncode == 128 + getattr(signal, name), ended.stderr
+    assert ended.stderr.count("\n") == 1 and "saved after step 1" in ended.stderr
+    if name != "SIGTERM":
+        return
+    (folder,) = tmp_path.iterdir()
+    assert train.main([*args, "--log_root", str(tmp_path)]) == 0
+    state = torch.load(folder / "last.model", weights_only=True)
+    assert all(torch.equal(state[key], value) for key, value in whole.items())
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_a_signal_to_the_process_saves(name, tmp_path):
+    ended = sent(name, [*TINY, "--epochs", 2, "--log_root", tmp_path], group=False)
+    assert ended.returncode == 128 + getattr(signal, name)
+    assert ended.stderr.count("\n") == 1 and "saved after step 1" in ended.stderr
+
+
+def test_what_is_ignored_from_the_start_stays_ignored(tmp_path):
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ended = sent("SIGHUP", [*TINY, "--epochs", 2, "--log_root", tmp_path], group=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.returncode == 0 and ended.stderr == ""
+
+
+@pytest.mark.parametrize("after", [0.15, 0.6, 1.2])
+def test_an_interrupt_in_the_first_seconds_ends_in_one_line(after, tmp_path):
+    args = [*TINY, "--epochs", "1000", "--log_root", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "train.py", *args], cwd=ROOT, stderr=subprocess.PIPE, text=True) as run:
+        time.sleep(after)
+        run.send_signal(signal.SIGINT)
+        told = run.stderr.read()
+    assert run.returncode == 130 and told.count("\n") == 1, told
+    assert told.startswith(("interrupted; ", "stopped: asked to stop"))
+
+
+EVALUATES = """
+import os, signal, sys, evals.features as features, {script} as script
+real, seen = features.set_views, []
+def set_views(*args):
+    seen.append(args)
+    if len(seen) == 3: os.kill(os.getpid(), signal.SIGINT)
+    return real(*args)
+features.set_views = set_views
+sys.exit(script.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("script, mode", [("eval", "ood_pre"), ("tsne", "ood_pre_tsne")])
+def test_an_interrupt_of_an_evaluation_ends_in_one_true_line(script, mode, stage1, tmp_path):
+    args = [*TINY, *SHIFT, "--mode", mode, "--load_path", str(stage1), "--out", str(tmp_path / "new")]
+    code = EVALUATES.format(script=script)
+    ended = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("interrupted; ") and "checkpoint" not in ended.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_process_that_loads_pictures_and_dies_is_reported(streamed, tmp_path):
+    args, _ = streamed
+    code = (
+        "import os, signal, sys, datasets.pictures as pictures, train\n"
+        "def read(path, short_side, *more):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "pictures.read_upright = read\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-c", code, *args, "--log_root", str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1, ended.stderr
+    assert ended.stderr.startswith("stopped: a process that loads pictures has ended")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of"
+        " shared memory.",
+        "unable to write to file </torch_12_34_5>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_1_2_3>: Resource temporarily unavailable (11)",
+    ],
+)
+def test_a_small_shared_memory_is_reported_with_the_remedy(text, streamed, tmp_path, monkeypatch, capsys):
+    from torch.utils.data import DataLoader
+
+    def full(self):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(DataLoader, "__iter__", full)
+    args, _ = streamed
+    assert train.main([*args, "--log_root", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "--num_worker 0" in told and "/dev/shm" in told
+
+
+def test_metrics_of_a_run_that_was_stopped_have_every_epoch_once(tmp_path):
+    args = [*TINY, "--epochs", "2", "--log_root", str(tmp_path)]
+    assert sent("SIGTERM", args, group=True).returncode == 143
+    assert train.main(args) == 0
+    (folder,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert not [p for p in os.listdir(folder) if p.endswith(".tmp")]

@@ -1,0 +1,148 @@
+"""What the recipe of each mode does with its flags: rates that are set, draws of each step, weights of terms, seeds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.dist import ALONE, Share
+from common.flags import Tables, build_parser, parse
+from common.seed import generator
+from datasets import DATASETS, SHIFTS, DataSource, split_one_class
+from datasets.augment import AlignedSpec
+from datasets.shifts import ShiftSpec
+from datasets.views import train_views
+from models import BACKBONES
+from tests.conftest import TINY
+from training import STAGE1, STAGE2
+from training.loop import descend
+from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.modes.sup_linear import rate
+from training.optim import OptimSpec
+from training.recipe import Batch, Recipe
+
+MODES = STAGE1 | STAGE2
+SIMCLR = ["simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI"]
+
+
+def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
+    """The recipe of a mode on 8 x 8 digits, in four rotations where it has shifts, as the flags `more` say."""
+    args = [
+        *(TINY[:-2] if mode.startswith("sup_") else TINY),
+        "--mode",
+        mode,
+        "--epochs",
+        "10",
+        "--device",
+        "cpu",
+        *more,
+    ]
+    args += ["--shift_trans_type", "rotation"] if mode in ("simclr_CSI", "cocsr_dict") else []
+    args += {"sup_linear": ["--load_path", str(start)], "sup_CSI_linear": ["--load_path", str(start)]}.get(mode, [])
+    args += ["--resume_path", str(start), "--sr_dict_size", "12"] if mode == "cocsr_dict" else []
+    flags = parse([*args, *more], build_parser("test", MODES, mode, Tables(DATASETS, (), BACKBONES, SHIFTS)))
+    split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
+    return MODES[mode].build(flags, split, MODES[mode].shifts(flags))
+
+
+def batch_of(mode: str, epoch: int = 1, step: int = 0) -> Batch:
+    """The same six pictures, whatever epoch and step."""
+    g = torch.Generator().manual_seed(0)
+    copies = torch.randint(0, 256, (MODES[mode].copies, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
+    return Batch(copies, torch.tensor([0, 1, 2, 3, 4, 0]), epoch, step, Share(6))
+
+
+def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in recipe.losses(batch).losses.items()}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_learning_rate_that_is_reported_is_the_one_that_is_set(mode, start):
+    recipe = recipe_of(mode, start, "--lr_init", "0.03", "--warmup", "2", "--sr_lr", "0.02", "--optimizer", "sgd")
+    optim = OptimSpec("sgd", "cosine", 0.03, 1e-6, 2, 10)
+    epochs = [0.0, 0.5, 1.5, 6.25, 7.75, 9.5]
+    if mode == "cocsr_dict":
+        expected = [0.02] * 6
+    else:
+        expected = [rate(0.03, e, 10) if "linear" in mode else optim.lr(e) for e in epochs]
+        assert len(set(expected)) > 3
+    first, *others = recipe.optimizers
+    for epoch, lr in zip(epochs, expected, strict=True):
+        assert recipe.before_step(epoch) == pytest.approx(lr)
+        assert [group["lr"] for group in first.param_groups] == pytest.approx([lr])
+        assert all(group["lr"] == 1e-3 for other in others for group in other.param_groups)  # the probe's, held
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weight_decay_reaches_the_optimiser_of_every_mode(mode, start):
+    flag = "--sr_decay_lr" if mode == "cocsr_dict" else "--weight_decay"
+    recipe = recipe_of(mode, start, flag, "0.07", "--optimizer", "sgd")
+    assert [group["weight_decay"] for group in recipe.optimizers[0].param_groups] == [0.07]
+    if mode == "cocsr_dict":
+        # Adam turns the gradient of the decay alone into steps of the size of the rate, towards zero.
+        (dictionary,) = recipe.optimizers[0].param_groups[0]["params"]
+        before = dictionary.detach().clone()
+        dictionary.grad = torch.zeros_like(dictionary)
+        recipe.optimizers[0].step()
+        away = before.abs() > 1e-2
+        torch.testing.assert_close((before - dictionary)[away], torch.full_like(before, 1e-3)[away], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_step_of_every_epoch_has_draws_of_its_own(mode, start):
+    """Of the same pictures under the same weights, so that nothing differs but what is drawn."""
+    recipe = recipe_of(mode, start)
+    found = [losses(recipe, batch_of(mode, *at)) for at in ((1, 0), (1, 1), (2, 0), (2, 1), (1, 11))]
+    assert found[0] == losses(recipe, batch_of(mode, 1, 0))
+    drawn = [tuple(values[name] for name in values if name != "sr_dict") for values in found]
+    assert len(set(drawn)) == 5
+    other = recipe_of(mode, start, "--seed", "1")
+    other.model.load_state_dict(recipe.model.state_dict())
+    assert losses(other, batch_of(mode)) != found[0]
+
+
+@pytest.mark.parametrize("mode", SIMCLR)
+def test_the_contrastive_term_has_its_weight_and_its_temperature(mode, start):
+    """Against the loss of the views that generator and shifts stand for."""
+    recipe = recipe_of(mode, start, "--sim_lambda", "3", "--temperature", "0.2")
+    shifts = ShiftSpec("rotation" if mode.endswith("CSI") else "none").functions()
+    batch = batch_of(mode, 2, 5)
+    views = train_views(batch.copies, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
+    with torch.no_grad():
+        z0, z1 = recipe.model(views).z.chunk(2)
+    if mode.startswith("sup_"):
+        joint = torch.cat([batch.labels + 10 * k for k in range(len(shifts))])
+        expected = sup_nt_xent(z0, z1, joint, 0.2)
+    else:
+        expected = nt_xent(z0, z1, 0.2)
+    found = losses(recipe, batch)
+    assert found["sim"] == pytest.approx(3 * float(expected), rel=1e-5)
+    plain = losses(recipe_of(mode, start, "--temperature", "0.2"), batch)
+    assert plain.pop("sim") == pytest.approx(found.pop("sim") / 3, rel=1e-5) and plain == found
+
+
+@pytest.mark.parametrize("mode", ["simclr_CSI", "sup_simclr", "rot_trans", "cocsr_dict"])
+def test_weights_that_are_drawn_follow_the_seed(mode, start):
+    """Those of the network in stage 1, of the dictionary in stage 2."""
+    a, b, c = (recipe_of(mode, start, "--seed", seed).model.state_dict() for seed in ("0", "0", "1"))
+    name = "sr_nets.dictionary" if mode == "cocsr_dict" else "conv1.weight"
+    assert torch.equal(a[name], b[name]) and not torch.equal(a[name], c[name])
+
+
+@pytest.mark.parametrize("mode", ["sup_linear", "sup_CSI_linear", "cocsr_dict"])
+def test_a_step_leaves_frozen_networks_as_they_are(mode, start):
+    """Bit for bit, running statistics included; what it trains moves."""
+    recipe = recipe_of(mode, start)
+    before = {name: value.clone() for name, value in recipe.model.state_dict().items()}
+    descend(recipe, batch_of(mode), ALONE)
+    moved = {name for name, value in recipe.model.state_dict().items() if not torch.equal(value, before[name])}
+    heads = ("linear", *(("shift_cls_layer", "joint_distribution_layer") if mode == "sup_CSI_linear" else ()))
+    trained = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}
+    assert moved == ({"sr_nets.dictionary"} if mode == "cocsr_dict" else trained)
+
+
+@pytest.mark.parametrize("every, expected", [("2", [2, 4, 6, 8, 10]), ("4", [4, 8, 10])])
+def test_the_probe_is_tested_every_so_many_epochs_and_at_the_end(every, expected, start):
+    args = ["--dataset", "digits", "--error_step", every]
+    recipe = recipe_of("sup_simclr", start, *args)
+    assert [epoch for epoch in range(1, 11) if recipe.end_epoch(epoch)] == expected
