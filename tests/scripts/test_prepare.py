@@ -241,6 +241,18 @@ def test_missing_classes_are_all_named(originals, tmp_path, capsys):
     assert told.count("train/") == 2 and told.count("val/") == 1 and not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize("prepare", [lsun_fix, imagenet30])
+def test_what_is_left_out_is_told_once_and_the_range_belongs_to_the_set(prepare, originals, tmp_path, capsys):
+    for split in ("train", "val"):
+        (originals / split / "n12267677/._x.jpg").write_bytes(b"x")
+    assert prepare(originals, tmp_path / "d") == 0
+    told = capsys.readouterr().out
+    assert told.count(f"note: {originals}: left out 2 hidden files\n") == told.count("left out") == 1
+    refused(
+        capsys, prepare(originals, tmp_path / "d", "--value_range", 0, 9), "--data_path", '"value_range": [0.0, 9.0]'
+    )
+
+
 def test_two_pictures_that_would_become_one_file(originals, tmp_path, capsys):
     save(solid(1), originals / "train/tank/n04389033_1.png")
     refused(capsys, imagenet30(originals, tmp_path / "d"), "n04389033_1.png", "n04389033_1.JPEG")
