@@ -65,6 +65,8 @@ def reason(path: Path, error: Exception) -> str:
         return "HEIC, or another kind that is not readable here: convert it to PNG or JPEG"
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL is not readable here: convert it to PNG or JPEG"
+    if head.startswith((b"II*\0", b"MM\0*")):
+        return "a TIFF of a layout that is not readable here, or damaged: convert it to grey or RGB of 8 or 16 bits"
     return "no picture of a kind that can be read, or its header is damaged"
 
 
@@ -102,8 +104,8 @@ class Reader:
                 tags = picture.tag_v2  # type: ignore[attr-defined]
                 if not {273, 324, 513} & tags.keys():  # libtiff would print all that it dislikes
                     raise ValueError("its header is damaged: it does not say where the pixels are")
-                bands, extra = tags.get(277, 1), tags.get(338, ())
-                if bands > 4 or 0 in extra:
+                if 0 in tags.get(338, ()):  # extra samples that are no alpha, which Pillow would drop
+                    bands = tags.get(277, 1)
                     raise ValueError(f"{bands} bands, of which not all are colour or alpha: convert it to RGB or grey")
             yield picture
 
@@ -136,11 +138,10 @@ class Reader:
         return picture.convert("RGB")
 
     def tell_remarks(self, place: Path) -> None:
-        """Print which of the pictures read so far do not fit their range well, and begin anew."""
+        """Print which of the pictures read so far do not fit their range well."""
         for remark, names in self._remarks.items():
             some = ", ".join(map(printable, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
             print(f"note: {printable(place)}: {len(names)} with {remark} ({some}); --value_range LOW HIGH sets another")
-        self._remarks.clear()
 
     def settings(self) -> list[Any]:
         """What the pixels depend on besides the files, as far as it is known."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+import eval as evaluate
 import train
 from common.errors import UserError
 from datasets import DATASETS, DataSource, split_one_class
@@ -70,7 +71,7 @@ def test_of_an_mpo_file_the_first_picture_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "most, top", [(200, 255), (256, 1023), (1000, 1023), (4000, 4095), (9000, 16383), (16384, 65535)]
+    "most, top", [(200, 255), (255, 255), (256, 1023), (1000, 1023), (4000, 4095), (9000, 16383), (16384, 65535)]
 )
 def test_integers_are_scaled_by_the_smallest_usual_range_that_holds_the_training_set(tmp_path, most, top):
     levels(tmp_path / "train/good/a.png", 0, 10)
@@ -201,6 +202,8 @@ def test_the_stream_and_its_cache_have_the_same_range(tmp_path):
     source = DataSource(str(tmp_path), image_size=8, num_worker=0)
     for cache in (None, str(tmp_path / "cache")):
         pixels = DATASETS["imagenet"].stream(replace(source, image_cache=cache), AlignedSpec(), 1).pixels
+        if cache is None:  # known before worker processes begin, each of which would look for it
+            assert pixels.reader.settings()[2] == {"integers": 4095}
         assert pixels[0].max() == round(900 * 255 / 4095)
     other = replace(source, image_cache=str(tmp_path / "cache"), value_range=(0, 900))
     assert DATASETS["imagenet"].stream(other, AlignedSpec(), 1).pixels[0].max() == 255
@@ -239,11 +242,21 @@ def test_elongated_pictures_show_their_middle_in_little_memory(tmp_path, size):
     assert np.abs(read_picture(tmp_path / "a.png", 24).astype(int) - 127.5).max() <= 1
 
 
-@pytest.mark.parametrize("bands, extra", [(4, (0,)), (5, (0, 0)), (6, (2, 0, 0)), (2, (0,))])
-def test_bands_beyond_colour_and_alpha_are_refused(tmp_path, bands, extra):
-    multiband(tmp_path / "a.tif", bands, extra)
-    with pytest.raises(ValueError, match=f"{bands} bands"):
-        read_picture(tmp_path / "a.tif", 4)
+@pytest.mark.parametrize(
+    "bands, extra, reason",
+    [
+        (4, (0,), "4 bands, of which"),
+        (5, (0, 0), "5 bands, of which"),
+        (6, (2, 0, 0), "6 bands, of which"),
+        (2, (0,), "2 bands, of which"),
+        (7, (0, 0, 0, 0), "a TIFF of a layout that is not readable here"),  # Pillow knows six at most
+    ],
+)
+def test_bands_beyond_colour_and_alpha_are_refused(tmp_path, bands, extra, reason):
+    (tmp_path / "train/good").mkdir(parents=True)
+    multiband(tmp_path / "train/good/a.tif", bands, extra)
+    with pytest.raises(UserError, match=rf"a\.tif \({reason}"):
+        read(tmp_path)
 
 
 def test_alpha_is_no_band_too_many(tmp_path):
@@ -328,6 +341,19 @@ def test_the_flags_reach_the_pictures(tmp_path, capsys):
     assert "8 x 8 pixels, more than --max_megapixels 1e-05" in capsys.readouterr().err
     assert train.main([*args, "--value_range", "0", "30000"]) == 0
     assert "2 with values outside the range 0..30000" in capsys.readouterr().out
+
+
+def test_outlier_sets_of_an_evaluation_are_read_in_the_range_of_training(tmp_path, capsys):
+    for name, most in (("d/train/good", 900), ("d/test/good", 900), ("others", 5000)):
+        for n in range(2):
+            levels(tmp_path / name / f"{n}.png", 0, most)
+    common = f"--dataset folder --data_path {tmp_path}/d --model resnet8 --image_size 8 --device cpu --one_class_idx 0"
+    args = ["--mode", "simclr", "--epochs", "1", "--log_root", str(tmp_path / "logs")]
+    assert train.main([*common.split(), *args]) == 0
+    (run,) = (tmp_path / "logs").iterdir()
+    args = ["--mode", "ood_pre", "--load_path", str(run), "--ood_dataset", f"folder:{tmp_path}/others"]
+    assert evaluate.main([*common.split(), *args]) == 0
+    assert "2 with values outside the range 0..1023, clipped (0.png, 1.png)" in capsys.readouterr().out
 
 
 def test_find_pictures_names_class_and_place(tmp_path):

@@ -10,7 +10,7 @@ from datasets import DataSource, split_one_class
 from datasets.augment import AlignedSpec, crop, crop_boxes, draw_tries
 from datasets.catalog import resize
 from datasets.folder import read_picture
-from datasets.pictures import open_cache
+from datasets.pictures import Decoded, open_cache
 from tests.datasets.test_folder import save
 
 
@@ -72,6 +72,7 @@ def test_the_middle_of_wide_and_of_tall_pictures_is_what_is_seen(tmp_path, size)
 def test_pictures_of_another_size_get_a_cache_of_their_own(tmp_path):
     paths = [save(Image.new("RGB", (40, 60)), tmp_path / f"{n}.png") for n in range(2)]
     for short_side in (20, 30, 20):
-        cached, places = open_cache(paths, short_side, tmp_path / "cache", workers=0, skip_bad=False)
+        decoded = Decoded(paths, short_side)
+        cached, places, _ = open_cache(decoded, tmp_path / "cache", workers=0, skip_bad=False)
         assert places == [0, 1] and cached[0].shape == (short_side * 3 // 2, short_side, 3)
     assert len(list((tmp_path / "cache").glob("*.u8"))) == 2

@@ -99,6 +99,15 @@ def test_links_to_a_folder_around_them_are_not_followed(tmp_path, target, capsys
     assert "1 link to a folder around it" in capsys.readouterr().out
 
 
+def test_a_linked_class_has_folders_around_it_on_both_sides(tmp_path, capsys):
+    fill(tmp_path, {"elsewhere/good": 1, "data/train/other": 1})
+    (tmp_path / "data/train/good").symlink_to(tmp_path / "elsewhere/good")
+    (tmp_path / "elsewhere/good/up").symlink_to("..")
+    (tmp_path / "elsewhere/good/back").symlink_to(tmp_path / "data/train")
+    assert names(load(tmp_path / "data", "train", label=0).paths, tmp_path) == ["data/train/good/0.png"]
+    assert "2 links to a folder around it" in capsys.readouterr().out
+
+
 def test_links_that_lead_to_each_other_end(tmp_path):
     fill(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a/b").symlink_to(tmp_path / "b")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.folder import list_pictures
 from scripts.prepare import IMAGENET30, fix, main, shorten
 from tests.datasets.test_folder import save
 
@@ -184,6 +185,8 @@ def test_a_second_run_writes_nothing_and_a_stopped_one_is_completed(grays, origi
     changed = {path for path, state in snapshot(tmp_path / "d").items() if state != before.get(path)}
     assert changed == {lost}
     assert not [path for path in (tmp_path / "d").rglob(".*")]
+    assert len(list_pictures(tmp_path / "d/LSUN_fix")) == 20
+    assert capsys.readouterr().out == ""  # what prepare leaves beside the pictures is nobody's loss
 
 
 def test_a_kind_of_pictures_is_not_mixed_into_another(grays, originals, tmp_path, capsys):
@@ -236,6 +239,18 @@ def test_missing_classes_are_all_named(originals, tmp_path, capsys):
     told = capsys.readouterr().err
     assert code == 2 and told.count("\n") == 1 and all(word in told for word in words)
     assert told.count("train/") == 2 and told.count("val/") == 1 and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("prepare", [lsun_fix, imagenet30])
+def test_what_is_left_out_is_told_once_and_the_range_belongs_to_the_set(prepare, originals, tmp_path, capsys):
+    for split in ("train", "val"):
+        (originals / split / "n12267677/._x.jpg").write_bytes(b"x")
+    assert prepare(originals, tmp_path / "d") == 0
+    told = capsys.readouterr().out
+    assert told.count(f"note: {originals}: left out 2 hidden files\n") == told.count("left out") == 1
+    refused(
+        capsys, prepare(originals, tmp_path / "d", "--value_range", 0, 9), "--data_path", '"value_range": [0.0, 9.0]'
+    )
 
 
 def test_two_pictures_that_would_become_one_file(originals, tmp_path, capsys):
