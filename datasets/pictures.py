@@ -10,6 +10,7 @@ Letters: N pictures, B of a batch, C copies, S pixels on a side. Pixels are (H, 
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -159,6 +160,21 @@ def _write_pixels(out: BinaryIO, held: dict[str, Any], decoded: Decoded, workers
         del items  # Its processes end with it.
 
 
+_SMALL = (
+    "--num_worker: processes that load pictures need more shared memory than /dev/shm has; give --num_worker 0, or make"
+    " it larger (docker run --shm-size 2g)"
+)
+# Batches that torch's loader lets a process prepare.
+_AHEAD = 2
+
+
+def _check_shared_memory(batch_bytes: int, workers: int) -> None:
+    """Raises: RunStopped where the batches under way do not fit /dev/shm: torch would wait for ever, or be killed."""
+    with contextlib.suppress(OSError):
+        if workers and shutil.disk_usage("/dev/shm").free < (_AHEAD * workers + 1) * batch_bytes:
+            raise RunStopped(_SMALL)
+
+
 @contextlib.contextmanager
 def loading_errors() -> Iterator[None]:
     """Turn the end of a process that loads pictures, and a /dev/shm too small for its batches, into RunStopped.
@@ -170,10 +186,7 @@ def loading_errors() -> Iterator[None]:
     except (RuntimeError, OSError) as error:
         text = str(error)
         if "shared memory" in text or "torch_" in text and "No space left" in text:
-            raise RunStopped(
-                "--num_worker: processes that load pictures need more shared memory than /dev/shm has; give"
-                " --num_worker 0, or make it larger (docker run --shm-size 2g)"
-            ) from None
+            raise RunStopped(_SMALL) from None
         if "DataLoader worker" in text:
             raise RunStopped(f"a process that loads pictures has ended ({text.strip().splitlines()[0]})") from None
         raise
@@ -308,6 +321,8 @@ class PictureSet:
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
+        images = max((world.share(len(part)).size for part in parts), default=0)
+        _check_shared_memory(count * images * 3 * self.side**2, self.workers)
         found = start_workers(lambda: iter(loader))
         try:
             for batch in found:

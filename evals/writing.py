@@ -52,10 +52,10 @@ def _same(new: Mapping[str, Any], old: Any, folder: Path) -> bool:
     )
 
 
-def _same_weights(new: str, old: object, folder: Path) -> bool:
-    """By path, or beside the results by the names of file and run: the folder may have been moved."""
-    if not isinstance(old, str):
-        return False
+def _same_weights(new: str | None, old: object, folder: Path) -> bool:
+    """By path, or beside the results by the names of file and run: the folder may have been moved. None: no weights."""
+    if new is None or not isinstance(old, str):
+        return new is old
     here, there = Path(new).resolve(), Path(old).resolve()
     beside = here.parent == folder.resolve()
     return here == there or (beside and (here.parent.name, here.name) == (there.parent.name, there.name))

@@ -9,7 +9,7 @@ source "$(dirname "$0")/setup.sh" requirements.txt
 : "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
 export DATA_PATH CLASS=${CLASS:-0} EPOCHS=${EPOCHS:-1000} MORE=${MORE:-300} MODEL=${MODEL:-resnet18}
 export DEVICE=${DEVICE:-cuda} LOG_ROOT=${LOG_ROOT:-./logs} REPEATS=${REPEATS:-21} EVERY=${EVERY:-5}
-out=$LOG_ROOT/gpu
+out=${LOG_ROOT/#\~\//$HOME/}/gpu # commands expand ~ themselves
 mkdir -p "$out"
 
 measure() { # a benchmark that fails is told, and the next one measured

@@ -4,7 +4,6 @@
 result files that `scripts.results` collects with the others.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +13,15 @@ import numpy as np
 
 from common.errors import UserError, command
 from common.files import write_json
+from common.flags import Tables, build_parser, parse
 from common.run import describe_program
-from datasets import DATASETS, DataSource, ImageSet, split_one_class
+from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
+from datasets.outliers import OUTLIERS
 from evals.baselines import nearest_neighbour, one_class_svm
 from evals.detection import detect
+from evals.subject import identity
+from evals.writing import place_for, read_json, settings_of
+from models import BACKBONES
 
 BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ocsvm": one_class_svm,
@@ -32,45 +36,48 @@ def pixels(images: ImageSet) -> np.ndarray:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m scripts.pixel_baseline", description=__doc__)
-    parser.add_argument("--dataset", choices=sorted(DATASETS), default="cifar10")
-    parser.add_argument("--data_path", default="../Data/")
-    parser.add_argument("--one_class_idx", type=int, required=True)
-    parser.add_argument("--image_size", type=int)
-    parser.add_argument("--num_worker", type=int, default=4)
-    parser.add_argument("--image_cache")
-    parser.add_argument("--download_data", action="store_true")
-    parser.add_argument("--skip_bad_images", action="store_true")
-    parser.add_argument("--max_megapixels", type=float, default=100.0)
-    parser.add_argument("--value_range", type=float, nargs=2, metavar=("LOW", "HIGH"))
-    parser.add_argument("--log_root", type=Path, default=Path("./logs"), help="folder of the run folders")
-    args = parser.parse_args(argv)
-    split = split_one_class(args.dataset, DataSource.of(args, args.dataset), args.one_class_idx, 32)
+    tables = Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)
+    flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", tables))
+    if flags.one_class_idx is None:
+        raise UserError("--one_class_idx: the baseline needs a normal class")
+    split = split_one_class(flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, 32)
+    normal = split.one_class_idx
+    assert normal is not None
     train, test_set = split.train(), split.test()
     labels = test_set.labels.numpy()
-    if not (labels == args.one_class_idx).any():
-        raise UserError(f"--data_path: no test image of class {args.one_class_idx}")
-    folder = args.log_root / f"{args.dataset}_pixels_one_class_{args.one_class_idx}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not (labels == normal).any():
+        raise UserError(f"--data_path: no test image of class {flags.one_class_idx}")
+    folder = Path(flags.log_root).expanduser() / f"{flags.dataset}_pixels_one_class_{normal}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--log_root: cannot make {folder} ({error.strerror})") from None
+    for line in flags.tell_unread():
+        print(line)
     for name, score in BASELINES.items():
         begun = time.monotonic()
         values = score(pixels(train), pixels(test_set))
-        others = {f"one_class_{c}": values[labels == c] for c in np.unique(labels) if c != args.one_class_idx}
-        found = detect(values[labels == args.one_class_idx], others)
+        others = {f"one_class_{c}": values[labels == c] for c in np.unique(labels) if c != normal}
+        found = detect(values[labels == normal], others)
         result = {
             "mode": "pixels",
             "score": name,
-            "dataset": args.dataset,
-            "one_class_idx": args.one_class_idx,
+            "dataset": flags.dataset,
+            "one_class_idx": normal,
+            "class_name": split.class_name,
             "seed": None,
             "checkpoint": None,
+            "weights": None,
             "epochs": None,
             "device": "cpu",
+            "settings": {**settings_of(flags, frozenset({"model"})), "image_size": split.source.image_size},
+            "data": {flags.dataset: identity(test_set), "training": identity(train)},
             **found.as_result(),
             "seconds": round(time.monotonic() - begun, 2),
+            "flags": {"data_path": flags.data_path},
             **describe_program(),
         }
-        write_json(folder / f"result_pixels_{name}.json", result)
+        write_json(place_for(folder, f"result_pixels_{name}", ".json", result, read_json), result)
         print(f"{name} on pixels: mean AUROC {100 * found.mean:.1f}, pooled {100 * found.pooled:.1f}", flush=True)
 
 

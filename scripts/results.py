@@ -263,11 +263,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     args = parser.parse_args(argv)
     render = {"markdown": markdown, "csv": comma_separated}[args.format]
-    results = read_results(args.folders)
+    results = read_results([folder.expanduser() for folder in args.folders])
     text = render(*tabulate(results))
     if args.out:
         try:
-            write_text(args.out, text)
+            write_text(args.out.expanduser(), text)
         except OSError as error:
             raise UserError(f"--out: cannot write {args.out} ({error.strerror})") from None
     print(text, end="")

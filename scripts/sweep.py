@@ -85,7 +85,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:
-        raise Terminated("asked to stop; the jobs at work have saved. The same command goes on from there")
+        raise Terminated("asked to stop; the jobs at work have saved. The same command goes on from there", asked[0])
 
 
 def _named(process: subprocess.Popen) -> str:
@@ -208,8 +208,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
     recipe = RECIPES[options.recipe]
-    out = (options.out or Path("logs") / f"sweep_{options.recipe}").absolute()
-    options.data_path = str(Path(options.data_path).absolute())
+    out = (options.out or Path("logs") / f"sweep_{options.recipe}").expanduser().absolute()
+    options.data_path = str(Path(options.data_path).expanduser().absolute())
     options.epochs = recipe.epochs if options.epochs is None else options.epochs
     options.more = recipe.more if options.more is None else options.more
     for name in ("jobs", "epochs", "more", "bootstrap"):
@@ -230,7 +230,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for job in jobs:
             print("\n".join(shlex.join(["python", *step.arguments]) for step in job.steps))
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: cannot make {out} ({error.strerror})") from None
     lock = hold(out)
     if lock == BUSY:
         raise UserError(f"--out: another sweep is at work in {out}; let it end, or give another folder")

@@ -75,6 +75,18 @@ def test_flags_are_parsed_however_they_are_written(tmp_path):
     assert steps[1].folder.name == "folder_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_4_--dataset"
 
 
+def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in dry_run(capsys, "digits", "--classes=0", "--out=~/sweep", "--data_path=~/data"):
+        given = options(words)
+        assert given["--data_path"] == [str(tmp_path / "data")]
+        places = [given[name][0] for name in ("--log_root", "--load_path", "--resume_path") if name in given]
+        assert places and all(place.startswith(str(tmp_path / "sweep" / "seed_0")) for place in places)
+    (tmp_path / "file").write_text("")
+    assert main(["digits", "--out", str(tmp_path / "file" / "sweep")]) == 2
+    assert "--out: cannot make" in capsys.readouterr().err
+
+
 def evaluation(tmp_path, *flags):
     """The evaluation of class 3 by seed 5, and a function that writes a result beside its checkpoint."""
     words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=list(flags))
