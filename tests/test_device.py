@@ -8,9 +8,10 @@ import functools
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import augmentation, coding, dictionary, floors, growth, stage1
-from common.device import autocast
+from common.device import autocast, pick_device
 from common.dist import ALONE
 from common.flags import Tables, build_parser, parse
 from common.seed import generator
@@ -28,6 +29,16 @@ from training.modes import setup
 
 META = torch.device("meta")
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cpu", "cpu:0", "mps"])
+def test_the_device_that_is_picked_is_the_one_that_tensors_report(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with FakeTensorMode():
+        device = pick_device(name)
+        assert torch.empty(2, device=device).device == device
 
 
 class Draws:
