@@ -73,7 +73,9 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except RuntimeError as error:
-        raise UserError(f"--device {name}: it cannot be used ({str(error).splitlines()[0]}); use --device cpu") from None
+        raise UserError(
+            f"--device {name}: it cannot be used ({str(error).splitlines()[0]}); use --device cpu"
+        ) from None
 
 
 def autocast(amp: str, device: torch.device) -> Amp:
