@@ -36,7 +36,8 @@ _CHANGING = {
     *("adaptive_max_pool2d_backward", "_embedding_bag_backward", "_embedding_bag_dense_backward"),
 }
 
-_Generator, _autocast, _run_backward = torch.Generator, torch.autocast, torch.autograd._engine_run_backward
+_Generator, _autocast = torch.Generator, torch.autocast
+_parse_to, _run_backward = torch._C._nn._parse_to, torch.autograd._engine_run_backward
 
 
 class FakeGpu:
@@ -106,6 +107,8 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)  # From another mode, such as one that counts: its devices are those of memory.
         here = any(map(on_gpu, _tensors((args, kwargs))))
         if here and func in (Tensor.numpy, Tensor.__array__):
             raise TypeError(f"can't convert {self.gpu.device} device type tensor to numpy. Use Tensor.cpu() first")
@@ -141,8 +144,6 @@ class _Calls(TorchFunctionMode):
             target = False
         elif func is Tensor.cuda:
             target = self.gpu.is_here("cuda")
-        elif isinstance(args[1] if len(args) > 1 else None, Tensor):
-            target, dtype = on_gpu(args[1]), args[1].dtype
         else:
             known = {name: value for name, value in kwargs.items() if name != "copy"}
             device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args[1:], **known)
@@ -266,6 +267,12 @@ def _patches(gpu: FakeGpu) -> Iterator[tuple[Any, str, Any]]:
         with _Calls(gpu), gpu.within(any(map(on_gpu, outputs))):
             return _run_backward(outputs, *args, **settings)
 
+    def parse_to(*args: Any, **settings: Any) -> Any:
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        return _parse_to(*args, **settings)
+
+    yield torch._C._nn, "_parse_to", parse_to
     yield torch, "Generator", Generator
     yield torch, "autocast", Autocast
     yield torch.amp, "autocast", Autocast
