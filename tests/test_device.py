@@ -259,8 +259,8 @@ def test_floors(monkeypatch, capsys):
 )
 def test_what_else_is_measured(run, monkeypatch):
     monkeypatch.setattr(growth, "_MEETING", [SimpleNamespace(wait=lambda: None)])
-    with FakeGpu() as gpu:
-        run(gpu.device)
+    with FakeGpu():
+        run(pick_device("cuda"))
 
 
 # ------------------------------------------------------------------------------------------------ whole commands

@@ -6,6 +6,7 @@ from torch import Tensor
 from common.seed import generator
 from models.sparse import kmeans as module
 from models.sparse.kmeans import kmeans
+from tests.fake_gpu import FakeGpu, in_changing_order
 
 
 def correlated(n: int = 600, features: int = 24, sets: int = 1, seed: int = 0) -> Tensor:
@@ -163,3 +164,15 @@ def test_refuses_what_is_not_finite_and_shapes_that_do_not_fit(bad):
     x[0, 5, 5] = bad
     with pytest.raises(ValueError, match="finite"):
         run(x, 3)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("centres", [20, 60])
+def test_on_a_gpu_every_sum_has_its_order_and_nothing_is_float64(kind, centres, monkeypatch):
+    """And the centres are those of the CPU, whose k-means here looks at no scores in bfloat16 either."""
+    monkeypatch.setattr(module, "_has_fast_bfloat16", lambda device: False)
+    x = correlated(400, sets=2)
+    with FakeGpu(kind, forbidden=in_changing_order) as gpu:
+        found = run(x.to(gpu.device), centres)
+        assert found.device == gpu.device
+    torch.testing.assert_close(found, run(x, centres), atol=1e-5, rtol=0)
