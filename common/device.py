@@ -71,7 +71,10 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
     try:
-        return torch.empty(0, device=device).device
+        device = torch.empty(0, device=device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Of which torch answers where it is not told a device.
+        return device
     except RuntimeError as error:
         raise UserError(
             f"--device {name}: it cannot be used ({str(error).splitlines()[0]}); use --device cpu"

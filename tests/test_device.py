@@ -56,6 +56,15 @@ def test_auto_takes_the_gpu_and_a_gpu_that_is_not_there_is_told():
         pick_device("mps:1")
 
 
+def test_the_gpu_that_is_picked_is_the_current_one(monkeypatch):
+    """Else torch would answer for another GPU whether there is bf16, and hold pinned memory there."""
+    current = []
+    with FakeGpu():
+        monkeypatch.setattr(torch.cuda, "set_device", current.append)
+        pick_device("cuda:0")
+    assert current == [torch.device("cuda", 0)]
+
+
 # ------------------------------------------------------------------------------------------- what the fake refuses
 
 REFUSED = {
