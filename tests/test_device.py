@@ -33,6 +33,7 @@ from datasets.views import train_views
 from models import BACKBONES
 from models.sparse import kmeans as k_means
 from tests.conftest import SHIFT, TINY
+from tests.datasets.test_pictures import photographs
 from tests.fake_gpu import FakeGpu, in_changing_order, on_gpu
 from training import STAGE1, STAGE2
 from training.loop import batches, descend
@@ -219,11 +220,11 @@ def test_nor_does_a_step_of_stage_2(stage1, arguments):
 
 PARTS = {
     "dictionary": lambda device: dictionary.part(device, dictionary.Size(2, 12, 10, 6, 8)),
-    "kmeans": lambda device: kmeans.part(device, kmeans.correlated(300, 8)),
+    "kmeans": lambda device: kmeans.part(device, kmeans.correlated(80, 8)),
     "coding": lambda device: coding.part(device, coding.Size(120, 2, 3, 12, 10)),
     "augmentation": augmentation.part,
-    "stage1": lambda device: stage1.part(device, on_gpu=8),
-    "stage1_bf16": lambda device: stage1.part(device, on_gpu=8, bf16=True),
+    "stage1": lambda device: stage1.part(device, on_gpu=4),
+    "stage1_bf16": lambda device: stage1.part(device, on_gpu=4, bf16=True),
 }
 
 
@@ -278,19 +279,32 @@ PLAIN = [*TINY, "--amp", "off"]
 SHIFTED = [*PLAIN, *SHIFT]
 SPARSE = ["--epochs", "4", "--invert_sr_feature_norm"]
 LABELLED = [*TINY[:-4], "--batch_size", "400", "--amp", "off"]
-# By mode: the script, its flags, and the mode whose run it starts from.
+# By mode: the script, its flags, and the mode whose run it starts from, with the flag that says so.
 COMMANDS = {
     "simclr_CSI": (train, [*SHIFTED, *"--simclr_dim 32 --epochs 2".split()], None),
     "rot_trans": (train, [*PLAIN, "--epochs", "1"], None),
     "sup_simclr": (train, [*LABELLED, "--epochs", "1"], None),
-    "sup_linear": (train, [*LABELLED, "--epochs", "1"], "sup_simclr"),
-    "cocsr_dict": (train_cocsr, [*SHIFTED, *SPARSE, *"--sr_dict_size 24 --ini_sr_dict_train".split()], "simclr_CSI"),
-    "ood_pre_refmix": (evaluate, [*SHIFTED, *"--ood_score CSI knn ocsvm --ood_samples 2".split()], "simclr_CSI"),
-    "ood_pre_cocsr_refmix": (evaluate, [*SHIFTED, *SPARSE[2:], "--ood_samples", "2"], "cocsr_dict"),
-    "ood_pre_multi_sr": (evaluate, [*SHIFTED, *"--sr_dict_size 16 --sr_fit_steps 10".split()], "simclr_CSI"),
-    "rot_trans, evaluated": (evaluate, PLAIN, "rot_trans"),
-    "test_acc": (evaluate, LABELLED, "sup_linear"),
-    "ood_pre_tsne_dict": (tsne, [*SHIFTED, *SPARSE[2:], "--tsne_points", "20"], "cocsr_dict"),
+    "sup_linear": (train, [*LABELLED, "--epochs", "1"], "--load_path sup_simclr"),
+    "cocsr_dict": (
+        train_cocsr,
+        [*SHIFTED, *SPARSE, *"--sr_dict_size 24 --ini_sr_dict_train".split()],
+        "--resume_path simclr_CSI",
+    ),
+    "simclr_CSI, continued": (train, [*SHIFTED, *"--epochs 3 --suffix more".split()], "--resume_path simclr_CSI"),
+    "ood_pre_refmix": (
+        evaluate,
+        [*SHIFTED, *"--ood_score CSI knn ocsvm --ood_samples 2".split()],
+        "--load_path simclr_CSI",
+    ),
+    "ood_pre_cocsr_refmix": (evaluate, [*SHIFTED, *SPARSE[2:], "--ood_samples", "2"], "--load_path cocsr_dict"),
+    "ood_pre_multi_sr": (
+        evaluate,
+        [*SHIFTED, *"--sr_dict_size 16 --sr_fit_steps 10".split()],
+        "--load_path simclr_CSI",
+    ),
+    "rot_trans, evaluated": (evaluate, PLAIN, "--load_path rot_trans"),
+    "test_acc": (evaluate, LABELLED, "--load_path sup_linear"),
+    "ood_pre_tsne_dict": (tsne, [*SHIFTED, *SPARSE[2:], "--tsne_points", "20"], "--load_path cocsr_dict"),
 }
 
 
@@ -309,8 +323,9 @@ class Commands:
         script, flags, start = COMMANDS[name]
         flags = [*flags, "--mode", name.split(",")[0], "--device", self.device]
         if start:
+            flag, start = start.split()
             self(start)
-            flags += ["--resume_path" if script is train_cocsr else "--load_path", str(self.folders[start])]
+            flags += [flag, str(self.folders[start])]
         if script in (train, train_cocsr):
             flags += ["--log_root", str(self.logs)]
         before = set(self.logs.rglob("*"))
@@ -358,9 +373,17 @@ def test_a_command_on_the_gpu_finds_what_the_cpu_finds(name, on_cpu, on_gpu_with
     assert on_gpu_with_images(name) == pytest.approx(on_cpu(name), rel=1e-3, abs=2e-3) and on_cpu(name)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["simclr_CSI", "sup_simclr", "cocsr_dict", "ood_pre_refmix", "ood_pre_cocsr_refmix"])
 def test_and_so_it_does_where_images_stay_in_host_memory(name, on_cpu, on_gpu_without_images):
     assert on_gpu_without_images(name) == pytest.approx(on_cpu(name), rel=1e-3, abs=2e-3)
+
+
+def test_pictures_that_are_decoded_while_training_runs(tmp_path):
+    photographs(tmp_path / "data", {"one_class_train/acorn": 5, "one_class_train/tank": 4})
+    flags = "--mode simclr_CSI --dataset imagenet --one_class_idx 0 --model resnet8 --image_size 16 --epochs 1".split()
+    places = ["--data_path", str(tmp_path / "data"), "--log_root", str(tmp_path / "logs")]
+    with FakeGpu():
+        assert not train.main([*flags, *SHIFT, *places, "--batch_size", "4", "--num_worker", "0", "--device", "auto"])
 
 
 # ------------------------------------------------------------------------------------------------ with a real GPU
