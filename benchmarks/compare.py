@@ -200,3 +200,5 @@ def wait(device: torch.device) -> None:
     """Return when the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

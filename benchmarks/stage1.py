@@ -23,13 +23,18 @@ _K = len(_SHIFTS)
 
 
 def part(
-    device: torch.device, model: str = "resnet8", images: int = 64, compiled: bool = False, bf16: bool = False
+    device: torch.device,
+    model: str = "resnet8",
+    images: int = 64,
+    compiled: bool = False,
+    bf16: bool = False,
+    on_gpu: int = 512,
 ) -> Part:
-    """One step on 10 views of each of `images` images of 32 pixels, more of them on a GPU.
+    """One step on 10 views of each of `images` images of 32 pixels, or of `on_gpu` images on a GPU.
 
     bf16: both sides by autocast.
     """
-    images = max(images, 512) if device.type == "cuda" else images
+    images = on_gpu if device.type == "cuda" else images
     amp = autocast("bf16" if bf16 else "off", device)
     g = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8, generator=g)

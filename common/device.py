@@ -44,10 +44,10 @@ def memory_errors(remedy: str) -> Iterator[None]:
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is a GPU where there is one.
+    """The device that tensors report: `cuda` is the current GPU with its number. `auto` is a GPU where there is one.
 
     local_rank: of one of several processes, each of which takes the GPU of that number.
-    Raises: UserError where the named device is unknown or absent.
+    Raises: UserError where the named device is unknown, absent or cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,15 +62,23 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: this machine has no usable CUDA GPU; use --device cpu or auto")
-        # Two runs on one device shall agree, hence no convolution that adds in changing order.
-        torch.backends.cudnn.deterministic = True
         if device.index is not None and device.index >= torch.cuda.device_count():
             raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+        # Two runs on one device shall agree, hence no convolution that adds in changing order.
+        torch.backends.cudnn.deterministic = True
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has none; use --device cpu or auto")
     elif device.type not in ("cpu", "mps"):
         raise UserError(f"--device {name}: not supported; use auto, cpu, cuda or cuda:N")
-    return device
+    try:
+        device = torch.empty(0, device=device).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Of which torch answers where it is not told a device.
+        return device
+    except RuntimeError as error:
+        raise UserError(
+            f"--device {name}: it cannot be used ({str(error).splitlines()[0]}); use --device cpu"
+        ) from None
 
 
 def autocast(amp: str, device: torch.device) -> Amp:

@@ -155,10 +155,22 @@ def _entries(job: Job, record: Record, methods: Sequence[str]) -> Iterator[Entry
             continue
         try:
             found, scores = step.result(score)
-            yield Entry(method, score, job.one_class_idx, job.seed, float(found["mean"]), scores, found["device"])
+            images = found.get("data", {}).get(found["dataset"], {}).get("fingerprint", "")
+            mean, device = float(found["mean"]), found["device"]
+            yield Entry(method, score, job.one_class_idx, job.seed, mean, scores, device, images)
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = error if isinstance(error, OSError) else f"a result_*.json in {step.folder} cannot be read"
             raise UserError(f"--out: {why}; remove {job.file}, and the job looks again") from None
+
+
+def _same_images(entries: Sequence[Entry]) -> None:
+    """Raises: UserError where some evaluations saw other test images than the rest: they make no table together."""
+    of = {entry.images: f"class {entry.one_class_idx}, seed {entry.seed}" for entry in entries if entry.images}
+    if len(of) > 1:
+        raise UserError(
+            f"--data_path: the test images changed between jobs of this sweep ({'; '.join(of.values())} have different"
+            " ones); put the former ones back, or give another --out"
+        )
 
 
 def _classes(text: str) -> list[int]:
@@ -255,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes = {"epochs": f"{options.epochs} + {options.more}", "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
+        _same_images(entries)
         comparable = set(classes) >= set(range(recipe.classes)) and first.superclasses == "published"
         table = write_tables(
             out,

@@ -20,7 +20,8 @@ _LEVELS = (2.5, 97.5)
 @dataclass(frozen=True)
 class Entry:
     """One evaluation. mean: AUROC in [0, 1], over the other classes. scores: CSV with index, label and score of every
-    test image. score: what the published tables know the method by."""
+    test image. score: what the published tables know the method by. images: fingerprint of the test images, "" where it
+    is not known."""
 
     method: str
     score: str
@@ -29,6 +30,7 @@ class Entry:
     mean: float
     scores: Path
     device: str
+    images: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
+from common.errors import RunStopped
 from tests.conftest import ROOT, SHIFT, TINY
 from tests.datasets.test_pictures import photographs
 
@@ -154,3 +156,18 @@ def test_metrics_of_a_run_that_was_stopped_have_every_epoch_once(tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
     assert not [p for p in os.listdir(folder) if p.endswith(".tmp")]
+
+
+def test_batches_that_do_not_fit_shared_memory_are_reported_before_torch_waits(streamed, tmp_path, monkeypatch):
+    import datasets.pictures as pictures
+
+    args, _ = streamed
+    room = 2 * 3 * 3 * 16 * 16  # a batch: two copies of three images
+    monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * room - 1))
+    with pytest.raises(RunStopped, match="--num_worker 0"):
+        pictures._check_shared_memory(room, 2)
+    pictures._check_shared_memory(room, 0)
+    assert train.main([*args, "--log_root", str(tmp_path)]) == 1
+    monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * room))
+    pictures._check_shared_memory(room, 2)
+    assert train.main([*args, "--log_root", str(tmp_path)]) == 0

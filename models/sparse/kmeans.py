@@ -44,9 +44,9 @@ def kmeans(
     steps. The best of several starts where a set is small. Clusters without points go on from the farthest points. A
     set of fewer than M different points has centres that coincide or serve no point; none is NaN.
 
-    generator: on the CPU it gives the same draws on every device; one on the device of x saves small copies. Its draws
-    are used set by set: set after set in calls of one each gives the same as all in one. block: elements of the block
-    of scores, N x M at most, which is what memory must hold beside two copies of one set.
+    generator: one on the CPU, so that it gives the same draws on every device. Its draws are used set by set: set after
+    set in calls of one each gives the same as all in one. block: elements of the block of scores, N x M at most, which
+    is what memory must hold beside two copies of one set.
 
     Distances are compared as x'c - |c|^2 / 2 on centred and scaled points, so that units and offsets do not matter. On
     a CPU with bfloat16 products the rounds before Lloyd use them where they are good enough.
@@ -88,7 +88,7 @@ def _one_set(x: Tensor, centres: int, generator: Generator, tol: float, steps: i
 
 def _one_start(points: "_Points", centres: int, generator: Generator, tol: float, steps: int, rounds: int) -> Tensor:
     x = points.x
-    order = torch.randperm(len(x), generator=generator, device=generator.device)
+    order = torch.randperm(len(x), generator=generator)
     some = _Points(x[order[: _SEEN * centres].to(x.device)], points.block)
     c, away = _start(some, centres, generator)
     rough = points
@@ -215,7 +215,7 @@ def _start(points: _Points, centres: int, generator: Generator) -> tuple[Tensor,
         proposed = _draw(away, _SPARE * batch, generator)
         y = x[proposed]
         between = (square[proposed, None] + square[proposed] - 2 * y @ y.T).clamp_(min=0).fill_diagonal_(0)
-        uniform = torch.rand(batch, len(y), generator=generator, device=generator.device, dtype=torch.float64)
+        uniform = torch.rand(batch, len(y), generator=generator, dtype=torch.float64)
         race = -uniform.to(x).log_().clamp_(max=-1e-30) * away[proposed].clamp_min(1e-30)
         left, taken = away[proposed], []
         for j in range(batch):
@@ -229,9 +229,11 @@ def _start(points: _Points, centres: int, generator: Generator) -> tuple[Tensor,
 
 def _draw(weight: Tensor, count: int, generator: Generator) -> Tensor:
     """`count` indices, with replacement, in proportion to weights >= 0; any where all are 0."""
-    uniform = torch.rand(count, generator=generator, device=generator.device, dtype=torch.float64)
-    total = weight.double().cumsum(0)
-    return torch.searchsorted(total, uniform.to(weight.device) * total[-1], right=True).clamp_(max=len(weight) - 1)
+    uniform = torch.rand(count, generator=generator, dtype=torch.float64)
+    # On the CPU: sums along a CUDA tensor come in changing order, and Apple's GPUs have no float64.
+    total = weight.cpu().double().cumsum(0)
+    chosen = torch.searchsorted(total, uniform * total[-1], right=True).clamp_(max=len(weight) - 1)
+    return chosen.to(weight.device)
 
 
 def _sums(values: Tensor, labels: Tensor, count: int) -> Tensor:

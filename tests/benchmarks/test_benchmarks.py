@@ -1,18 +1,21 @@
 """What benchmarks compare is compared here at small sizes, and how they count; nothing is timed."""
 
+import contextlib
 import multiprocessing
 import os
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.__main__ as table
-from benchmarks import augmentation, coding, compare, dictionary, growth, stage1
+from benchmarks import augmentation, coding, compare, dictionary, floors, growth, stage1
 from benchmarks.ceilings import Ceilings
 from benchmarks.floors import ByteCounter, convolutions
 
@@ -107,6 +110,31 @@ def test_convolutions_have_a_part_of_the_time_and_the_operations_of_their_formul
     # Forward, and the gradient of the weights; the input needs none.
     assert work == 2 * (2 * 5 * 8 * 36 * 4 * 9)
     assert 0 < spent < all_
+
+
+def test_on_a_gpu_the_time_of_convolutions_is_that_of_their_kernels_counted_once(monkeypatch):
+    """The profiler tells a kernel's time twice: of the operation that launched it, and of the kernel."""
+
+    def event(key, kind, microseconds):
+        return SimpleNamespace(key=key, device_type=kind, self_device_time_total=microseconds)
+
+    cpu, cuda = DeviceType.CPU, DeviceType.CUDA
+    events = [event("aten::cudnn_convolution", cpu, 300), event("aten::add_", cpu, 700)]
+    events += [event("sm80_xmma_fprop", cuda, 300), event("elementwise_kernel", cuda, 700)]
+    record = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(floors, "profile", lambda use_device: contextlib.nullcontext(record))
+    monkeypatch.setattr(floors, "wait", lambda device: None)
+    x = torch.ones(2, 2)
+    spent, all_, _ = convolutions(lambda: x @ x, torch.device("cuda", 0))
+    assert (spent, all_) == pytest.approx((3e-4, 1e-3))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_timing_waits_for_a_gpu(kind, monkeypatch):
+    said = []
+    monkeypatch.setattr(getattr(torch, kind), "synchronize", lambda *device: said.append("waited"))
+    compare.timed(lambda: said.append("ran"), torch.device(kind, 0))
+    assert said == ["waited", "ran", "waited"]
 
 
 def failing(device: torch.device) -> compare.Part:

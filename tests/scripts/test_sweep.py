@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from common.errors import UserError
 from evals.detection import mean_aurocs, resampled
 from scripts import jobs
 from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, steps_of
-from scripts.sweep import main
+from scripts.sweep import _same_images, main
 from scripts.tables import Entry, summarise
 from tests.conftest import ROOT
 from tests.scripts.test_sweeps import options
@@ -272,3 +273,10 @@ def test_a_sweep_that_is_asked_to_stop_passes_it_on_and_goes_on_through_submitit
     assert "continuing after epoch" in log.read_text()
     record = json.loads((tmp_path / "jobs" / "class_5_seed_0.json").read_text())
     assert all(step["done"] for step in record["steps"].values())
+
+
+def test_evaluations_of_different_images_make_no_table_together(tmp_path):
+    entries = [Entry("CSI", "CSI", 0, seed, 0.9, tmp_path, "cpu", images) for seed, images in enumerate("ab")]
+    with pytest.raises(UserError, match="--data_path: .*class 0, seed 0; class 0, seed 1"):
+        _same_images(entries)
+    _same_images([*entries[:1] * 2, Entry("CSI", "CSI", 1, 0, 0.9, tmp_path, "cpu")])

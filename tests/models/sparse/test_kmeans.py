@@ -6,6 +6,7 @@ from torch import Tensor
 from common.seed import generator
 from models.sparse import kmeans as module
 from models.sparse.kmeans import kmeans
+from tests.fake_gpu import FakeGpu, in_changing_order
 
 
 def correlated(n: int = 600, features: int = 24, sets: int = 1, seed: int = 0) -> Tensor:
@@ -215,3 +216,15 @@ def test_points_are_drawn_in_proportion_to_their_weights():
     torch.testing.assert_close(drawn / 20_000, weight / 10, atol=0.01, rtol=0)
     assert drawn[[0, 2, 5]].sum() == 0
     assert len(module._draw(torch.zeros(4), 10, generator(0, "test"))) == 10  # any, where there is nothing to choose by
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+@pytest.mark.parametrize("centres", [20, 60])
+def test_on_a_gpu_every_sum_has_its_order_and_nothing_is_float64(kind, centres, monkeypatch):
+    """And the centres are those of the CPU, whose k-means here looks at no scores in bfloat16 either."""
+    monkeypatch.setattr(module, "_has_fast_bfloat16", lambda device: False)
+    x = correlated(400, sets=2)
+    with FakeGpu(kind, forbidden=in_changing_order) as gpu:
+        found = run(x.to(gpu.device), centres)
+        assert found.device == gpu.device
+    torch.testing.assert_close(found, run(x, centres), atol=1e-5, rtol=0)
