@@ -33,3 +33,11 @@ def test_mean_is_over_sets_and_pooled_over_images():
 
 def test_quantiles_go_by_tens():
     assert quantile_line(np.arange(101.0)) == "0 10 20 30 40 50 60 70 80 90 100  mean 50"
+
+
+def test_other_sets_are_told_apart_and_count_only_where_there_are_no_classes():
+    normal, low, high = np.array([1.0]), np.array([0.0]), np.array([2.0, 3.0, 4.0])
+    both = detect(normal, {"class": low}, {"other": high})
+    assert both.aurocs == {"class": 1.0, "other": 0.0} and (both.mean, both.pooled, both.n_out) == (1.0, 1.0, 1)
+    alone = detect(normal, {}, {"a": low, "b": high})
+    assert (alone.mean, alone.pooled, alone.n_out) == (0.5, 0.25, 4)
