@@ -287,7 +287,6 @@ def processes(device: str) -> Iterator[World]:
         return
     backend = "gloo"
     if kind.type == "cuda":
-        torch.cuda.set_device(kind)
         backend = "cpu:gloo,cuda:nccl"
     with _told_waiting(world):
         store = _store(world)

@@ -205,7 +205,11 @@ class Run:
             _keep_rows(self.folder / "metrics.jsonl", self.state["epoch"] if self.state else 0)
             self._metrics = (self.folder / "metrics.jsonl").open("a", buffering=1)
         except OSError as error:
+            self.close()
             raise UserError(f"--log_root: cannot write to {self.folder} ({error.strerror})") from None
+        except UserError:
+            self.close()
+            raise
         for line in self.flags.tell_unread():
             self.say(line)
 

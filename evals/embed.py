@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.dist import ALONE, World
-from common.errors import UserError
+from common.errors import RunStopped, UserError
 from common.files import write_whole
 from common.flags import Flags
 from common.seed import seed_of
@@ -121,12 +121,17 @@ def _read_facts(path: Path) -> Any:
 def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str, facts: Mapping[str, Any]) -> None:
     """Embed all groups together, t-SNE with seed 0, and write a scatter plot. groups: name in `_STYLE` -> (n, F).
 
-    facts: what the picture depends on, which is kept in its file.
+    facts: what the picture depends on, which is kept in its file. Raises: RunStopped where all points are equal.
     """
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     everything = np.concatenate(list(groups.values()))
+    if (everything == everything[0]).all():  # t-SNE would end the interpreter
+        raise RunStopped(
+            f"{title}: all {len(everything)} points are equal, there is nothing to draw. Codes that are all zero come of"
+            " training with too high a --sr_lambda"
+        )
     perplexity = min(30.0, (len(everything) - 1) / 3)
     points = TSNE(random_state=0, perplexity=perplexity, init="pca").fit_transform(everything)
     figure = Figure(figsize=(8, 7), layout="constrained")

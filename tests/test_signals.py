@@ -170,4 +170,5 @@ def test_batches_that_do_not_fit_shared_memory_are_reported_before_torch_waits(s
     assert train.main([*args, "--log_root", str(tmp_path)]) == 1
     monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=5 * room))
     pictures._check_shared_memory(room, 2)
+    monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     assert train.main([*args, "--log_root", str(tmp_path)]) == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tsne
+from common.errors import RunStopped
 from evals import embed
 from evals.subject import Subject
 from tests.conftest import SHIFT, TINY
@@ -61,3 +62,11 @@ def test_no_more_points_than_are_asked_for_the_same_by_seed(drawn):
     assert [len(x) for x in first.values()] == [20, 20, 20]
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["anomalous test"], other["anomalous test"])
+
+
+def test_points_that_are_all_equal_end_in_one_line(tmp_path):
+    """scikit-learn's t-SNE ends the interpreter by a segmentation fault."""
+    groups = {"normal test": np.zeros((6, 4)), "normal training": np.zeros((3, 4))}
+    with pytest.raises(RunStopped, match="all 9 points are equal.*--sr_lambda"):
+        embed.draw_tsne(groups, tmp_path / "a.png", title="shift 0", facts={})
+    assert not list(tmp_path.iterdir())
