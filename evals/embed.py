@@ -129,8 +129,8 @@ def draw_tsne(groups: dict[str, np.ndarray], path: Path, *, title: str, facts: M
     everything = np.concatenate(list(groups.values()))
     if (everything == everything[0]).all():  # t-SNE would end the interpreter
         raise RunStopped(
-            f"{title}: all {len(everything)} points are equal, there is nothing to draw. Codes that are all zero come of"
-            " training with too high a --sr_lambda"
+            f"{title}: all {len(everything)} points are equal, there is nothing to draw. Codes that are all zero come"
+            " of training with too high a --sr_lambda"
         )
     perplexity = min(30.0, (len(everything) - 1) / 3)
     points = TSNE(random_state=0, perplexity=perplexity, init="pca").fit_transform(everything)
