@@ -328,7 +328,7 @@ def _same_data(before: dict[str, Any] | None, now: dict[str, Any] | None, folder
     known = [name for name in now if name in before and before[name] and now[name]]
     changed = [name for name in known if before[name] != now[name]]
     if changed:
-        told = {"fingerprint": "their content"}
+        told = {"fingerprint": "their content", "classes": "their classes"}
         what = ", ".join(told.get(name, f"{name} {before[name]}, now {now[name]}") for name in changed)
         raise UserError(
             f"--data_path: the training images changed since the run in {folder} began ({what}); put the former ones"

@@ -61,21 +61,24 @@ class Split:
     def check_trained(self, trained: Mapping[str, Any], path: Path, *, flag: str) -> None:
         """Compare what is normal here with the `facts` of the images that weights were trained on; none known: fits.
 
-        A line tells of another data set. Raises: UserError where it is the same one and the class is another.
+        A line reports another data set, and one class against all classes. Raises: UserError where the data set is the
+        same and the normal class, or the set of classes, is another.
         """
         if not trained:
             return
         here, there = self.class_name, trained["class_name"]
+        was = "all classes" if there is None else f"class {there!r}"
         if trained["dataset"] != self.dataset:
-            on = "all classes" if there is None else f"class {there!r}"
-            print(f"note: {path} was trained on {trained['dataset']}, {on}; here it is {self.dataset}")
-        elif here is not None and there is not None and here != there:
+            print(f"note: {path} was trained on {trained['dataset']}, {was}; here it is {self.dataset}")
+        elif (here is None) != (there is None):
+            print(f"note: {path} was trained on {was}; normal here: {self.normal_title}")
+        elif here != there:
             remedy = f"give another --{flag} or --data_path"
             if there in self.class_names:
                 remedy = f"give --one_class_idx {shlex.quote(there)}"
             own = f"class {self.one_class_idx} is {here!r}"
-            raise UserError(f"--one_class_idx: {path} was trained on class {there!r}, and here {own}; {remedy}")
-        elif here is None and there is None and trained["classes"] != self.facts(_NO_IMAGES)["classes"]:
+            raise UserError(f"--one_class_idx: {path} was trained on {was}, and here {own}; {remedy}")
+        elif here is None and trained["classes"] != self.facts(_NO_IMAGES)["classes"]:
             raise UserError(
                 f"--data_path: {path} was trained on other classes ({_listed(trained['classes'])}) than there are here"
                 f" ({_listed(self.class_names[: self.n_classes])}); give it the same ones"

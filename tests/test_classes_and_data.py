@@ -105,6 +105,8 @@ def test_weights_of_all_classes_are_for_the_same_ones(ships, grown, tmp_path, ca
     assert train.main(of(data, *args)) == 0
     (run,) = (tmp_path / "l").iterdir()
     assert evaluate.main([*SMALL, "--data_path", str(data), "--load_path", str(run)]) == 0
+    assert evaluate.main([*SMALL, "--data_path", str(data), "--load_path", str(run), "--one_class_idx", "1"]) == 0
+    assert "was trained on all classes; normal here: class 1 (ship)" in capsys.readouterr().out
     code = evaluate.main([*SMALL, "--data_path", str(grown), "--load_path", str(run)])
     assert "(dog, ship)" in refused(capsys, code, "--data_path", "(cat, dog, ship)")
 
@@ -201,7 +203,7 @@ def test_a_run_from_before_images_were_recorded_ends_in_no_traceback(interrupted
 def test_a_class_that_was_added_does_not_end_a_resumed_run_in_a_traceback(interrupted, capsys):
     data, args, _ = interrupted
     fill(data, {"train/another": 3})
-    refused(capsys, train.main([*args, "--data_path", str(data)]), "--data_path", "classes ['good'], now")
+    refused(capsys, train.main([*args, "--data_path", str(data)]), "--data_path", "their classes")
 
 
 def test_scores_fitted_to_other_images_are_told(ships, tmp_path, capsys):

@@ -84,7 +84,8 @@ def test_shares_cover_a_batch_once(batch, size):
 
 def test_the_launcher_says_which_process_this_is():
     assert World.of({}) == World() and World().first
-    assert World.of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == World(3, 8, 1)
+    address = {"MASTER_ADDR": "first", "MASTER_PORT": "29400"}
+    assert World.of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **address}) == World(3, 8, 1)
     for env in ({"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}):
         with pytest.raises(UserError, match="torchrun"):
             World.of(env)
