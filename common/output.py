@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 class _Safe:
-    """A text stream; what its encoding lacks is escaped, and after a failed write the rest is dropped."""
+    """A text stream; what its encoding lacks is escaped, and what cannot be written is dropped."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -20,21 +20,12 @@ class _Safe:
             encoding = self._stream.encoding or "ascii"
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError):  # ValueError: closed
-            self._drop()
+            pass
         return len(text)
 
     def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._drop()
-
-    def _drop(self) -> None:
-        """Send what is buffered, and all that follows, nowhere."""
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -15,7 +15,7 @@ import train
 import train_cocsr
 import tsne
 from common.files import load_tensors, read_facts
-from common.run import Run
+from common.run import Run, epoch_of
 from tests.conftest import SHIFT, TINY
 from tests.test_commands import refused
 
@@ -109,6 +109,24 @@ def test_weights_of_all_classes_are_for_the_same_ones(ships, grown, tmp_path, ca
     assert "was trained on all classes; normal here: class 1 (ship)" in capsys.readouterr().out
     code = evaluate.main([*SMALL, "--data_path", str(grown), "--load_path", str(run)])
     assert "(dog, ship)" in refused(capsys, code, "--data_path", "(cat, dog, ship)")
+
+
+def test_training_goes_on_with_the_same_classes_only(ships, tmp_path, capsys):
+    """Whose number is the same, so that no head is of the wrong size."""
+    data, stage1, _ = ships
+    shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "dog").rename(tmp_path / "data" / split / "tug")
+    logs = ["--log_root", tmp_path / "l"]
+    longer = of(tmp_path / "data", "--mode", "simclr_CSI", "--resume_path", stage1, "--epochs", 3, *logs)
+    refused(capsys, train.main([*longer, "--one_class_idx", "1"]), "--one_class_idx ship", "1 is 'tug'")
+    common = [*SMALL, "--epochs", "1", "--error_step", "0", "--log_root", str(tmp_path / "l")]
+    assert train.main([*common, "--mode", "sup_simclr", "--data_path", str(data)]) == 0
+    (start,) = (tmp_path / "l").iterdir()
+    heads = [*common, "--mode", "sup_linear", "--load_path", str(start)]
+    code = train.main([*heads, "--data_path", str(tmp_path / "data")])
+    assert "(ship, tug)" in refused(capsys, code, "--data_path", "(dog, ship)")
+    assert train.main([*heads, "--data_path", str(data)]) == 0
 
 
 def test_a_class_may_be_given_by_name_and_an_unknown_one_is_refused(ships, tmp_path, capsys):
@@ -243,6 +261,24 @@ def test_weights_of_an_earlier_epoch_are_of_that_epoch(tmp_path, capsys):
         code = evaluate.main([*TINY, "--load_path", str(run / f"{name}.model"), "--out", str(tmp_path / name)])
         (result,) = (tmp_path / name).glob("result_*.json")
         assert code == 0 and json.loads(result.read_text())["epochs"] == epoch
+
+
+def test_the_epoch_of_weights_without_facts_is_that_of_the_state_saved_with_them(tmp_path):
+    """As version 0.1 wrote them."""
+    for name, epoch in (("last", 9), ("previous", 7)):
+        torch.save({"w": torch.ones(1)}, tmp_path / f"{name}.model")
+        torch.save({"epoch": epoch}, tmp_path / f"{name}.resume")
+        torch.save({"w": torch.ones(1)}, tmp_path / f"{name}.cocsr_model")
+        torch.save({"epoch": epoch + 10}, tmp_path / f"{name}.cocsr_resume")
+    torch.save({"w": torch.ones(1)}, tmp_path / "other.model")
+    found = {path.name: epoch_of(path, flag="load_path") for path in tmp_path.glob("*model")}
+    assert found == {
+        "last.model": 9,
+        "previous.model": 7,
+        "last.cocsr_model": 19,
+        "previous.cocsr_model": 17,
+        "other.model": None,
+    }
 
 
 def test_a_finished_run_names_the_way_to_train_for_longer(tmp_path, capsys):

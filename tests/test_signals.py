@@ -19,6 +19,9 @@ from tests.datasets.test_pictures import photographs
 # A step in which the process sends itself a signal, or its whole group.
 SENDS = """
 import os, signal, sys, training.loop as loop, train
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    signal.signal(number, signal.{before})
+signal.signal(signal.SIGINT, signal.default_int_handler)
 real = loop.descend
 def descend(recipe, batch, world):
     if (batch.epoch, batch.step) == (2, 0):
@@ -29,8 +32,9 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def sent(name: str, args: list[str], *, group: bool) -> subprocess.CompletedProcess:
-    code = SENDS.format(send="killpg" if group else "kill", whom="getpgrp" if group else "getpid", name=name)
+def sent(name: str, args: list[str], *, group: bool, before: str = "SIG_DFL") -> subprocess.CompletedProcess:
+    send, whom = ("killpg", "getpgrp") if group else ("kill", "getpid")
+    code = SENDS.format(send=send, whom=whom, name=name, before=before)
     command = [sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120)
 
@@ -70,11 +74,7 @@ def test_a_signal_to_the_process_saves(name, tmp_path):
 
 def test_what_is_ignored_from_the_start_stays_ignored(tmp_path):
     """As under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        ended = sent("SIGHUP", [*TINY, "--epochs", 2, "--log_root", tmp_path], group=False)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    ended = sent("SIGHUP", [*TINY, "--epochs", 2, "--log_root", tmp_path], group=False, before="SIG_IGN")
     assert ended.returncode == 0 and ended.stderr == ""
 
 
@@ -172,3 +172,20 @@ def test_batches_that_do_not_fit_shared_memory_are_reported_before_torch_waits(s
     pictures._check_shared_memory(room, 2)
     monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
     assert train.main([*args, "--log_root", str(tmp_path)]) == 0
+
+
+def test_a_second_interrupt_ends_at_once_unless_a_launcher_passed_the_first_one_on(monkeypatch):
+    import common.signals as signals
+
+    now = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    with signals.stop_signals() as stop:
+        assert stop() == 0
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 0.5
+        signal.raise_signal(signal.SIGINT)
+        assert stop() == signal.SIGINT
+        now[0] += 10
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) != signal.SIG_IGN

@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import eval as evaluate
 import evals.report as report
 import train
 import tsne
+from evals.writing import place_for, read_json
 from tests.conftest import SHIFT, TINY
 from tests.test_commands import refused
 
@@ -45,6 +47,33 @@ def test_results_of_other_settings_keep_names_of_their_own(run):
     assert len(names(run, "scores")) == len(names(run))
     # What another score asks for is no setting of this one.
     assert len(evaluated("--ood_score", "CSI", "knn", "--knn_k", 3)) == 5 + 1
+
+
+def test_results_of_another_class_keep_names_of_their_own(run):
+    """Of weights that do not know theirs."""
+    torch.save(torch.load(run / "last.model", weights_only=True), run / "last.model")
+    for idx, count in (("3", 1), ("4", 2), ("3", 2)):
+        assert (
+            evaluate.main([*TINY, *SHIFT, "--load_path", str(run), "--one_class_idx", idx, "--ood_score", "knn"]) == 0
+        )
+        assert len(names(run)) == count
+
+
+def test_only_the_name_may_tell_two_classes_apart(tmp_path):
+    """The same images and number, another name."""
+    facts = {"checkpoint": str(tmp_path / "last.model"), "dataset": "folder", "class_name": "ship", "seed": 0}
+    facts |= {"settings": {}, "data": {}}
+    path = place_for(tmp_path, "result_a", ".json", facts, read_json)
+    path.write_text(json.dumps(facts))
+    assert place_for(tmp_path, "result_a", ".json", facts, read_json) == path
+    assert place_for(tmp_path, "result_a", ".json", facts | {"class_name": "boat"}, read_json) != path
+
+
+def test_what_a_killed_evaluation_was_writing_goes(run):
+    left = run / ".result_ood_pre_CSI.json.0123456789ab.tmp"
+    left.touch()
+    assert evaluate.main([*TINY, *SHIFT, "--load_path", str(run)]) == 0
+    assert not left.exists()
 
 
 def test_results_of_other_images_keep_names_of_their_own(stage1, tmp_path):
@@ -104,6 +133,10 @@ def test_results_go_elsewhere_and_two_checkpoints_stay_apart_there(run, tmp_path
     again = shutil.copytree(run, tmp_path / "another")
     assert evaluate.main([*TINY, *SHIFT, "--load_path", str(again), "--out", str(out)]) == 0
     assert len(names(out)) == 3
+    # A run of the same name elsewhere is another one, too.
+    twin = shutil.copytree(run, tmp_path / "seed_1" / "run")
+    assert evaluate.main([*TINY, *SHIFT, "--load_path", str(twin), "--out", str(out)]) == 0
+    assert len(names(out)) == 4
     (tmp_path / "file").touch()
     code = evaluate.main([*TINY, *SHIFT, "--load_path", str(run), "--out", str(tmp_path / "file" / "o")])
     refused(capsys, code, "--out")
