@@ -54,6 +54,7 @@ def test_more_processes_than_gpus_are_reported_by_the_first(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("common.dist.pick_device", lambda *args: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("common.dist._store", lambda world: pytest.fail("it joins the others"))
     with pytest.raises(UserError, match=r"2 processes here, but 1 GPU"), processes("cuda"):
         pass
 
