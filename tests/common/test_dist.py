@@ -2,6 +2,7 @@
 
 import errno
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,7 @@ def test_who_waits_for_other_processes_says_so(tmp_path):
     args = [*TINY, "--log_root", str(tmp_path)]
     run = subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
+        assert select.select([run.stderr], [], [], 60)[0], "it says nothing"
         assert "waiting for all of 2 processes (WORLD_SIZE in the environment)" in run.stderr.readline()
     finally:
         run.kill()
