@@ -280,3 +280,14 @@ def test_evaluations_of_different_images_make_no_table_together(tmp_path):
     with pytest.raises(UserError, match="--data_path: .*class 0, seed 0; class 0, seed 1"):
         _same_images(entries)
     _same_images([*entries[:1] * 2, Entry("CSI", "CSI", 1, 0, 0.9, tmp_path, "cpu")])
+
+
+def test_a_sweep_whose_jobs_saw_different_images_writes_no_table(tmp_path, monkeypatch, capsys):
+    def entries(job, record, methods):
+        return [Entry("CSI", "CSI", job.one_class_idx, 0, 0.9, tmp_path, "cpu", f"images {job.one_class_idx}")]
+
+    monkeypatch.setattr(Record, "done", lambda self, step: True)
+    monkeypatch.setattr("scripts.sweep._entries", entries)
+    assert main(["digits", "--classes", "0-1", "--methods", "CSI", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "the test images changed" in told and not list(tmp_path.glob("table.*"))
