@@ -195,8 +195,6 @@ def _round(points: _Points, c: Tensor, generator: Generator) -> Tensor:
     costs, gone = missed.topk(pairs, largest=False)
     # Who takes over the points of a centre must not go before it: of two that coincide, one has to stay.
     place = torch.full_like(winner, len(c)).index_copy_(0, gone, torch.arange(pairs, device=c.device))
-    # A centre without points has been given one far away.
-    place = place.masked_fill(_sums(torch.ones_like(away), labels, len(c)) == 0, -1)
     heir = torch.arange(len(c), device=c.device).scatter_reduce_(0, labels, heirs, "amax", include_self=False)
     swap = (gains > costs + points.least) & (place[heir[gone]] >= place[gone])
     new[gone] = torch.where(swap[:, None], y[winner[at]], new[gone])
