@@ -47,7 +47,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def start_workers(start: Callable[[], T]) -> T:
-    """start(), in which processes are forked that hear no signal of `STOP` before `ignore_signals` runs in them."""
+    """start(), in which processes are forked that hear no signal of `STOP` before `obey_later` runs in them."""
     if not hasattr(signal, "pthread_sigmask"):
         return start()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP)
@@ -57,12 +57,13 @@ def start_workers(start: Callable[[], T]) -> T:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def ignore_signals(*_: Any) -> None:
-    """In a process that loads pictures: a signal to the whole group is for the process that trains, which still needs
-    pictures until it has saved, and then ends the others."""
-    for number in STOP:
-        signal.signal(number, signal.SIG_IGN)
-    # What Python sends to processes that are left at its end is this one: not at once, but it is obeyed.
+def obey_later(*_: Any) -> None:
+    """In a process that loads pictures: SIGTERM to the whole group is for the process that trains, which still needs
+    pictures until it has saved, and then ends the others.
+
+    Other signals do nothing there: the handler of `stop_signals` is copied, and torch's loader ignores an interrupt.
+    """
+    # Not for ever: it is also what Python sends to processes that are left at its end.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_LEFT_S))
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)

@@ -29,7 +29,7 @@ from common.errors import RunStopped, UserError
 from common.files import in_turn, remove_leftovers, write_json, write_whole
 from common.progress import progress
 from common.seed import generator
-from common.signals import ignore_signals, start_workers
+from common.signals import obey_later, start_workers
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, tell_skipped
@@ -143,7 +143,7 @@ def _write_pixels(out: BinaryIO, held: dict[str, Any], decoded: Decoded, workers
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_it_is,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=obey_later,
     )
     items = start_workers(lambda: iter(loader))
     try:
@@ -319,7 +319,7 @@ class PictureSet:
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
+            worker_init_fn=obey_later,
         )
         images = max((world.share(len(part)).size for part in parts), default=0)
         _check_shared_memory(count * images * 3 * self.side**2, self.workers)

@@ -116,6 +116,25 @@ def test_an_interrupt_of_an_evaluation_ends_in_one_true_line(script, mode, stage
     assert not (tmp_path / "new").exists()
 
 
+def test_an_interrupt_of_the_group_while_a_cache_is_built_ends_in_one_line_and_leaves_no_part_of_it(streamed, tmp_path):
+    args, _ = streamed
+    code = HEARS + (
+        "import os, sys, datasets.pictures as pictures, train\n"
+        "real = pictures.progress\n"
+        "def progress(items, **settings):\n"
+        "    for n, item in enumerate(real(items, **settings)):\n"
+        "        if n == 2: os.killpg(os.getpgrp(), signal.SIGINT)\n"
+        "        yield item\n"
+        "pictures.progress = progress\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    more = ["--image_cache", str(tmp_path / "cache"), "--log_root", str(tmp_path / "l")]
+    command = [sys.executable, "-c", code, *args, *more]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert ended.returncode == 130 and ended.stderr.count("\n") == 1, ended.stderr
+    assert os.listdir(tmp_path / "cache") == [".lock"] and not (tmp_path / "l").exists()
+
+
 def test_a_process_that_loads_pictures_and_dies_is_reported(streamed, tmp_path):
     args, _ = streamed
     code = (
