@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from common.output import safe_output
+from common.signals import whole_imports
 
 
 class UserError(Exception):
@@ -35,7 +36,7 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
-        with safe_output():
+        with safe_output(), whole_imports():
             try:
                 return main(argv) or 0
             except (UserError, RunStopped, Terminated, KeyboardInterrupt) as error:

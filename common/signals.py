@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -14,8 +15,39 @@ T = TypeVar("T")
 STOP = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # A second interrupt after so many seconds ends at once; before, it is the first one passed on by a launcher.
 _AGAIN_S = 3.0
+# Seconds until an interrupt is tried again.
+_RETRY_S = 0.05
 # Seconds that a process that loads pictures goes on after SIGTERM, if nothing ends it before.
 _LEFT_S = 300
+
+
+@contextlib.contextmanager
+def whole_imports() -> Iterator[None]:
+    """An interrupt that comes during an import takes effect after it, for as long as this lasts.
+
+    Half-way it would be swallowed by some packages, and leave others broken. Where something else than Python's own
+    handler is in place, and outside the main thread, nothing changes.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                again = threading.Timer(_RETRY_S, os.kill, (os.getpid(), number))
+                again.daemon = True
+                again.start()
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

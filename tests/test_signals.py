@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import train
 from common.errors import RunStopped
+from common.signals import whole_imports
 from tests.conftest import ROOT, SHIFT, TINY
 from tests.datasets.test_pictures import photographs
 
@@ -79,6 +81,29 @@ def test_what_is_ignored_from_the_start_stays_ignored(tmp_path):
 
 # Signals that are ignored in a background job of a shell are heard again.
 HEARS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
+def test_an_interrupt_during_an_import_comes_after_it(tmp_path, monkeypatch):
+    """A package that swallows it, as some compiled ones do: nothing would end."""
+    (tmp_path / "swallows.py").write_text(
+        "import signal, time\n"
+        "try:\n    signal.raise_signal(signal.SIGINT); time.sleep(0.2)\n"
+        "except KeyboardInterrupt:\n    pass\n"
+        "whole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), whole_imports():
+            import swallows
+
+            assert swallows.whole
+            time.sleep(5)
+        with pytest.raises(KeyboardInterrupt), whole_imports():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("after", [0.02, 0.5, 1.5])
