@@ -5,4 +5,4 @@ source "$(dirname "$0")/setup.sh" requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"$PYTHON" -m pytest "$@"
+"$PYTHON" -m pytest -n 2 --dist loadfile "$@"

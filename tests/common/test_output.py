@@ -12,7 +12,9 @@ from tests.conftest import ROOT, TINY
 
 
 def started(*args: object, **settings) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdin=subprocess.DEVNULL, **settings)
+    # Unbuffered, nothing would be left for Python to fail over at its end.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, **settings)
 
 
 def test_a_reader_that_goes_away_ends_no_training(tmp_path):
