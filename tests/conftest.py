@@ -1,6 +1,7 @@
 """Shared fixtures. Known answers and real images live beside the project on the team's machines; tests skip without."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,7 @@ def shell():
 
 
 @pytest.fixture(scope="session")
-def stage1(tmp_path_factory) -> Path:
-    """A stage-1 run folder of two epochs on digits."""
+def trained_stage1(tmp_path_factory) -> Path:
     import train
 
     logs = tmp_path_factory.mktemp("logs")
@@ -65,11 +65,23 @@ def stage1(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stage2(stage1) -> Path:
-    """A stage-2 run folder of two more epochs, from `stage1`."""
+def trained_stage2(trained_stage1) -> Path:
     import train_cocsr
 
-    args = [*TINY, *SHIFT, "--resume_path", str(stage1), "--epoch", "4", "--log_root", str(stage1.parent)]
+    logs = trained_stage1.parent
+    args = [*TINY, *SHIFT, "--resume_path", str(trained_stage1), "--epoch", "4", "--log_root", str(logs)]
     args += "--sr_dict_size 24 --sr_lambda 1e-3 --loss_lambda_sr_l1 1e-3 --invert_sr_feature_norm".split()
     assert train_cocsr.main([*args, "--ini_sr_dict_train", "--loss_dict_constr_mode", "1"]) == 0
-    return stage1.parent / "digits_resnet8_unsup_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_one_class_3"
+    return logs / "digits_resnet8_unsup_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_one_class_3"
+
+
+@pytest.fixture(scope="module")
+def stage1(trained_stage1, tmp_path_factory) -> Path:
+    """A stage-1 run folder of two epochs on digits: trained once, a copy for each file of tests."""
+    return shutil.copytree(trained_stage1, tmp_path_factory.mktemp("logs") / trained_stage1.name)
+
+
+@pytest.fixture(scope="module")
+def stage2(trained_stage2, stage1) -> Path:
+    """A stage-2 run folder of two more epochs, beside `stage1`: likewise."""
+    return shutil.copytree(trained_stage2, stage1.parent / trained_stage2.name)
