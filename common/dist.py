@@ -279,8 +279,10 @@ def processes(device: str) -> Iterator[World]:
     with told_once():
         world = World.of(os.environ)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if world.size > 1 and pick_device(device, 0).type == "cuda" and here > torch.cuda.device_count():
-            raise UserError(f"--device {device}: {here} processes here, but {torch.cuda.device_count()} GPU(s)")
+        # Counted, not picked: each process would otherwise take memory of the first GPU as well.
+        gpus = torch.cuda.device_count() if device in ("auto", "cuda") and torch.cuda.is_available() else 0
+        if world.size > 1 and 0 < gpus < here:
+            raise UserError(f"--device {device}: {here} processes here, but {gpus} GPU(s)")
         kind = pick_device(device, world.local_rank if world.size > 1 else None)
     if world.size == 1:
         yield world

@@ -38,14 +38,10 @@ class Split:
         """Of the normal class; None where all are."""
         return None if self.one_class_idx is None else self.class_names[self.one_class_idx]
 
-    def describe(self, label: int) -> str:
-        """A class by number and name, for people: `class 8 (ship)`."""
-        return f"class {label} ({self.class_names[label]})"
-
     @property
     def normal_title(self) -> str:
-        """What is normal, for people."""
-        return "all classes" if self.one_class_idx is None else self.describe(self.one_class_idx)
+        """What is normal, for people: `class 8 (ship)` or `all classes`."""
+        return "all classes" if self.one_class_idx is None else f"class {self.one_class_idx} ({self.class_name})"
 
     def facts(self, data: ImageSet | PictureSet) -> dict[str, Any]:
         """What identifies the training images `data`, in JSON's types: a run and its weights keep it."""

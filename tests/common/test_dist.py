@@ -53,7 +53,8 @@ def test_more_processes_than_gpus_are_reported_by_the_first(monkeypatch):
     """Which has a GPU itself."""
     for name, value in {**ALL, "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("common.dist.pick_device", lambda *args: torch.device("cuda", 0))
+    monkeypatch.setattr("common.dist.pick_device", lambda *args: pytest.fail("it takes memory of a GPU"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("common.dist._store", lambda world: pytest.fail("it joins the others"))
     with pytest.raises(UserError, match=r"2 processes here, but 1 GPU"), processes("cuda"):
