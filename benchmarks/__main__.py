@@ -76,7 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             found.append(apart(compare, PARTS[name], device, repeats=args.repeats, seconds=args.seconds))
             # At once: what follows may not come to its end.
-            print("  ".join(map(": ".join, zip(HEADER, row(found[-1], limits), strict=True))), file=sys.stderr, flush=True)
+            print(
+                "  ".join(map(": ".join, zip(HEADER, row(found[-1], limits), strict=True))), file=sys.stderr, flush=True
+            )
         except Exception as error:  # What the other parts give is not lost for it.
             failed.append(f"{name} ({type(error).__name__}: {error})")
     if args.json:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from common.device import device_name, pick_device, reuse_host_memory
-from common.dist import ALONE, World, processes
+from common.dist import SINGLE, World, processes
 from common.errors import command
 from common.files import save_tensors
 from common.flags import Tables, build_parser, parse
@@ -61,7 +61,7 @@ def step(args: Sequence[str], batch_size: int, world: World) -> Callable[[], obj
 
 def evaluation(args: Sequence[str], images: int, world: World) -> Callable[[], object]:
     """Features and codes of one draw of some images."""
-    recipe, _ = recipe_of(args, ALONE)
+    recipe, _ = recipe_of(args, SINGLE)
     net, data = recipe.model.eval(), recipe.data
     assert isinstance(net, CocsrNet) and isinstance(data, ImageSet)
     flags = parse(_PARTS, build_parser("benchmark", STAGE1, "simclr_CSI", Tables(DATASETS, (), BACKBONES, SHIFTS)))
@@ -70,7 +70,7 @@ def evaluation(args: Sequence[str], images: int, world: World) -> Callable[[], o
 
     def run() -> object:
         own = list(draw_means(cocsr_outputs(net), some, spec, 1, label="evaluation", world=world))
-        return world.collect([block["gap"].cpu() for block in own])
+        return world.all_gather_object([block["gap"].cpu() for block in own])
 
     return run
 
@@ -81,10 +81,10 @@ def measure(device: str, repeats: int, images: int, folder: Path) -> list[list[s
     with processes(device) as world:
         for model in ("resnet8", "resnet18"):
             weights = folder / f"{model}.model"
-            if world.first:
+            if world.is_main:
                 net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=5, seed=0)
                 save_tensors(weights, net.state_dict())
-            world.collect(None)
+            world.all_gather_object(None)
             count = images if model == "resnet8" else images // 4
             common = ["--model", model, "--device", device]
             sparse = [*common, "--mode", "cocsr_dict", "--resume_path", str(weights)]
@@ -94,10 +94,10 @@ def measure(device: str, repeats: int, images: int, folder: Path) -> list[list[s
                 "evaluation": partial(evaluation, sparse, count),
             }
             for name, make in makers.items():
-                one, all_of_them = _in_turns(make(ALONE) if world.first else None, make(world), world, repeats)
+                one, all_of_them = _in_turns(make(SINGLE) if world.is_main else None, make(world), world, repeats)
                 share = f"{one / all_of_them:.2f}"
                 rows.append([f"{name}, {model}", str(count), *(f"{count / t:.1f}" for t in (one, all_of_them)), share])
-        return rows if world.first else []
+        return rows if world.is_main else []
 
 
 def _in_turns(

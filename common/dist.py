@@ -24,14 +24,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.device import pick_device
-from common.errors import RunStopped, UserError, tell
+from common.errors import RunStopped, UserError, report
 
 T = TypeVar("T")
 
 # Longer than any part of a run in which one process works and the others wait for it.
 _PATIENCE = timedelta(minutes=30)
 # Seconds after which the first process says that it waits for others.
-_TELL_S = 15.0
+_REPORT_WAITING_S = 15.0
 # What gloo and nccl say in a process whose partner has gone.
 _GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out|timeout|socket|remote process", re.I)
 
@@ -63,21 +63,21 @@ class World:
         return cls(rank, size, local_rank)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that speaks and writes."""
         return self.rank == 0
 
-    def share(self, batch: int) -> "Share":
+    def shard(self, batch: int) -> "Shard":
         """This process's part of a batch of so many images."""
-        return Share(batch, self)
+        return Shard(batch, self)
 
-    def part(self, items: list[T]) -> list[T]:
+    def shard_list(self, items: list[T]) -> list[T]:
         """This process's part of a list, in order; `collect` of the parts, one after the other, is the list."""
         each, more = divmod(len(items), self.size)
         start = self.rank * each + min(self.rank, more)
         return items[start : start + each + (self.rank < more)]
 
-    def of_first(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first process's value, everywhere."""
         if self.size == 1:
             return value
@@ -85,7 +85,7 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def collect(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """The values of all processes, by rank."""
         if self.size == 1:
             return [value]
@@ -93,14 +93,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Give tensors the values that they have in the first process."""
         if self.size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor.detach(), src=0)
 
     @torch.no_grad()
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add gradients up over all processes, in one message; those that are None must be so everywhere."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.size == 1 or not grads:
@@ -111,7 +111,7 @@ class World:
         torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         """A part of the work whose errors end all processes: the first that has one tells it, the others just end.
 
         Raises: the error, or SystemExit with the exit code that belongs to it.
@@ -124,18 +124,18 @@ class World:
             yield
         except Exception as error:
             failure = error
-        codes = self.collect(None if failure is None else 2 if isinstance(failure, UserError) else 1)
+        codes = self.all_gather_object(None if failure is None else 2 if isinstance(failure, UserError) else 1)
         failed = [(rank, code) for rank, code in enumerate(codes) if code is not None]
         if failed and failure is not None and failed[0][0] == self.rank:
             raise failure
         if failed:
             raise SystemExit(failed[0][1])
 
-    def alike(self, error: Exception, code: int) -> BaseException:
+    def error_on_main(self, error: Exception, code: int) -> BaseException:
         """What to raise where all processes find the same error: the first tells it, the others end with `code`."""
-        return error if self.first else SystemExit(code)
+        return error if self.is_main else SystemExit(code)
 
-    def any_of(self, asked: Callable[[], int]) -> Callable[[], int]:
+    def max_over_ranks(self, asked: Callable[[], int]) -> Callable[[], int]:
         """The largest answer of any process: the same in all, one call late, so that no step waits for it."""
         if self.size == 1:
             return asked
@@ -154,11 +154,11 @@ class World:
         return answer
 
 
-ALONE = World()
+SINGLE = World()
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """One process's part of a batch of `batch` images: p of them in order; past the last one comes the first again.
 
     What comes again is computed in vain, so that all parts are of one size, and left out when parts are joined; only
@@ -166,7 +166,7 @@ class Share:
     """
 
     batch: int
-    world: World = ALONE
+    world: World = SINGLE
 
     @property
     def size(self) -> int:
@@ -174,11 +174,11 @@ class Share:
         return -(-self.batch // self.world.size)
 
     @property
-    def own(self) -> int:
+    def num_real(self) -> int:
         """How many of the p are no repetition."""
         return min(max(self.batch - self.world.rank * self.size, 0), self.size)
 
-    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+    def indices(self, device: torch.device | str = "cpu") -> Tensor:
         """Places in the batch, (p,). With several processes (p + 1,): the last is there to be mixed with."""
         if self.world.size == 1:
             return torch.arange(self.batch, device=device)
@@ -187,10 +187,10 @@ class Share:
 
     def rows(self, blocks: int, device: torch.device | str = "cpu") -> Tensor:
         """Places (R * p,) of its images in R blocks of the whole batch."""
-        own = self.positions(device)[: self.size]
+        own = self.indices(device)[: self.size]
         return (torch.arange(blocks, device=device)[:, None] * self.batch + own).flatten()
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Rows of R blocks, x (R * p, ...), of all processes: (R * B, ...). Gradients flow into the own ones."""
         if self.world.size == 1:
             return x
@@ -199,13 +199,13 @@ class Share:
         parts[self.world.rank] = x
         return torch.cat([part.unflatten(0, (-1, self.size)) for part in parts], 1)[:, : self.batch].flatten(0, 1)
 
-    def sum(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of x over all processes, each of which has summed over its `own` images. Gradients: as `gather`."""
         return x if self.world.size == 1 else _Sum.apply(x)
 
-    def once(self, x: Tensor) -> Tensor:
+    def count_once(self, x: Tensor) -> Tensor:
         """What all processes compute alike, and what only one of them shall add to the gradients."""
-        return x if self.world.first else x.detach()
+        return x if self.world.is_main else x.detach()
 
 
 class _Sum(torch.autograd.Function):
@@ -221,12 +221,12 @@ class _Sum(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _told_waiting(world: World) -> Iterator[None]:
+def _report_waiting(world: World) -> Iterator[None]:
     """A part of the work that waits for other processes: after a while the first says so."""
     text = f"waiting for all of {world.size} processes (WORLD_SIZE in the environment) ..."
-    timer = threading.Timer(_TELL_S, lambda: print(text, file=sys.stderr, flush=True))
+    timer = threading.Timer(_REPORT_WAITING_S, lambda: print(text, file=sys.stderr, flush=True))
     timer.daemon = True
-    if world.first:
+    if world.is_main:
         timer.start()
     try:
         yield
@@ -242,7 +242,7 @@ def _store(world: World) -> dist.Store:
     """
     store, _, _ = next(dist.rendezvous("env://", timeout=_PATIENCE))
     name = uuid.uuid4().hex
-    if not world.first:
+    if not world.is_main:
         store.set(f"asks/{world.rank}", name)
         name = store.get(f"told/{name}").decode()  # waits for it
         store.add(f"met/{name}", 1)
@@ -259,7 +259,7 @@ def _store(world: World) -> dist.Store:
 
 
 @contextlib.contextmanager
-def told_once() -> Iterator[None]:
+def report_once() -> Iterator[None]:
     """Before processes are joined all of them find the same errors in the flags: the first of a machine tells them."""
     try:
         yield
@@ -276,7 +276,7 @@ def processes(device: str) -> Iterator[World]:
     What processes other than the first print is dropped. One that fails ends at once, with its error told: to part in
     order it would have to wait for the others, which wait for it.
     """
-    with told_once():
+    with report_once():
         world = World.of(os.environ)
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         # Counted, not picked: each process would otherwise take memory of the first GPU as well.
@@ -290,12 +290,12 @@ def processes(device: str) -> Iterator[World]:
     backend = "gloo"
     if kind.type == "cuda":
         backend = "cpu:gloo,cuda:nccl"
-    with _told_waiting(world):
+    with _report_waiting(world):
         store = _store(world)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
     try:
         with contextlib.ExitStack() as stack:
-            if not world.first:
+            if not world.is_main:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -303,7 +303,7 @@ def processes(device: str) -> Iterator[World]:
     except SystemExit as end:
         _end(end.code if isinstance(end.code, int) else 1)
     except BaseException as error:
-        _end(tell(_lost(error, world)))
+        _end(report(_lost(error, world)))
     dist.destroy_process_group()
     # Not by way of the interpreter's own end, in which threads that gloo leaves behind have aborted finished runs.
     _end(0)

@@ -40,12 +40,12 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
             try:
                 return main(argv) or 0
             except (UserError, RunStopped, Terminated, KeyboardInterrupt) as error:
-                return tell(error)
+                return report(error)
 
     return wrapped
 
 
-def tell(error: BaseException) -> int:
+def report(error: BaseException) -> int:
     """Print an error as a command ends with it, in one line or as a traceback; its exit code."""
     match error:
         case UserError():

@@ -81,7 +81,7 @@ def remove_leftovers(folder: Path) -> None:
 # In place of a handle: another process holds what was asked for.
 BUSY = -1
 _held: set[int] = set()
-_told_unlocked: set[Path] = set()
+_reported_unlocked: set[Path] = set()
 
 
 def _lock_quietly(handle: int) -> None:
@@ -117,8 +117,8 @@ def hold(path: Path, *, wait: float = 0.0) -> int | None:
             time.sleep(0.05)
         except OSError as error:
             os.close(handle)
-            if path not in _told_unlocked and not _TEMPORARY.fullmatch(path.name):
-                _told_unlocked.add(path)
+            if path not in _reported_unlocked and not _TEMPORARY.fullmatch(path.name):
+                _reported_unlocked.add(path)
                 print(f"note: {path} cannot be locked ({error.strerror}); let only one process write there at a time")
             return None
 

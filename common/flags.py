@@ -122,7 +122,7 @@ class Flags:
         """Flags that something has read so far: what a run depends on."""
         return sorted(self._read)
 
-    def tell_unread(self) -> list[str]:
+    def unread_notes(self) -> list[str]:
         """A line for each flag that has no effect."""
         where = f"--mode {self._values['mode']}, --dataset {self._values['dataset']}"
         return [f"note: --{name} has no effect here ({where})" for name in self.unread()]

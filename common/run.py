@@ -210,7 +210,7 @@ class Run:
         except UserError:
             self.close()
             raise
-        for line in self.flags.tell_unread():
+        for line in self.flags.unread_notes():
             self.say(line)
 
     def keep(self, name: str, tensors: dict[str, Any], epoch: int) -> None:
@@ -272,7 +272,7 @@ def launch_id(env: Mapping[str, str]) -> str | None:
     return run_id if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", run_id) else f"{run_id} {os.getppid()}"
 
 
-class Follower(Run):
+class NullRun(Run):
     """What a process has that is not the first of several: it knows the run, and says and writes nothing."""
 
     def __init__(self, folder: Path, flags: Flags, state: dict[str, Any] | None):

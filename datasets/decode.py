@@ -137,7 +137,7 @@ class Reader:
             return Image.alpha_composite(white, layer).convert("RGB")
         return picture.convert("RGB")
 
-    def tell_remarks(self, place: Path) -> None:
+    def report_remarks(self, place: Path) -> None:
         """Print which of the pictures read so far do not fit their range well."""
         for remark, names in self._remarks.items():
             some = ", ".join(map(printable, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")

@@ -83,7 +83,7 @@ def find_pictures(root: Path, split: str, *, label: int | None = None, layout: L
         if label is None or index == label
         for path in pictures_below(folder / name, left_out)
     ]
-    left_out.tell(folder)
+    left_out.report(folder)
     if not found:
         which = f"{names[label]!r} of " if label is not None and label < len(names) else ""
         kinds = " ".join(sorted(ENDINGS))
@@ -166,14 +166,14 @@ def read_pictures(
         label = f"reading {printable(folder)}"
         for _ in progress(_in_order(pool, read_one, len(paths)), total=len(paths), label=label):
             pass
-    tell_skipped({paths[n]: bad[n] for n in sorted(bad)}, len(paths), folder)
-    reader.tell_remarks(folder)
+    report_skipped({paths[n]: bad[n] for n in sorted(bad)}, len(paths), folder)
+    reader.report_remarks(folder)
     good = [n for n in range(len(paths)) if n not in bad]
     mark = fingerprint([pictures[n] for n in good], [found[n] for n in good])
     return images[good] if bad else images, good, mark
 
 
-def tell_skipped(bad: dict[Path, str], count: int, folder: Path) -> None:
+def report_skipped(bad: dict[Path, str], count: int, folder: Path) -> None:
     """Say which of `count` pictures were left out, and why. Raises: UserError where all were."""
     for path, why in list(bad.items())[:_NAMED]:
         print(f"--skip_bad_images: cannot read {printable(path)} ({why})")

@@ -22,7 +22,7 @@ PREPARED = "prepared.json"
 
 _FILES, _FOLDERS, _ENDINGS, _BROKEN, _LOOPS = "hidden file", "hidden folder", "ending", "broken link", "loop"
 _SPECIAL, _OUTSIDE = "special file", "outside"
-_told: set[str] = set()
+_reported: set[str] = set()
 
 Identity = tuple[int, int]
 
@@ -34,11 +34,11 @@ class LeftOut:
         self.counts: Counter[str] = Counter()
         self.endings: Counter[str] = Counter()
 
-    def tell(self, place: Path) -> None:
+    def report(self, place: Path) -> None:
         """Print the line, once in this process."""
         line = f"note: {printable(place)}: left out {', '.join(self._parts())}"
-        if self.counts.total() + self.endings.total() and line not in _told:
-            _told.add(line)
+        if self.counts.total() + self.endings.total() and line not in _reported:
+            _reported.add(line)
             print(line)
 
     def _parts(self) -> Iterator[str]:
@@ -85,7 +85,7 @@ def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:
     """
     left_out = LeftOut()
     found = pictures_below(folder, left_out, flag)
-    left_out.tell(folder)
+    left_out.report(folder)
     return found
 
 

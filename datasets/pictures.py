@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import RunStopped, UserError
 from common.files import in_turn, remove_leftovers, write_json, write_whole
 from common.progress import progress
@@ -32,7 +32,7 @@ from common.seed import generator
 from common.signals import obey_later, start_workers
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.decode import Reader, centre, read_upright, reason, unreadable
-from datasets.folder import digests, tell_skipped
+from datasets.folder import digests, report_skipped
 from datasets.listing import common_folder, printable
 from datasets.sets import floats
 
@@ -124,7 +124,7 @@ def open_cache(
     bad = {paths[int(n)]: why for n, why in held["bad"].items()}
     if bad and not skip_bad:
         raise unreadable(*next(iter(bad.items())))
-    tell_skipped(bad, len(paths), common_folder(paths))
+    report_skipped(bad, len(paths), common_folder(paths))
     return Cached(file, np.array(held["sizes"], np.int64)), held["places"], [*map(bytes.fromhex, held["digests"])]
 
 
@@ -302,12 +302,12 @@ class PictureSet:
         seed: int,
         epoch: int,
         first: int = 0,
-        world: World = ALONE,
+        world: World = SINGLE,
     ) -> Iterator[Tensor]:
         """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), uint8.
 
-        first: how many batches to pass over. world: of several processes each gets the images at its share's
-        `positions` only.
+        first: how many batches to pass over. world: of several processes each gets the images at its shard's
+        `indices` only.
         Raises: UserError for a picture that cannot be read.
         """
         gen = generator(seed, "crop", epoch)
@@ -315,13 +315,13 @@ class PictureSet:
         flips = torch.rand(len(self), count, generator=gen) < 0.5
         loader = DataLoader(
             _OrError(_Crops(self.pixels, tries, flips, self.spec, self.side)),
-            batch_sampler=[part[world.share(len(part)).positions()].tolist() for part in parts[first:]],
+            batch_sampler=[part[world.shard(len(part)).indices()].tolist() for part in parts[first:]],
             num_workers=self.workers,
             collate_fn=_stack,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=obey_later,
         )
-        images = max((world.share(len(part)).size for part in parts), default=0)
+        images = max((world.shard(len(part)).size for part in parts), default=0)
         _check_shared_memory(count * images * 3 * self.side**2, self.workers)
         found = start_workers(lambda: iter(loader))
         try:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.seed import generator
 from datasets.augment import hflip
 
@@ -71,19 +71,19 @@ class ImageSet:
         seed: int,
         epoch: int,
         first: int = 0,
-        world: World = ALONE,
+        world: World = SINGLE,
     ) -> Iterator[Tensor]:
         """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), uint8.
 
-        first: how many batches to pass over. world: of several processes each gets the images at its share's
-        `positions` only, flipped as they would be for one.
+        first: how many batches to pass over. world: of several processes each gets the images at its shard's
+        `indices` only, flipped as they would be for one.
         """
         for step, index in enumerate(parts[first:], first):
             gen = generator(seed, "flip", epoch, step, device=self.device)
             flip = torch.rand(count, len(index), device=self.device, generator=gen) < 0.5
             if world.size > 1:
-                share = world.share(len(index))
-                index, flip = index[share.positions(index.device)], flip[:, share.positions(self.device)]
+                shard = world.shard(len(index))
+                index, flip = index[shard.indices(index.device)], flip[:, shard.indices(self.device)]
             x = self._pixels(index)
             yield torch.stack([hflip(x, flip_B) for flip_B in flip])
 

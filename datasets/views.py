@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from common.dist import ALONE, Share, World
+from common.dist import SINGLE, Shard, World
 from common.seed import generator
 from datasets.augment import AlignedDraw, AlignedSpec, Numbers, aligned, draw_aligned, draw_numbers, draw_of, hflip
 from datasets.pictures import PictureSet
@@ -50,24 +50,24 @@ def train_views(
     spec: AlignedSpec,
     generator: Generator,
     render: Callable[..., Tensor] = render_views,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Copies of each image (C, B, 3, H, W), uint8, under all K shifts, then augmented: (C * K * B, 3, H, W), floats.
 
     Order: [copy 1: shift 0 of all B images, shift 1, ...; copy 2: the same]. The mix partner of image i is image
     (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one. render: `render_views`, or that compiled.
-    share: copies are of the images at its `positions` in a larger batch, for all of which parameters are drawn; the
+    shard: copies are of the images at its `indices` in a larger batch, for all of which parameters are drawn; the
     views are those of its p images.
     """
     rows = len(copies) * len(shifts)
-    share = share or Share(copies.shape[1])
-    looks = [[_look_numbers(shift, share.batch, generator) for shift in shifts] for _ in copies]
-    numbers = draw_numbers(rows * share.batch, spec, generator)
-    if share.world.size > 1:
-        own = share.positions(copies.device)[: share.size]
+    shard = shard or Shard(copies.shape[1])
+    looks = [[_look_numbers(shift, shard.batch, generator) for shift in shifts] for _ in copies]
+    numbers = draw_numbers(rows * shard.batch, spec, generator)
+    if shard.world.size > 1:
+        own = shard.indices(copies.device)[: shard.size]
         looks = [[look and (look[0][own], look[1][own]) for look in of_copy] for of_copy in looks]
-        numbers = numbers[share.rows(rows, copies.device)]
-    return render(copies, shifts, looks, numbers, spec, share.size)
+        numbers = numbers[shard.rows(rows, copies.device)]
+    return render(copies, shifts, looks, numbers, spec, shard.size)
 
 
 def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> Tensor:
@@ -120,7 +120,7 @@ class DrawSpec:
 
 
 def draw_views(
-    images: ImageSet | PictureSet, spec: DrawSpec, t: int, reference: Tensor | None = None, world: World = ALONE
+    images: ImageSet | PictureSet, spec: DrawSpec, t: int, reference: Tensor | None = None, world: World = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draw t of every image: yields (index (b,), views (b * K, 3, H, W), image-major) until all N are seen.
 
@@ -129,7 +129,7 @@ def draw_views(
     processes each takes some of the batches.
     """
     draw = draw_set(images, spec, t)
-    for index in world.part(batches_of(images, spec)):
+    for index in world.shard_list(batches_of(images, spec)):
         yield index, set_views(images, spec, draw, index, reference)
 
 

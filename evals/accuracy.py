@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import write_json
 from common.flags import Flags
@@ -22,7 +22,7 @@ from evals.writing import place_for, read_json
 _BINS = 15
 
 
-def run_accuracy(flags: Flags, world: World = ALONE, *, marginalized: bool, trained_by: Sequence[str]) -> None:
+def run_accuracy(flags: Flags, world: World = SINGLE, *, marginalized: bool, trained_by: Sequence[str]) -> None:
     """Accuracy and expected calibration error on the test images of the training classes, written as JSON.
 
     trained_by: modes of training whose weights make sense. marginalized: by the joint head, averaged over the four
@@ -31,16 +31,16 @@ def run_accuracy(flags: Flags, world: World = ALONE, *, marginalized: bool, trai
     """
     begun = time.monotonic()
     names = ["baseline_marginalized"] if marginalized else ["baseline"]
-    with world.together():
+    with world.raise_together():
         if flags.one_class_idx is not None:
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
         subject = load_subject(flags, LABELLED, trained_by=trained_by, names=names, world=world)
         test = subject.split.test()
         test = test.where(subject.split.normal(test.labels))
-    for line in flags.tell_unread():
+    for line in flags.unread_notes():
         print(line)
     outputs = subject.outputs(test.to(subject.device), f"{flags.dataset} test images")
-    if not world.first:
+    if not world.is_main:
         return
     probabilities = label_probabilities(outputs, marginalized=marginalized)
     if probabilities.shape[1] != subject.split.n_classes:
@@ -58,7 +58,7 @@ def run_accuracy(flags: Flags, world: World = ALONE, *, marginalized: bool, trai
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of the rows of (N, C) that are largest at their label (N,)."""
+    """Shard of the rows of (N, C) that are largest at their label (N,)."""
     return float((probabilities.argmax(1) == labels).double().mean())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import RunStopped, UserError
 from common.files import write_whole
 from common.flags import Flags
@@ -37,7 +37,7 @@ _LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
 
 def run_tsne(
     flags: Flags,
-    world: World = ALONE,
+    world: World = SINGLE,
     *,
     evidence: Evidence,
     trained_by: Sequence[str],
@@ -51,17 +51,17 @@ def run_tsne(
     Raises: UserError as `load_subject`; for an unknown layer; for the logits of a single shift.
     """
     begun = time.monotonic()
-    with world.together():
+    with world.raise_together():
         shown, limit = _shown(flags, output), flags.tsne_points
         subject = load_subject(flags, evidence, trained_by=trained_by, reference=reference, world=world)
         if output == "shift" and len(subject.draws.shifts) < 2:
             raise UserError(f"--shift_trans_type: one shift has no logits to show in --mode {flags.mode}")
-    for line in flags.tell_unread():
+    for line in flags.unread_notes():
         print(line)
     test = subject.split.test().to(subject.device)
     train, references, data = subject.training()
     test_outputs = subject.outputs(test, f"{flags.dataset} test images", references)
-    if not world.first:
+    if not world.is_main:
         return
     normal = subject.split.normal(test.labels).cpu().numpy()
     facts = result_facts(flags, subject, begun, data | {flags.dataset: identity(test)})

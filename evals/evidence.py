@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import load_state_dict
 from common.flags import Flags, pick, positive
@@ -38,7 +38,7 @@ class Finished:
     lam: float | None = None
 
 
-def _as_they_are(flags: Flags, net: nn.Module, train: Outputs, world: World = ALONE) -> Finished:
+def _as_they_are(flags: Flags, net: nn.Module, train: Outputs, world: World = SINGLE) -> Finished:
     return Finished(lambda outputs: outputs)
 
 
@@ -114,11 +114,11 @@ def _read_rot_trans(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mo
     return rot_trans_from_state(state, model=flags.model, path=path, strict=not flags.no_strict)
 
 
-def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs, world: World = ALONE) -> Finished:
+def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs, world: World = SINGLE) -> Finished:
     return Finished(lambda outputs: outputs, net.sr_nets.dictionary.detach().cpu(), net.sr_nets.coding.lam)
 
 
-def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs, world: World = ALONE) -> Finished:
+def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs, world: World = SINGLE) -> Finished:
     """Dictionaries fitted to the averaged features of the training images, after stage 1 (Lee et al., ICS 2020)."""
     transform = pick(FeatureTransform, flags)
     positive(sr_lambda=flags.sr_lambda, sr_rho=flags.sr_rho, sr_dict_size=flags.sr_dict_size)
@@ -135,9 +135,9 @@ def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs, world: Worl
     fit = {"lam": coding.lam, "rho": coding.rho, "steps": flags.sr_fit_steps}
     atoms = flags.sr_dict_size
     bank = DictionaryBank(len(s_KFN), s_KFN.shape[1], atoms, coding).requires_grad_(False).to(device)
-    if world.first:
+    if world.is_main:
         bank.dictionary.copy_(learn_dictionary(s_KFN, atoms, generator=generator(flags.seed, "multi_sr"), **fit))
-    world.copy_first(bank.parameters())
+    world.broadcast(bank.parameters())
     system = bank.system()
 
     def finish(outputs: Outputs) -> Outputs:

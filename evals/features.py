@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet
@@ -88,7 +88,7 @@ def draw_means(
     *,
     label: str,
     references: Tensor | None = None,
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> Iterator[Outputs]:
     """Every output averaged over `draws` draws, batch by batch of the images: (b, 1, K, .) each, on their device.
 
@@ -97,7 +97,7 @@ def draw_means(
     `_TOGETHER` draws, whose numbers then take more than that, sums are held for all images instead.
     world: of several processes each takes some of the batches.
     """
-    parts = world.part(batches_of(images, spec))
+    parts = world.shard_list(batches_of(images, spec))
     sums: list[Outputs] = [{} for _ in parts]
     rounds = [(first, i) for first in range(0, draws, _TOGETHER) for i in range(len(parts))]
     for first, i in progress(rounds, total=len(rounds), label=label):

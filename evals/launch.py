@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
-from common.dist import World, processes, told_once
+from common.dist import World, processes, report_once
 from common.files import disk_errors
 from common.flags import Tables, build_parser, parse, print_dry_run
 from datasets import DATASETS, SHIFTS
@@ -16,7 +16,7 @@ from models import BACKBONES
 
 def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalMode], default_mode: str) -> None:
     """Carry out the evaluation mode that the flags name, or with --dry_run say what it would be."""
-    with told_once():
+    with report_once():
         flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
     reuse_host_memory()
     mode = modes[flags.mode]
@@ -26,7 +26,7 @@ def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalM
         with processes(flags.device) as world, memory_errors(remedy), disk_errors(place):
             mode.run(flags, world)
         return
-    if not World.of(os.environ).first:
+    if not World.of(os.environ).is_main:
         return
     shifts = len(mode.evidence.shifts(flags, flags.ood_score or [flags.mode]))
     place = Path(flags.load_path or flags.log_root)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from common.device import device_name, peak_memory
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import write_json, write_text
 from common.flags import Flags, pick
@@ -30,7 +30,7 @@ _GAP = "gap"
 
 
 def run_detection(
-    flags: Flags, world: World = ALONE, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False
+    flags: Flags, world: World = SINGLE, *, evidence: Evidence, trained_by: Sequence[str], reference: bool = False
 ) -> None:
     """Evaluate one checkpoint by `evidence`. reference: mix test images with reference training images.
 
@@ -41,7 +41,7 @@ def run_detection(
     """
     begun = time.monotonic()
     names = flags.ood_score or [evidence.scores[0]]
-    with world.together():
+    with world.raise_together():
         for name in names:
             if name not in evidence.scores:
                 raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(evidence.scores)}")
@@ -55,13 +55,13 @@ def run_detection(
     train, references, data = subject.training()
     data |= {title: identity(images) for title, images in tests.items()}
     finished = evidence.finish(flags, subject.net, train, world)
-    for line in flags.tell_unread():
+    for line in flags.unread_notes():
         print(line)
     train = finished.finish(train)
     scores = {name: SCORES[name].fit(train, finished.dictionary, **options[name]) for name in names}
     del train
     found_of = {title: _scored(subject, data, title, references, finished, scores) for title, data in tests.items()}
-    if not world.first:
+    if not world.is_main:
         return
     if finished.lam is not None:
         gap = float(np.concatenate([found[_GAP] for found in found_of.values()]).mean())
@@ -126,7 +126,7 @@ def _scored(
         own.append({name: score(outputs).numpy() for name, score in scores.items()})
         if _GAP in outputs:
             own[-1][_GAP] = outputs[_GAP].mean((1, 2, 3)).numpy()
-    parts = list(chain.from_iterable(subject.world.collect(own)))
+    parts = list(chain.from_iterable(subject.world.all_gather_object(own)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

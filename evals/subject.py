@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from common.device import autocast, pick_device
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import read_facts
 from common.flags import Flags, pick
@@ -69,7 +69,7 @@ class Subject:
     references: int
     folder: Path
     facts: Mapping[str, Any]
-    world: World = ALONE
+    world: World = SINGLE
 
     @property
     def tag(self) -> str:
@@ -100,7 +100,7 @@ class Subject:
 
     def outputs(self, images: ImageSet, label: str, references: torch.Tensor | None = None) -> Outputs:
         """Those of all images, (N, 1, K, .), in all processes."""
-        parts = self.world.collect(list(self.blocks(images, label, references)))
+        parts = self.world.all_gather_object(list(self.blocks(images, label, references)))
         return concatenate(chain.from_iterable(parts))
 
     def training(self) -> "Training":
@@ -109,11 +109,11 @@ class Subject:
         if not self.evidence.fitted:
             return Training({}, None, {})
         train = self.split.train().to(self.device)
-        self._tell_other_images(train)
+        self._report_other_images(train)
         pool = reference_pool(train, self.references, self.draws.seed) if self.references else None
         return Training(self.outputs(train, "training images"), pool, {"training": identity(train)})
 
-    def _tell_other_images(self, train: ImageSet) -> None:
+    def _report_other_images(self, train: ImageSet) -> None:
         """Say where scores are fitted to other images than the network was trained on."""
         here = self.split.facts(train)
         there = {name: self.facts.get(name) or value for name, value in here.items()}
@@ -129,7 +129,7 @@ def load_subject(
     trained_by: Sequence[str],
     reference: bool = False,
     names: Sequence[str] = (),
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> Subject:
     """Read the checkpoint and look the data up as the flags say.
 
@@ -154,7 +154,7 @@ def load_subject(
     split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)
     facts = read_facts(path).get("data", {})
     split.check_trained(facts, path, flag="load_path")
-    _tell_training(flags, path, trained, known_class=bool(facts))
+    _report_training(flags, path, trained, known_class=bool(facts))
     # Many shifts make many views of an image; no result depends on how many images come at a time.
     batch_size = max(1, flags.ood_batch_size // max(1, len(shifts) // 8))
     draws = DrawSpec(shifts, aligned, flags.seed, batch_size=batch_size)
@@ -183,7 +183,7 @@ def _training_flags(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _tell_training(flags: Flags, path: Path, trained: Mapping[str, Any], *, known_class: bool) -> None:
+def _report_training(flags: Flags, path: Path, trained: Mapping[str, Any], *, known_class: bool) -> None:
     """Say which flags differ from those the checkpoint was trained with. known_class: its class has been compared."""
     now = flags.as_dict()
     both = (trained.keys() & set(flags.used())) - ({"one_class_idx", "dataset"} if known_class else set())

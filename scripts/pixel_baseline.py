@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--log_root: cannot make {folder} ({error.strerror})") from None
-    for line in flags.tell_unread():
+    for line in flags.unread_notes():
         print(line)
     for name, score in BASELINES.items():
         begun = time.monotonic()

@@ -109,7 +109,7 @@ def find_imagenet30(source: Path, out: dict[str, Path]) -> list[Job]:
                     both = f"{printable(jobs[target].source)} and {printable(path)}"
                     raise UserError(f"--source: {both} would both become {printable(target)}")
                 jobs[target] = Job(path, target)
-    left_out.tell(source)
+    left_out.report(source)
     if missing:
         raise UserError(f"--source: no pictures in {source} for {', '.join(missing)}")
     return list(jobs.values())
@@ -192,7 +192,7 @@ def make(
     # Threads, not processes: Pillow decodes, resizes and encodes outside the interpreter lock.
     with ThreadPoolExecutor(threads) as pool:
         made = sum(progress(pool.map(work, todo), total=len(todo), label="preparing"))
-    reader.tell_remarks(common_folder([job.source for job in jobs]))
+    reader.report_remarks(common_folder([job.source for job in jobs]))
     bad = len(todo) - made
     if bad == len(jobs):
         raise UserError(f"--source: not one of the {bad} pictures can be read")

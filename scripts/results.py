@@ -91,11 +91,11 @@ def read_results(roots: Sequence[Path]) -> list[Result]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not a result of eval.py") from None
     for group in _grouped(results, lambda r: r.dataset):
-        _tell_data_apart(group)
+        _separate_data(group)
     for group in _grouped(results, lambda r: (r.dataset, r.of, r.one_class_idx)):
-        _tell_classes_apart(group)
+        _separate_classes(group)
     for group in _grouped(results, lambda r: (r.score, r.mode)):
-        _tell_columns_apart(group)
+        _separate_columns(group)
     return results
 
 
@@ -118,7 +118,7 @@ def _short(images: str) -> str:
     return images[:6] if re.fullmatch("[0-9a-f]{16}", images) else images
 
 
-def _tell_data_apart(group: Sequence[Result]) -> None:
+def _separate_data(group: Sequence[Result]) -> None:
     """Of one name of data sets: by their test images, or by where these lie, where it stands for several."""
     name = group[0].dataset
     paths = [Path(result.flags.get("data_path", "")) for result in group]
@@ -138,7 +138,7 @@ def _tell_data_apart(group: Sequence[Result]) -> None:
         result.of = f"{name} ({titles.get(images, _short(images))})" if len(set(found)) > 1 else name
 
 
-def _tell_classes_apart(group: Sequence[Result]) -> None:
+def _separate_classes(group: Sequence[Result]) -> None:
     """Of one data set and class: by its name and training images; and other sets by their images."""
     idx = group[0].one_class_idx
     names = _filled((result.class_name for result in group), str(idx))
@@ -155,7 +155,7 @@ def _tell_classes_apart(group: Sequence[Result]) -> None:
         result.facts["against"] = " ".join(sorted(result.others.values()))  # its mean is over these
 
 
-def _tell_columns_apart(group: Sequence[Result]) -> None:
+def _separate_columns(group: Sequence[Result]) -> None:
     """Of one score and mode: a column for each combination of facts, whose title names those that differ."""
     names = dict.fromkeys(name for result in group for name in result.facts)
     # An older file has all flags, but does not say which its numbers depend on.

@@ -71,7 +71,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
                         process.terminate()
                         told.add(slot)
                 elif (process := next(steps, None)) is not None:
-                    _tell(job, _named(process))
+                    _report(job, _named(process))
                     active[slot] = (job, steps, process)
                 else:
                     del active[slot]
@@ -79,7 +79,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
                     left = (time.monotonic() - begun) / ended * (len(jobs) - ended)
                     failure = Record(job).failure
                     state = f"FAILED ({failure})" if failure else "done"
-                    _tell(job, f"{state}; {ended} of {len(jobs)} jobs ended, about {left / 60:.0f} min left")
+                    _report(job, f"{state}; {ended} of {len(jobs)} jobs ended, about {left / 60:.0f} min left")
             time.sleep(_POLL_S)
     finally:
         for number, handler in before.items():
@@ -93,7 +93,7 @@ def _named(process: subprocess.Popen) -> str:
     return f"{words[1]} --mode {words[words.index('--mode') + 1]}"  # no other --mode: `refuse_own`
 
 
-def _tell(job: Job, text: str) -> None:
+def _report(job: Job, text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {job.title}: {text}", flush=True)
 
 
@@ -115,10 +115,10 @@ def run_submitted(jobs: Sequence[Job], cluster: str, settings: dict[str, Any], r
         raise UserError(f"--set: {error}") from None
     handles = executor.map_array(_CarryOut(), jobs, [retries] * len(jobs))
     for job, handle in zip(jobs, handles, strict=True):
-        _tell(job, f"submitted as {handle.job_id}")
+        _report(job, f"submitted as {handle.job_id}")
     for job, handle in zip(jobs, handles, strict=True):
         handle.wait()
-        _tell(job, f"FAILED ({failure})" if (failure := _failure(job, handle)) else "done")
+        _report(job, f"FAILED ({failure})" if (failure := _failure(job, handle)) else "done")
 
 
 def _failure(job: Job, handle: Any) -> str | None:

@@ -86,10 +86,10 @@ def gathered(world: World) -> dict[str, torch.Tensor]:
 
     images = 3 * world.size
     rows = torch.randn(2 * images, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    share = world.share(images)
-    own = rows[share.rows(2)]
+    shard = world.shard(images)
+    own = rows[shard.rows(2)]
     ours, theirs = (own.clone().requires_grad_() for _ in range(2))
-    whole = share.gather(ours)
+    whole = shard.all_gather(ours)
     assert torch.equal(whole, rows)
     loss(whole).backward()
     # diffdist adds the gradients of all processes' losses, each of which is the whole one.
@@ -98,4 +98,4 @@ def gathered(world: World) -> dict[str, torch.Tensor]:
     (loss(joined) / world.size).backward()
     rows.requires_grad_()
     loss(rows).backward()
-    return {"ours": ours.grad, "theirs": theirs.grad, "right": rows.grad[share.rows(2)]}
+    return {"ours": ours.grad, "theirs": theirs.grad, "right": rows.grad[shard.rows(2)]}

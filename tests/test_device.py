@@ -22,7 +22,7 @@ import tsne
 from benchmarks import augmentation, ceilings, coding, compare, conditioning, dictionary, floors, growth, kmeans, stage1
 from benchmarks.ceilings import Ceilings
 from common.device import pick_device
-from common.dist import ALONE
+from common.dist import SINGLE
 from common.errors import UserError
 from common.flags import Tables, build_parser, parse
 from common.seed import generator
@@ -164,12 +164,12 @@ def waits(arguments, memory=2**34):
     with FakeGpu(memory=memory) as gpu:
         split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
         mode = modes[flags.mode]
-        recipe = mode.build(flags, split, mode.shifts(flags), ALONE)
+        recipe = mode.build(flags, split, mode.shifts(flags), SINGLE)
         found = batches(recipe.data, 16, copies=mode.copies, seed=0, epoch=1)
         for _ in range(2):
             gpu.waits.clear()
             recipe.before_step(0.5)
-            watched = descend(recipe, next(found), ALONE)
+            watched = descend(recipe, next(found), SINGLE)
         assert {value.device for value in watched.values()} == {gpu.device}
         assert all(on_gpu(p) and (p.grad is None or on_gpu(p.grad)) for p in recipe.model.parameters())
         return list(gpu.waits)

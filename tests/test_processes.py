@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from common.dist import Share, World
+from common.dist import Shard, World
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from models.checkpoint import build_net
@@ -68,22 +68,22 @@ def test_gathered_projections_carry_the_gradient_of_the_whole_as_with_diffdist(f
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 6, 7, 128])
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_shares_cover_a_batch_once(batch, size):
-    shares = [World(rank, size).share(batch) for rank in range(size)]
-    own = [share.positions()[: share.own].tolist() for share in shares]
+def test_shards_cover_a_batch_once(batch, size):
+    shards = [World(rank, size).shard(batch) for rank in range(size)]
+    own = [shard.indices()[: shard.num_real].tolist() for shard in shards]
     assert sum(own, []) == list(range(batch))
-    for share in shares:
-        positions = share.positions()
-        assert len(positions) == (share.size + 1 if size > 1 else batch)
+    for shard in shards:
+        positions = shard.indices()
+        assert len(positions) == (shard.size + 1 if size > 1 else batch)
         assert torch.equal(positions[1:], (positions[:-1] + 1) % batch)
-        assert torch.equal(share.rows(2) % batch, positions[: share.size].repeat(2))
+        assert torch.equal(shard.rows(2) % batch, positions[: shard.size].repeat(2))
     items = list(range(batch))
-    assert sum([World(rank, size).part(items) for rank in range(size)], []) == items
-    assert Share(batch).gather(torch.ones(batch)).sum() == batch
+    assert sum([World(rank, size).shard_list(items) for rank in range(size)], []) == items
+    assert Shard(batch).all_gather(torch.ones(batch)).sum() == batch
 
 
 def test_the_launcher_says_which_process_this_is():
-    assert World.of({}) == World() and World().first
+    assert World.of({}) == World() and World().is_main
     address = {"MASTER_ADDR": "first", "MASTER_PORT": "29400"}
     assert World.of({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", **address}) == World(3, 8, 1)
     for env in ({"RANK": "x"}, {"RANK": "2", "WORLD_SIZE": "2"}):

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from common.device import memory_errors, reuse_host_memory
-from common.dist import World, processes, told_once
+from common.dist import World, processes, report_once
 from common.errors import UserError
 from common.files import disk_errors
 from common.flags import Flags, Tables, build_parser, not_negative, parse, print_dry_run, run_name
-from common.run import Follower, Run
+from common.run import NullRun, Run
 from common.signals import stop_signals
 from datasets import DATASETS, SHIFTS, DataSource, ShiftSpec, Split, split_one_class
 from datasets.outliers import OUTLIERS
@@ -40,7 +40,7 @@ def launch(
     weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
     Raises: UserError before anything is written, RunStopped while training.
     """
-    with told_once():
+    with report_once():
         flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
         not_negative(save_minutes=flags.save_minutes)
         mode = modes[flags.mode]
@@ -48,7 +48,7 @@ def launch(
         shifts = mode.shifts(flags)
     folder = Path(flags.log_root) / run_name(flags)
     if flags.dry_run:
-        if World.of(os.environ).first:
+        if World.of(os.environ).is_main:
             views = mode.copies * shifts.count * flags.batch_size
             print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
         return
@@ -62,7 +62,7 @@ def launch(
         recipe, split = _prepare(flags, mode, shifts, world)
         settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
         settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
-        with world.together():
+        with world.raise_together():
             run.open({"mode": flags.mode, "model": flags.model, "data": split.facts(recipe.data)})
         with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
             several = f", {world.size} processes" if world.size > 1 else ""
@@ -81,8 +81,8 @@ def open_run(
     Raises: UserError for a folder that is something else.
     """
     run = None
-    with world.together():
-        if world.first:
+    with world.raise_together():
+        if world.is_main:
             run = Run(
                 folder,
                 flags,
@@ -92,21 +92,21 @@ def open_run(
                 processes=world.size,
                 extensible=extensible,
             )
-    finished, state = world.of_first(None if run is None else (run.finished, run.state)) or (False, None)
-    return None if finished else run or Follower(folder, flags, state)
+    finished, state = world.broadcast_object(None if run is None else (run.finished, run.state)) or (False, None)
+    return None if finished else run or NullRun(folder, flags, state)
 
 
 def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> tuple[Recipe, Split]:
     """Read the data and build the recipe, with the same weights in all processes."""
     backbone = backbone_spec(flags.model)
-    with world.together(), memory_errors(_remedy(flags)), loading_errors():
+    with world.raise_together(), memory_errors(_remedy(flags)), loading_errors():
         if flags.compile:
             _check_compiler(own_device(flags, world))
         source = DataSource.of(flags, flags.dataset, training=True)
         size, fixed = backbone.image_size, backbone.fixed_size
         split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
         recipe = mode.build(flags, split, shifts, world)
-    world.copy_first(recipe.model.state_dict().values())
+    world.broadcast(recipe.model.state_dict().values())
     return recipe, split
 
 

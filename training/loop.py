@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from common.device import peak_memory
-from common.dist import ALONE, World
+from common.dist import SINGLE, World
 from common.errors import RunStopped, Terminated, UserError
 from common.progress import progress
 from common.run import Run
@@ -27,11 +27,11 @@ def batches(
     seed: int,
     epoch: int,
     first: int = 0,
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> Generator[Batch]:
     """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before.
 
-    first: the step to begin with. world: several processes get the same batches, and in them the images of their share.
+    first: the step to begin with. world: several ranks get the same batches, and in them the images of their shard.
     """
     order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.index_device)
     labels = data.labels.to(data.index_device)
@@ -39,7 +39,7 @@ def batches(
     found = data.copies(parts, copies, seed=seed, epoch=epoch, first=first, world=world)
     for step, images in enumerate(found, first):
         own = labels[parts[step]].to(data.device, non_blocking=True)
-        yield Batch(images, own, epoch, step, world.share(len(own)))
+        yield Batch(images, own, epoch, step, world.shard(len(own)))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -70,7 +70,7 @@ def fit(
     save_step: int,
     save_minutes: float = 0.0,
     stop: Callable[[], int] = never,
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> None:
     """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
 
@@ -79,7 +79,7 @@ def fit(
     which it first appeared. stop: looked at after every step; when it gives the number of a signal, the run saves where
     it stands and ends.
     Every draw follows from seed, epoch and step, so a run goes on bit for bit from any step.
-    world: this process among those that train together, each on its share of every batch; `run` writes in the first
+    world: this process among those that train together, each on its shard of every batch; `run` writes in the first
     only, and `state` is the same in all.
     Raises: RunStopped for a non-finite loss, and the checkpoint before it stays; Terminated when asked to stop.
     """
@@ -100,7 +100,7 @@ def fit(
         recipe.begin(run)
         run.save(*_state(recipe, first))
     # The same answers in all processes, whoever hears the signal and whatever the clocks say.
-    stop, due = world.any_of(stop), world.any_of(lambda: next_save.is_now())
+    stop, due = world.max_over_ranks(stop), world.max_over_ranks(lambda: next_save.is_now())
     ringing: set[str] = set()
     next_save = _Due(save_minutes)
     started = told = time.monotonic()
@@ -124,18 +124,18 @@ def fit(
                     next_save = _Due(save_minutes)
                 if asked:
                     stopped = Terminated(f"asked to stop in epoch {epoch}; saved after step {done}. {_GO_ON}", asked)
-                    raise world.alike(stopped, stopped.code)
+                    raise world.error_on_main(stopped, stopped.code)
         values = _read(meter, run, epoch, world)
         elapsed = time.monotonic() - begun
         batch_time = elapsed / max(1, done - first_step)
         speed = len(recipe.data) * (done - first_step) / total_steps / max(elapsed, 1e-9)
         values |= {"train/lr": lr, "train/batch_time": batch_time, "train/images_per_second": speed}
         values |= {f"train/{name}": value for name, value in peak_memory(recipe.data.device).items()}
-        values |= recipe.end_epoch(epoch) if world.first else {}
+        values |= recipe.end_epoch(epoch) if world.is_main else {}
         first_step, meter = 0, _Meter()
         run.record(epoch, values)
         ringing = _ring(recipe, run, epoch, values, ringing)
-        if world.first and (epoch == first + 1 or epoch % save_step == 0):
+        if world.is_main and (epoch == first + 1 or epoch % save_step == 0):
             run.show(epoch, *recipe.show(epoch))
         left = (time.monotonic() - started) / (epoch - first) * (epochs - epoch)
         # Epochs of a small set take a fraction of a second; one line a second is enough to read.
@@ -143,23 +143,23 @@ def fit(
             run.say(f"epoch {epoch}/{epochs}  {_line(values)}  {elapsed:.1f} s, about {left:.0f} s left")
             told = time.monotonic()
         asked = stop()
-        if epoch == epochs and world.first:
+        if epoch == epochs and world.is_main:
             recipe.finish(run)
         if due() or epoch % save_step == 0 or epoch == epochs or asked:
             run.save(*_state(recipe, epoch))
             next_save = _Due(save_minutes)
         if asked and epoch < epochs:
             stopped = Terminated(f"asked to stop; saved after epoch {epoch}. {_GO_ON}", asked)
-            raise world.alike(stopped, stopped.code)
+            raise world.error_on_main(stopped, stopped.code)
 
 
 _GO_ON = "The same command goes on from there"
 
 
 def _ring(recipe: Recipe, run: Run, epoch: int, values: dict[str, float], before: set[str]) -> set[str]:
-    """Tell the alarms that ring now and did not ring after the epoch before; all that ring now."""
-    now = {alarm.text for alarm in recipe.alarms if alarm.rings(values)}
-    for alarm in recipe.alarms:
+    """Tell the checks that ring now and did not ring after the epoch before; all that ring now."""
+    now = {alarm.text for alarm in recipe.checks if alarm.triggered(values)}
+    for alarm in recipe.checks:
         if alarm.text in now - before:
             run.say(f"warning: epoch {epoch}, {alarm.tag} {values[alarm.tag]:.3g}: {alarm.text}")
     return now
@@ -173,7 +173,7 @@ def _read(meter: "_Meter", run: Run, epoch: int, world: World) -> dict[str, floa
             f"non-finite loss in epoch {epoch}, step {bad_step}; the checkpoint before it is in {run.folder}."
             " A lower --lr_init (stage 2: --sr_lr) is the usual remedy"
         )
-        raise world.alike(error, 1)
+        raise world.error_on_main(error, 1)
     return values
 
 
@@ -186,7 +186,7 @@ def descend(recipe: Recipe, batch: Batch, world: World) -> dict[str, Tensor]:
     total = torch.stack(list(losses.values())).sum()
     if total.requires_grad:
         total.backward()
-    world.sum_gradients(recipe.model.parameters())
+    world.all_reduce_gradients(recipe.model.parameters())
     grads = [p.grad for p in recipe.model.parameters() if p.grad is not None]
     if grads:
         watch = {**watch, "train/grad_norm": torch.nn.utils.get_total_norm(grads)}

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from common.dist import Share
+from common.dist import Shard
 from common.run import Run
 from datasets import ImageSet, PictureSet
 
@@ -16,19 +16,19 @@ from datasets import ImageSet, PictureSet
 class Batch(NamedTuple):
     """copies (C, B, 3, H, W) flipped, uint8; labels (B,); epoch counts from 1, step from 0.
 
-    share: which of the B images `copies` has, where several processes share the batch; labels are those of all.
+    shard: which of the B images `copies` has, where several ranks share the batch; labels are those of all.
     """
 
     copies: Tensor
     labels: Tensor
     epoch: int
     step: int
-    share: Share
+    shard: Shard
 
     @property
     def own(self) -> Tensor:
         """The copies without the image that is there to be mixed with only."""
-        return self.copies[:, : self.share.size]
+        return self.copies[:, : self.shard.size]
 
 
 class Step(NamedTuple):
@@ -45,7 +45,7 @@ class Shown(NamedTuple):
     histograms: dict[str, Tensor]
 
 
-class Alarm(NamedTuple):
+class Check(NamedTuple):
     """A text, what is wrong and what to try, told after an epoch whose mean of `tag` is out of bounds."""
 
     tag: str
@@ -53,7 +53,7 @@ class Alarm(NamedTuple):
     below: float = -math.inf
     above: float = math.inf
 
-    def rings(self, values: dict[str, float]) -> bool:
+    def triggered(self, values: dict[str, float]) -> bool:
         return self.tag in values and not self.below <= values[self.tag] <= self.above
 
 
@@ -82,7 +82,7 @@ class Recipe:
     before_step: (fractional epochs) -> learning rate to report.
     end_epoch: (epoch) -> further values to record, by tag.
     show: (epoch) -> pictures and histograms; after the first epoch and with checkpoints made by --save_step.
-    alarms: signs of a collapse, looked for after every epoch.
+    checks: signs of a collapse, looked for after every epoch.
     finish: once, after the last epoch and before it is saved: what it finds wrong is never a finished run.
     first_epoch: epochs that came before, in the run this one starts from.
     """
@@ -95,6 +95,6 @@ class Recipe:
     begin: Callable[[Run], None] = do_nothing
     end_epoch: Callable[[int], dict[str, float]] = no_values
     show: Callable[[int], Shown] = show_nothing
-    alarms: tuple[Alarm, ...] = ()
+    checks: tuple[Check, ...] = ()
     finish: Callable[[Run], None] = do_nothing
     first_epoch: int = 0

@@ -101,7 +101,7 @@ def test_a_log_root_that_may_not_be_looked_at(tmp_path, monkeypatch, capsys):
 
 def test_who_waits_for_other_processes_says_so(tmp_path):
     """A WORLD_SIZE that is set with all that belongs to it, and nobody else comes."""
-    code = "import sys, common.dist as d; d._TELL_S = 0.1; import train; sys.exit(train.main(sys.argv[1:]))"
+    code = "import sys, common.dist as d; d._REPORT_WAITING_S = 0.1; import train; sys.exit(train.main(sys.argv[1:]))"
     env = {**os.environ, **ALL, "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
     args = [*TINY, "--log_root", str(tmp_path)]
     run = subprocess.Popen([sys.executable, "-c", code, *args], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)

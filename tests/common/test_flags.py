@@ -77,7 +77,7 @@ def test_flags_that_nothing_read_are_told():
     f = flags("--sr_rho", "2", "--suffix", "a", "--warmup", "3")
     assert f.suffix == "a" and f.unread() == ["sr_rho", "warmup"] and f.given("warmup") and not f.given("lr_init")
     assert f.sr_rho == 2 and f.unread() == ["warmup"]
-    assert f.tell_unread() == ["note: --warmup has no effect here (--mode simclr_CSI, --dataset cifar10)"]
+    assert f.unread_notes() == ["note: --warmup has no effect here (--mode simclr_CSI, --dataset cifar10)"]
 
 
 def test_pick_fills_a_dataclass_by_field_names():

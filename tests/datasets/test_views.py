@@ -65,13 +65,13 @@ def test_processes_see_their_part_of_the_same_views(processes):
 
     def views(world: World) -> torch.Tensor:
         (copies,) = images.copies(parts, 2, seed=0, epoch=3, world=world)
-        return train_views(copies, shifts, AlignedSpec(), generator(0, "test"), share=world.share(5))
+        return train_views(copies, shifts, AlignedSpec(), generator(0, "test"), shard=world.shard(5))
 
     whole = views(World()).unflatten(0, (k, 5))
     for rank in range(processes):
-        share = World(rank, processes).share(5)
-        own = views(World(rank, processes)).unflatten(0, (k, share.size))
-        torch.testing.assert_close(own, whole[:, share.positions()[: share.size]])
+        shard = World(rank, processes).shard(5)
+        own = views(World(rank, processes)).unflatten(0, (k, shard.size))
+        torch.testing.assert_close(own, whole[:, shard.indices()[: shard.size]])
 
 
 def all_draws(images, batch_size: int, t: int = 0, reference=None, shifts=SHIFTS, aligned=None) -> torch.Tensor:

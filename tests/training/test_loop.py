@@ -9,7 +9,7 @@ from common.flags import Flags
 from common.run import Run
 from datasets.sets import floats, image_set
 from training.loop import batches, fit, steps_per_epoch
-from training.recipe import Alarm, Recipe, Shown, Step
+from training.recipe import Check, Recipe, Shown, Step
 
 
 @pytest.mark.parametrize(
@@ -124,10 +124,10 @@ def test_alarms_ring_once_and_pictures_come_with_checkpoints(tmp_path, capsys):
     seen, shown = [], []
     recipe = dataclasses.replace(
         recipe,
-        alarms=(
-            Alarm("sr/gap", "flat, try --x", below=10.0),
-            Alarm("sr/gap", "steep", above=10.0),
-            Alarm("no", "no", 1.0),
+        checks=(
+            Check("sr/gap", "flat, try --x", below=10.0),
+            Check("sr/gap", "steep", above=10.0),
+            Check("no", "no", 1.0),
         ),
         show=lambda epoch: seen.append(epoch) or Shown({"a": torch.zeros(3, 2, 2)}, {"b": torch.ones(4)}),
     )

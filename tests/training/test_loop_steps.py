@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from common.dist import ALONE, Share
+from common.dist import SINGLE, Shard
 from common.errors import Terminated
 from common.run import Run
 from tests.conftest import SHIFT, TINY
@@ -58,18 +58,18 @@ def two_terms() -> tuple[Recipe, Batch]:
         return Step({"x": model["a"] ** 2, "y": 3 * (model["a"] + model["b"])}, {"seen": model["b"].detach().clone()})
 
     recipe = Recipe(model, None, losses, optimizers, lambda epoch: 0.1)  # type: ignore[arg-type]
-    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), 1, 0, Share(2))
+    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), 1, 0, Shard(2))
 
 
 def test_a_step_goes_down_the_sum_of_the_terms_with_every_optimiser_and_forgets_its_gradient():
     recipe, batch = two_terms()
-    found = descend(recipe, batch, ALONE)
+    found = descend(recipe, batch, SINGLE)
     assert {name: float(value) for name, value in found.items()} == pytest.approx(
         {"train/loss_x": 4.0, "train/loss_y": 21.0, "seen": 5.0, "train/grad_norm": math.sqrt(7**2 + 3**2)}
     )
     a, b = (p.item() for p in recipe.model.parameters())
     assert (a, b) == pytest.approx((2 - 0.1 * 7, 5 - 0.01 * 3))
-    found = descend(recipe, batch, ALONE)
+    found = descend(recipe, batch, SINGLE)
     assert float(found["train/grad_norm"]) == pytest.approx(math.hypot(2 * a + 3, 3))
     assert [p.item() for p in recipe.model.parameters()] == pytest.approx([a - 0.1 * (2 * a + 3), b - 0.03])
 

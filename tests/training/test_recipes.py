@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.dist import ALONE, Share
+from common.dist import SINGLE, Shard
 from common.flags import Tables, build_parser, parse
 from common.seed import generator
 from datasets import DATASETS, SHIFTS, DataSource, split_one_class
@@ -49,7 +49,7 @@ def batch_of(mode: str, epoch: int = 1, step: int = 0) -> Batch:
     """The same six pictures, whatever epoch and step."""
     g = torch.Generator().manual_seed(0)
     copies = torch.randint(0, 256, (MODES[mode].copies, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
-    return Batch(copies, torch.tensor([0, 1, 2, 3, 4, 0]), epoch, step, Share(6))
+    return Batch(copies, torch.tensor([0, 1, 2, 3, 4, 0]), epoch, step, Shard(6))
 
 
 def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
@@ -134,7 +134,7 @@ def test_a_step_leaves_frozen_networks_as_they_are(mode, start):
     """Bit for bit, running statistics included; what it trains moves."""
     recipe = recipe_of(mode, start)
     before = {name: value.clone() for name, value in recipe.model.state_dict().items()}
-    descend(recipe, batch_of(mode), ALONE)
+    descend(recipe, batch_of(mode), SINGLE)
     moved = {name for name, value in recipe.model.state_dict().items() if not torch.equal(value, before[name])}
     heads = ("linear", *(("shift_cls_layer", "joint_distribution_layer") if mode == "sup_CSI_linear" else ()))
     trained = {f"{head}.{part}" for head in heads for part in ("weight", "bias")}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from common.device import Amp, autocast
-from common.dist import ALONE, Share, World
+from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
 from common.flags import Flags, not_negative, pick, positive
@@ -27,9 +27,9 @@ from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import atom_norm, code_terms
+from training.micro_batch import checkpointed, forward_in_micro_batches, micro_batch_size
 from training.modes.setup import few_views, own_device, sheet, training_images, view_renderer
-from training.pieces import in_pieces, piece_size, recomputed
-from training.recipe import Alarm, Batch, Recipe, Shown, Step
+from training.recipe import Batch, Check, Recipe, Shown, Step
 
 START = "start.cocsr_model"
 _MOVED = 1e-3
@@ -61,13 +61,13 @@ class SparseSpec:
         return CodingSpec(lam=self.sr_lambda, rho=self.sr_rho, steps=self.sr_admm_stage)
 
 
-_ALARMS = (
-    Alarm(
+_CHECKS = (
+    Check(
         "sr/sparsity",
         "every code is zero, so nothing is learned. Try a lower --sr_lambda, or --normalize_sr_dict_feature",
         above=0.9999,
     ),
-    Alarm(
+    Check(
         "sr/dead_atoms",
         "hardly an atom is in use. Try a lower --sr_lambda, a smaller --sr_dict_size, or --ini_sr_dict_train",
         above=0.99,
@@ -100,7 +100,7 @@ class DictionaryLossSpec:
         return tuple(sorted({int(step) for step in (self.loss_sr_deep_supervision or "").split(",") if step}))
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
     """The recipe of `cocsr_dict`."""
     sparse, loss_spec, spec = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
     device = own_device(flags, world)
@@ -153,7 +153,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         if flags.ini_sr_dict_train
         else None
     )
-    render, micro_batch = view_renderer(flags), piece_size(flags)
+    render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.compile:
         model.feature_net.compile()
 
@@ -161,19 +161,19 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         if draws is not None:
             run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             s_KNF = training_features(model, data, draws, world, at_least=2 * sparse.sr_dict_size, amp=amp)
-            if world.first:
+            if world.is_main:
                 # A generator on the CPU gives the same draws on every device.
                 centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
                 bank.set_atoms(centres.mT, norm)
-            world.copy_first(bank.parameters())
+            world.broadcast(bank.parameters())
         run.keep(START, model.state_dict(), first_epoch)
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.share)
+        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
         with amp():
-            s = in_pieces(model, views, batch.share.size, micro_batch).s
-        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.share)
+            s = forward_in_micro_batches(model, views, batch.shard.size, micro_batch).s
+        return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.shard)
 
     def finish(run: Run) -> None:
         try:
@@ -200,7 +200,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         lambda epoch: lr,
         begin,
         show=show,
-        alarms=_ALARMS,
+        checks=_CHECKS,
         finish=finish,
         first_epoch=first_epoch,
     )
@@ -211,32 +211,32 @@ def dictionary_step(
     s_KFB: Tensor,
     spec: DictionaryLossSpec,
     micro_batch: int | None = None,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> Step:
     """The losses of one batch of features, each coded in its own shift's dictionary only. s (K, F, B).
 
     Sums over the batch, as published: the learning rate goes with the batch size. The gradient flows through the
     unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
-    micro_batch: samples of each shift that are coded at a time. share: whose images s is of, where other processes have
+    micro_batch: samples of each shift that are coded at a time. shard: whose images s is of, where other ranks have
     the others of the batch.
     Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes, share of atoms that no
     sample of the batch uses.
     """
-    share = share or Share(s_KFB.shape[2])
-    batch, idle = share.batch, share.own == 0
+    shard = shard or Shard(s_KFB.shape[2])
+    batch, idle = shard.batch, shard.num_real == 0
     # A process without an image of its own codes one for nothing, since all have to take part in the sums.
-    s_KFB = s_KFB[:, :, : max(share.own, 1)]
+    s_KFB = s_KFB[:, :, : max(shard.num_real, 1)]
     if micro_batch is None or micro_batch >= s_KFB.shape[2]:
         fit, l1, gap, used = sample_terms(bank, s_KFB, spec)
     else:
         system = bank.system()
-        parts = [recomputed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
+        parts = [checkpointed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
         fit, l1, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
-    if share.world.size > 1:
+    if shard.world.size > 1:
         sums = torch.cat([torch.stack([fit, l1, gap]), used.flatten()])
-        sums = share.sum(sums * 0 if idle else sums)
+        sums = shard.all_reduce(sums * 0 if idle else sums)
         fit, l1, gap, used = *sums[:2], sums[2].detach(), sums[3:].detach().view_as(used)
-    constraint = share.once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
+    constraint = shard.count_once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
     losses = {
         "sr": spec.loss_lambda_sr * fit,
         "sr_l1": spec.loss_lambda_sr_l1 * l1,
@@ -266,7 +266,7 @@ def training_features(
     model: CocsrNet,
     data: ImageSet | PictureSet,
     draws: DrawSpec,
-    world: World = ALONE,
+    world: World = SINGLE,
     *,
     at_least: int,
     amp: Amp = nullcontext,
@@ -292,7 +292,7 @@ def _one_pass(
     if world.size == 1:
         yield from own
         return
-    for part in world.collect([s.cpu() for s in own]):
+    for part in world.all_gather_object([s.cpu() for s in own]):
         yield from (s.to(data.device) for s in part)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.device import autocast
-from common.dist import ALONE, Share, World
+from common.dist import SINGLE, Shard, World
 from common.flags import Flags, pick
 from common.seed import generator, seed_of
 from datasets import ShiftSpec, Split
@@ -18,13 +18,13 @@ from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
 from models.checkpoint import build_rot_trans
 from models.feature_net import Transformation
+from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import own_device, start_from_pretrained, training_images, with_shared_statistics
 from training.optim import OptimSpec, set_lr
-from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
     """The recipe of `rot_trans`: the cross-entropies of rotation, vertical and horizontal translation, added.
 
     Each step sees an image, flipped at random, under all four rotations, each with translations of its own. There is no
@@ -40,16 +40,16 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     net = with_shared_statistics(net.to(device), world).train()
     optimizer = optim.build(list(net.parameters()))
     amp, seed = autocast(flags.amp, device), flags.seed
-    micro_batch = piece_size(flags)
+    micro_batch = micro_batch_size(flags)
     if flags.compile:
         net.compile()
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views, labels = transformed(floats(batch.own[0]), gen, batch.share)
+        views, labels = transformed(floats(batch.own[0]), gen, batch.shard)
         with amp():
-            logits = in_pieces(net, views, batch.share.size, micro_batch)
-        return Step(transformation_losses(Transformation(*map(batch.share.gather, logits)), labels), {})
+            logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
+        return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})
 
     def before_step(epoch: float) -> float:
         lr = optim.lr(epoch)
@@ -59,18 +59,18 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     return Recipe(net, data, losses, (optimizer,), before_step)
 
 
-def transformed(images: Tensor, generator: Generator, share: Share | None = None) -> tuple[Tensor, Tensor]:
+def transformed(images: Tensor, generator: Generator, shard: Shard | None = None) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) under all rotations and random translations: views (4 B, 3, H, W), rotation by rotation, and
     labels (3, 4 B) of rotation, vertical and horizontal translation.
 
-    share: which images of a larger batch they are; the labels are those of the whole batch.
+    shard: which images of a larger batch they are; the labels are those of the whole batch.
     """
-    share = share or Share(len(images))
-    moves = torch.randint(3, (2, 4 * share.batch), device=images.device, generator=generator)
-    own = moves[:, share.rows(4, images.device)]
+    shard = shard or Shard(len(images))
+    moves = torch.randint(3, (2, 4 * shard.batch), device=images.device, generator=generator)
+    own = moves[:, shard.rows(4, images.device)]
     parts = enumerate(own.unflatten(1, (4, -1)).unbind(1))
     views = torch.cat([rotate_and_translate(images, *indices, quarters=q) for q, indices in parts])
-    rotation = shift_labels(4, share.batch, 1, images.device)
+    rotation = shift_labels(4, shard.batch, 1, images.device)
     return views, torch.cat([rotation[None], moves])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from common.device import Amp, autocast
-from common.dist import ALONE, Share, World
+from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
 from common.flags import Flags, pick
@@ -25,6 +25,7 @@ from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     all_classes,
     few_views,
@@ -37,11 +38,10 @@ from training.modes.setup import (
     with_shared_statistics,
 )
 from training.optim import OptimSpec, set_lr
-from training.pieces import in_pieces, piece_size
-from training.recipe import Alarm, Batch, Recipe, Shown, Step, no_values
+from training.recipe import Batch, Check, Recipe, Shown, Step, no_values
 
 _PROBE_LR = 1e-3
-_COLLAPSE = Alarm(
+_COLLAPSE = Check(
     "train/z_spread",
     "all projections point the same way, the network has collapsed. Try a lower --lr_init, more --warmup, or a larger"
     " --batch_size",
@@ -49,7 +49,9 @@ _COLLAPSE = Alarm(
 )
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE, *, labelled: bool = False) -> Recipe:
+def build(
+    flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE, *, labelled: bool = False
+) -> Recipe:
     """The recipe of `simclr` and `simclr_CSI`: NT-Xent plus the cross-entropy of the shift label.
 
     labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent.
@@ -88,7 +90,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
     seed, sim_lambda, temperature = flags.seed, flags.sim_lambda, flags.temperature
-    render, micro_batch = view_renderer(flags), piece_size(flags)
+    render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.compile:
         net.compile()
 
@@ -96,7 +98,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.copies, shifts, aligned, gen, render, batch.share),
+            train_views(batch.copies, shifts, aligned, gen, render, batch.shard),
             batch.labels,
             n_shifts=len(shifts),
             n_classes=split.n_classes if labelled else None,
@@ -104,7 +106,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
             sim_lambda=sim_lambda,
             amp=amp,
             micro_batch=micro_batch,
-            share=batch.share,
+            shard=batch.shard,
         )
 
     def before_step(epoch: float) -> float:
@@ -133,7 +135,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
         before_step,
         end_epoch=end_epoch,
         show=show,
-        alarms=(_COLLAPSE,),
+        checks=(_COLLAPSE,),
         first_epoch=first_epoch,
     )
 
@@ -149,21 +151,21 @@ def contrastive_step(
     sim_lambda: float,
     amp: Amp = nullcontext,
     micro_batch: int | None = None,
-    share: Share | None = None,
+    shard: Shard | None = None,
 ) -> Step:
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
     so that another shift of the same image is a negative. `shift`: cross-entropy of the shift, absent for K = 1.
     With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
-    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. share: whose
-    images the views are, where other processes have the others of the batch.
+    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. shard: whose
+    images the views are, where other ranks have the others of the batch.
     Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
     """
-    share = share or Share(len(labels))
+    shard = shard or Shard(len(labels))
     with amp():
-        features = in_pieces(net, views, share.size, micro_batch)
-    z = share.gather(features.z)
+        features = forward_in_micro_batches(net, views, shard.size, micro_batch)
+    z = shard.all_gather(features.z)
     z0, z1 = z.chunk(2)
     shift = shift_labels(n_shifts, len(labels), 1, views.device)
     if n_classes is not None:
@@ -172,9 +174,9 @@ def contrastive_step(
     else:
         terms = {"sim": sim_lambda * nt_xent(z0, z1, temperature)}
         if n_shifts > 1:
-            terms["shift"] = F.cross_entropy(share.gather(features.shift), shift.repeat(2))
-    unshifted = torch.cat([h[: share.size] for h in features.h.detach().chunk(2)])
-    terms["cls"] = F.cross_entropy(share.gather(net.linear(unshifted)), labels.repeat(2))
+            terms["shift"] = F.cross_entropy(shard.all_gather(features.shift), shift.repeat(2))
+    unshifted = torch.cat([h[: shard.size] for h in features.h.detach().chunk(2)])
+    terms["cls"] = F.cross_entropy(shard.all_gather(net.linear(unshifted)), labels.repeat(2))
     return Step(terms, {"train/z_spread": spread(z)})
 
 
@@ -197,7 +199,7 @@ def probe_images(split: Split, device: torch.device) -> ImageSet | None:
 
 
 def probe_error(net: FeatureNet, test: ImageSet, batch_size: int) -> float:
-    """Share of the test images that the linear probe gets wrong."""
+    """Shard of the test images that the linear probe gets wrong."""
     was_training = net.training
     net.eval()
     with torch.inference_mode():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.device import autocast
-from common.dist import ALONE, Share, World
+from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, read_facts
 from common.flags import Flags, not_negative, pick, positive
@@ -18,15 +18,15 @@ from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet, full_precision
+from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
 from training.optim import set_lr
-from training.pieces import in_pieces, piece_size
 from training.recipe import Batch, Recipe, Step
 
 _MILESTONES = (0.6, 0.75, 0.9)
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALONE) -> Recipe:
+def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
     """The recipe of `sup_linear` (K = 1) and `sup_CSI_linear` (K = 4): SGD, a tenth of the rate at 60, 75 and 90 %.
 
     Raises: UserError for weights of other classes or shifts; where there is but one class.
@@ -56,7 +56,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
     optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
     lr_init, epochs = flags.lr_init, flags.epochs
-    render, micro_batch = view_renderer(flags), piece_size(flags)
+    render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.compile:
         net.backbone.compile()
 
@@ -67,10 +67,10 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = ALON
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.share)
+        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
         with amp(), torch.no_grad():
-            h = in_pieces(net.features, views, batch.share.size, micro_batch)
-        return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(shifts), share=batch.share), {})
+            h = forward_in_micro_batches(net.features, views, batch.shard.size, micro_batch)
+        return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(shifts), shard=batch.shard), {})
 
     return Recipe(net, data, losses, (optimizer,), before_step)
 
@@ -81,18 +81,18 @@ def rate(lr_init: float, epoch: float, epochs: int) -> float:
 
 
 def head_losses(
-    net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int, share: Share | None = None
+    net: FeatureNet, h: Tensor, labels: Tensor, *, n_shifts: int, shard: Shard | None = None
 ) -> dict[str, Tensor]:
     """Cross-entropies on features h (V, F), shift by shift; labels (B,).
 
     `cls`: the class, on unshifted views. With several shifts also `shift` and `joint` (class + C * shift) on all views.
-    share: whose images h is of, where other processes have the others of the batch.
+    shard: whose images h is of, where other ranks have the others of the batch.
     """
-    share = share or Share(len(labels))
-    terms = {"cls": F.cross_entropy(share.gather(net.linear(h[: share.size])), labels)}
+    shard = shard or Shard(len(labels))
+    terms = {"cls": F.cross_entropy(shard.all_gather(net.linear(h[: shard.size])), labels)}
     if n_shifts > 1:
         shift = shift_labels(n_shifts, len(labels), 1, h.device)
         joint = labels.repeat(n_shifts) + net.linear.out_features * shift
-        terms["shift"] = F.cross_entropy(share.gather(net.shift_cls_layer(h)), shift)
-        terms["joint"] = F.cross_entropy(share.gather(net.joint_distribution_layer(h)), joint)
+        terms["shift"] = F.cross_entropy(shard.all_gather(net.shift_cls_layer(h)), shift)
+        terms["joint"] = F.cross_entropy(shard.all_gather(net.joint_distribution_layer(h)), joint)
     return terms

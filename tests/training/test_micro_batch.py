@@ -5,9 +5,9 @@ from common.device import memory_errors
 from common.errors import RunStopped
 from models.checkpoint import build_net
 from models.sparse.dictionary import CodingSpec, DictionaryBank
+from training.micro_batch import forward_in_micro_batches
 from training.modes.cocsr_dict import DictionaryLossSpec, dictionary_step
 from training.modes.simclr import contrastive_step
-from training.pieces import in_pieces
 
 K = 3
 
@@ -61,7 +61,7 @@ def test_pieces_hold_fewer_activations():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            in_pieces(net, views(), 5, micro_batch)
+            forward_in_micro_batches(net, views(), 5, micro_batch)
         sizes[micro_batch] = held
     assert sizes[1] < sizes[None] / 10
 

@@ -21,14 +21,14 @@ from common.errors import UserError
 from common.flags import Flags
 
 
-def piece_size(flags: Flags) -> int | None:
+def micro_batch_size(flags: Flags) -> int | None:
     """--micro_batch, None for whole batches. Raises: UserError where it is not above zero."""
     if flags.micro_batch is not None and flags.micro_batch < 1:
         raise UserError(f"--micro_batch must be > 0, got {flags.micro_batch}")
     return flags.micro_batch
 
 
-def in_pieces(net: Callable[[Tensor], Any], views: Tensor, images: int, size: int | None) -> Any:
+def forward_in_micro_batches(net: Callable[[Tensor], Any], views: Tensor, images: int, size: int | None) -> Any:
     """net(views), a (V, .) tensor or a named tuple of them, computed from `size` images at a time.
 
     views (R * images, ...): R blocks of all images, as `train_views` has them; a piece takes its images of every block.
@@ -38,7 +38,7 @@ def in_pieces(net: Callable[[Tensor], Any], views: Tensor, images: int, size: in
     if size is None or size >= images:
         return net(views)
     blocks = views.unflatten(0, (-1, images))
-    parts = [recomputed(net, piece.flatten(0, 1)) for piece in blocks.split(size, 1)]
+    parts = [checkpointed(net, piece.flatten(0, 1)) for piece in blocks.split(size, 1)]
 
     def join(*found: Tensor) -> Tensor:
         return torch.cat([x.unflatten(0, (len(blocks), -1)) for x in found], 1).flatten(0, 1)
@@ -48,7 +48,7 @@ def in_pieces(net: Callable[[Tensor], Any], views: Tensor, images: int, size: in
     return type(parts[0])(*map(join, *parts))
 
 
-def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), whose activations are computed again in the backward pass instead of being kept."""
     if not torch.is_grad_enabled():
         return function(*args)
