@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +183,7 @@ def report_skipped(bad: dict[Path, str], count: int, folder: Path) -> None:
         print(f"--skip_bad_images: left out {len(bad)} of {count} pictures in {printable(folder)}")
 
 
-def _in_order(pool: ThreadPoolExecutor, read, count: int) -> Iterator[None]:
+def _in_order(pool: ThreadPoolExecutor, read: Callable[[int], None], count: int) -> Iterator[None]:
     futures = [pool.submit(read, n) for n in range(count)]
     try:
         for future in futures:
