@@ -51,7 +51,7 @@ def test_processes_decode_their_part_of_the_same_copies(source):
     for rank in range(3):
         world = World(rank, 3)
         for all_of_them, own in zip(whole, data.copies(parts, 2, seed=0, epoch=1, world=world), strict=True):
-            assert torch.equal(own, all_of_them[:, world.shard(all_of_them.shape[1]).positions()])
+            assert torch.equal(own, all_of_them[:, world.shard(all_of_them.shape[1]).indices()])
 
 
 def test_classes_labels_and_one_class_splits(source):
