@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import load_state_dict
-from common.flags import Flags, pick, positive
+from common.flags import Flags, pick
 from common.seed import generator
 from datasets import ShiftSpec
 from datasets.augment import AlignedSpec
@@ -97,8 +97,6 @@ def _read_labelled(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mod
 
 def _read_stage2(flags: Flags, state: State, path: Any, shifts: int) -> nn.Module:
     transform, steps, tol = pick(FeatureTransform, flags), flags.sr_admm_stage, flags.sr_tol
-    if tol is not None:
-        positive(sr_tol=tol)
     common = _common(flags, path)
     net = cocsr_from_state(state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **common)
     # The file's dictionary settings count; say so where a flag was given that differs.
@@ -121,7 +119,6 @@ def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs, world: Worl
 def _fitted_dictionary(flags: Flags, net: nn.Module, train: Outputs, world: World = SINGLE) -> Finished:
     """Dictionaries fitted to the averaged features of the training images, after stage 1 (Lee et al., ICS 2020)."""
     transform = pick(FeatureTransform, flags)
-    positive(sr_lambda=flags.sr_lambda, sr_rho=flags.sr_rho, sr_dict_size=flags.sr_dict_size)
     device = next(net.parameters()).device
     coding = CodingSpec(flags.sr_lambda, flags.sr_rho, _FITTED_STEPS, tol=_FITTED_TOL)
 

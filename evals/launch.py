@@ -1,23 +1,27 @@
 """From flags to an evaluation: what the evaluation scripts do."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
 from common.files import disk_errors
-from common.flags import Tables, build_parser, parse, print_dry_run
-from datasets import DATASETS, SHIFTS
-from datasets.outliers import OUTLIERS
+from common.flags import Spec, build_parser, parse, print_dry_run
 from evals import EvalMode
-from models import BACKBONES
 
 
-def launch(argv: Sequence[str] | None, *, script: str, modes: Mapping[str, EvalMode], default_mode: str) -> None:
+def launch(
+    argv: Sequence[str] | None,
+    *,
+    script: str,
+    modes: Mapping[str, EvalMode],
+    specs: Iterable[type[Spec]],
+    default_mode: str,
+) -> None:
     """Carry out the evaluation mode that the flags name, or with --dry_run say what it would be."""
     with report_once():
-        flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
+        flags = parse(argv, build_parser(script, modes, default_mode, specs))
     reuse_host_memory()
     mode = modes[flags.mode]
     if not flags.dry_run:

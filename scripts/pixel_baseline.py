@@ -13,15 +13,14 @@ import numpy as np
 
 from common.errors import UserError, command
 from common.files import write_json
-from common.flags import Tables, build_parser, parse
+from common.flags import build_parser, parse
 from common.run import describe_program
-from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
-from datasets.outliers import OUTLIERS
+from datasets import DataSource, ImageSet, split_one_class
 from evals.baselines import nearest_neighbour, one_class_svm
 from evals.detection import detect
 from evals.subject import identity
 from evals.writing import place_for, read_json, settings_of
-from models import BACKBONES
+from program import SPECS
 
 BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "ocsvm": one_class_svm,
@@ -36,7 +35,7 @@ def pixels(images: ImageSet) -> np.ndarray:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    tables = Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)
+    tables = SPECS
     flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", tables))
     if flags.one_class_idx is None:
         raise UserError("--one_class_idx: the baseline needs a normal class")

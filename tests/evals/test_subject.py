@@ -7,20 +7,19 @@ import pytest
 import torch
 
 import eval as evaluate
-from common.flags import Tables, build_parser, parse
-from datasets import DATASETS, SHIFTS
+from common.flags import build_parser, parse
 from datasets.augment import AlignedSpec
 from evals import EVALS
 from evals.evidence import CONTRASTIVE, SPARSE, Evidence
 from evals.features import concatenate, draw_means
 from evals.subject import Subject, load_subject
-from models import BACKBONES
+from program import SPECS
 from tests.conftest import SHIFT, TINY
 
 
 def subject_of(folder, *more: str, evidence: Evidence = CONTRASTIVE, reference: bool = False) -> Subject:
     args = [*TINY, *SHIFT, "--load_path", str(folder), "--device", "cpu", *more]
-    flags = parse(args, build_parser("test", EVALS, "ood_pre", Tables(DATASETS, (), BACKBONES, SHIFTS)))
+    flags = parse(args, build_parser("test", EVALS, "ood_pre", SPECS))
     return load_subject(flags, evidence, trained_by=["simclr_CSI", "cocsr_dict"], reference=reference)
 
 
