@@ -58,7 +58,7 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     # Normalisation by running statistics: those of a batch are its part's, where several CPUs share it.
     recipe.model.double().eval()
     recipe.begin(_Nowhere())
-    steps = itertools.islice(batches(recipe.data, BATCH, copies=mode.copies, seed=0, epoch=1, world=world), STEPS)
+    steps = itertools.islice(batches(recipe.data, BATCH, loading=recipe.loading, seed=0, epoch=1, world=world), STEPS)
     found: dict[str, Any] = {}
     for batch in steps:
         recipe.before_step(batch.step / STEPS)

@@ -165,7 +165,7 @@ def waits(arguments, memory=2**34):
         split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
         mode = modes[flags.mode]
         recipe = mode.build(flags, split, mode.shifts(flags), SINGLE)
-        found = batches(recipe.data, 16, copies=mode.copies, seed=0, epoch=1)
+        found = batches(recipe.data, 16, loading=recipe.loading, seed=0, epoch=1)
         for _ in range(2):
             gpu.waits.clear()
             recipe.before_step(0.5)

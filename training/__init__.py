@@ -15,7 +15,7 @@ from training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Mode:
-    """One row: how to build the recipe, which shifts it has, how many copies of an image a step sees.
+    """One row: how to build the recipe, which shifts it has, how many views of an image a step loads (for --dry_run).
 
     defaults: flags that have another default in this mode. extensible: whether --resume_path trains a run of it for
     longer.
@@ -23,12 +23,12 @@ class Mode:
 
     build: Callable[[Flags, Split, ShiftSpec, World], Recipe]
     shifts: Callable[[Flags], ShiftSpec]
-    copies: int
+    views: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
     extensible: bool = False
 
 
-_CONTRASTIVE: dict[str, Any] = {"copies": 2, "extensible": True}
+_CONTRASTIVE: dict[str, Any] = {"views": 2, "extensible": True}
 _LABELLED = {"temperature": 0.07}
 
 STAGE1: dict[str, Mode] = {
@@ -36,11 +36,11 @@ STAGE1: dict[str, Mode] = {
     "simclr_CSI": Mode(simclr.build, several_shifts, **_CONTRASTIVE),
     "sup_simclr": Mode(partial(simclr.build, labelled=True), no_shifts, **_CONTRASTIVE, defaults=_LABELLED),
     "sup_simclr_CSI": Mode(partial(simclr.build, labelled=True), rotations, **_CONTRASTIVE, defaults=_LABELLED),
-    "sup_linear": Mode(sup_linear.build, no_shifts, copies=1),
-    "sup_CSI_linear": Mode(sup_linear.build, rotations, copies=1),
-    "rot_trans": Mode(rot_trans.build, rotations, copies=1),
+    "sup_linear": Mode(sup_linear.build, no_shifts),
+    "sup_CSI_linear": Mode(sup_linear.build, rotations),
+    "rot_trans": Mode(rot_trans.build, rotations),
 }
 
 STAGE2: dict[str, Mode] = {
-    "cocsr_dict": Mode(cocsr_dict.build, any_shifts, copies=1),
+    "cocsr_dict": Mode(cocsr_dict.build, any_shifts),
 }

@@ -49,7 +49,7 @@ def launch(
     folder = Path(flags.log_root) / run_name(flags)
     if flags.dry_run:
         if World.of(os.environ).is_main:
-            views = mode.copies * shifts.count * flags.batch_size
+            views = mode.views * shifts.count * flags.batch_size
             print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
         return
     reuse_host_memory()
@@ -61,7 +61,7 @@ def launch(
             return
         recipe, split = _prepare(flags, mode, shifts, world)
         settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
-        settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
+        settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes}
         with world.raise_together():
             run.open({"mode": flags.mode, "model": flags.model, "data": split.facts(recipe.data)})
         with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:

@@ -15,7 +15,7 @@ from common.errors import RunStopped, Terminated, UserError
 from common.progress import progress
 from common.run import Run
 from common.seed import generator, seed_of
-from datasets import ImageSet, PictureSet
+from datasets import ImageSet, Loading, PictureSet
 from training.recipe import Batch, Recipe
 
 
@@ -23,23 +23,24 @@ def batches(
     data: ImageSet | PictureSet,
     batch_size: int,
     *,
-    copies: int,
+    loading: Loading,
     seed: int,
     epoch: int,
     first: int = 0,
     world: World = SINGLE,
 ) -> Generator[Batch]:
-    """One epoch of shuffled batches, each image in `copies` copies; a last batch of one joins the batch before.
+    """One epoch of shuffled batches, loaded as `loading` says; a last batch of one joins the batch before.
 
     first: the step to begin with. world: several ranks get the same batches, and in them the images of their shard.
     """
     order = torch.randperm(len(data), generator=generator(seed, "order", epoch)).to(data.index_device)
     labels = data.labels.to(data.index_device)
     parts = _split(order, batch_size)
-    found = data.copies(parts, copies, seed=seed, epoch=epoch, first=first, world=world)
-    for step, images in enumerate(found, first):
-        own = labels[parts[step]].to(data.device, non_blocking=True)
-        yield Batch(images, own, epoch, step, world.shard(len(own)))
+    loaded = data.batches(parts, loading, seed=seed, epoch=epoch, first=first, world=world)
+    for step, images in enumerate(loaded, first):
+        index = parts[step]
+        labels_B, index_B = (x.to(data.device, non_blocking=True) for x in (labels[index], index))
+        yield Batch(images, labels_B, index_B, epoch, step, world.shard(len(index)))
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -65,14 +66,13 @@ def fit(
     *,
     epochs: int,
     batch_size: int,
-    copies: int,
     seed: int,
     save_step: int,
     save_minutes: float = 0.0,
     stop: Callable[[], int] = never,
     world: World = SINGLE,
 ) -> None:
-    """Train `recipe` up to epoch `epochs`, from where `run` stands, on `copies` copies of each image.
+    """Train `recipe` up to epoch `epochs`, from where `run` stands.
 
     Writes a checkpoint every `save_step` epochs, every `save_minutes` minutes (0: not by time) and at the end. The
     device is read once an epoch: losses are summed there, and a non-finite one is told by the epoch and the step at
@@ -107,7 +107,8 @@ def fit(
     for epoch in range(first + 1, epochs + 1):
         begun = time.monotonic()
         done, lr = 0, 0.0
-        steps = batches(recipe.data, batch_size, copies=copies, seed=seed, epoch=epoch, first=first_step, world=world)
+        which = {"seed": seed, "epoch": epoch, "first": first_step}
+        steps = batches(recipe.data, batch_size, loading=recipe.loading, **which, world=world)
         with contextlib.closing(steps):  # Processes that load pictures end with it, whatever ends this.
             for batch in progress(steps, total=total_steps - first_step, label=f"epoch {epoch}/{epochs}"):
                 lr = recipe.before_step(epoch - 1 + batch.step / total_steps)

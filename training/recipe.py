@@ -10,25 +10,29 @@ from torch.optim import Optimizer
 
 from common.dist import Shard
 from common.run import Run
-from datasets import ImageSet, PictureSet
+from datasets import ImageSet, Loading, PictureSet
 
 
-class Batch(NamedTuple):
-    """copies (C, B, 3, H, W) flipped, uint8; labels (B,); epoch counts from 1, step from 0.
+@dataclass(frozen=True)
+class Batch:
+    """What the losses of one step are computed from; epoch counts from 1, step from 0.
 
-    shard: which of the B images `copies` has, where several ranks share the batch; labels are those of all.
+    images (V, B, channels, H, W): uint8, loaded as the recipe's `loading` says.
+    labels, index (B,): int64, the label of each image and its place in the training set.
+    shard: where several ranks share the batch, `images` has those at `shard.indices` only; labels and index are of all.
     """
 
-    copies: Tensor
+    images: Tensor
     labels: Tensor
+    index: Tensor
     epoch: int
     step: int
     shard: Shard
 
     @property
-    def own(self) -> Tensor:
-        """The copies without the image that is there to be mixed with only."""
-        return self.copies[:, : self.shard.size]
+    def local_images(self) -> Tensor:
+        """`images` without the one past the end of the shard, which is only the mix partner of the last."""
+        return self.images[:, : self.shard.size]
 
 
 class Step(NamedTuple):
@@ -85,6 +89,7 @@ class Recipe:
     checks: signs of a collapse, looked for after every epoch.
     finish: once, after the last epoch and before it is saved: what it finds wrong is never a finished run.
     first_epoch: epochs that came before, in the run this one starts from.
+    loading: how the images of a batch are loaded.
     """
 
     model: nn.Module
@@ -98,3 +103,4 @@ class Recipe:
     checks: tuple[Check, ...] = ()
     finish: Callable[[Run], None] = do_nothing
     first_epoch: int = 0
+    loading: Loading = Loading()

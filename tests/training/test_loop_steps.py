@@ -16,7 +16,7 @@ from training import launch, loop
 from training.loop import descend, fit
 from training.recipe import Batch, Recipe, Step
 
-SETTINGS = {"batch_size": 4, "copies": 1, "seed": 0}  # of the 10 images of `make`, 3 steps an epoch
+SETTINGS = {"batch_size": 4, "seed": 0}  # of the 10 images of `make`, 3 steps an epoch
 
 
 def trained(recipe: Recipe, run: Run, epochs: int = 2, save_step: int = 10, **settings) -> list[dict[str, float]]:
@@ -58,7 +58,7 @@ def two_terms() -> tuple[Recipe, Batch]:
         return Step({"x": model["a"] ** 2, "y": 3 * (model["a"] + model["b"])}, {"seen": model["b"].detach().clone()})
 
     recipe = Recipe(model, None, losses, optimizers, lambda epoch: 0.1)  # type: ignore[arg-type]
-    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), 1, 0, Shard(2))
+    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), torch.arange(2), 1, 0, Shard(2))
 
 
 def test_a_step_goes_down_the_sum_of_the_terms_with_every_optimiser_and_forgets_its_gradient():
@@ -127,5 +127,5 @@ def test_flags_of_the_run_reach_the_loop(tmp_path, monkeypatch):
 
     args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--seed", "7", "--epochs", "3", "--save_step", "2"]
     assert train.main([*args, "--save_minutes", "0.5", "--log_root", str(tmp_path), "--device", "cpu"]) == 0
-    expected = {"epochs": 3, "batch_size": 61, "seed": 7, "save_step": 2, "save_minutes": 0.5, "copies": 2}
+    expected = {"epochs": 3, "batch_size": 61, "seed": 7, "save_step": 2, "save_minutes": 0.5}
     assert {name: seen[name] for name in expected} == expected

@@ -48,8 +48,8 @@ def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
 def batch_of(mode: str, epoch: int = 1, step: int = 0) -> Batch:
     """The same six pictures, whatever epoch and step."""
     g = torch.Generator().manual_seed(0)
-    copies = torch.randint(0, 256, (MODES[mode].copies, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
-    return Batch(copies, torch.tensor([0, 1, 2, 3, 4, 0]), epoch, step, Shard(6))
+    images = torch.randint(0, 256, (MODES[mode].views, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
+    return Batch(images, torch.tensor([0, 1, 2, 3, 4, 0]), torch.arange(6), epoch, step, Shard(6))
 
 
 def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
@@ -107,7 +107,7 @@ def test_the_contrastive_term_has_its_weight_and_its_temperature(mode, start):
     recipe = recipe_of(mode, start, "--sim_lambda", "3", "--temperature", "0.2")
     shifts = ShiftSpec("rotation" if mode.endswith("CSI") else "none").functions()
     batch = batch_of(mode, 2, 5)
-    views = train_views(batch.copies, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
+    views = train_views(batch.images, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
     with torch.no_grad():
         z0, z1 = recipe.model(views).z.chunk(2)
     if mode.startswith("sup_"):

@@ -170,7 +170,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
+        views = train_views(batch.images, shifts, aligned, gen, render, batch.shard)
         with amp():
             s = forward_in_micro_batches(model, views, batch.shard.size, micro_batch).s
         return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.shard)

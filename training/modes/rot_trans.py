@@ -46,7 +46,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views, labels = transformed(floats(batch.own[0]), gen, batch.shard)
+        views, labels = transformed(floats(batch.local_images[0]), gen, batch.shard)
         with amp():
             logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})

@@ -13,7 +13,7 @@ from common.dist import World
 from common.errors import UserError
 from common.flags import Flags
 from common.seed import generator, seed_of
-from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets import ImageSet, Loading, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift
 from datasets.views import render_views, train_views
@@ -101,8 +101,8 @@ def few_views(
 ) -> Tensor:
     """The first images of a set as training sees them, to be looked at: (K, n, 3, H, W), n at most 8."""
     index = torch.arange(min(_SHOWN, len(data)), device=data.index_device)
-    (copies,) = data.copies([index], 1, seed=seed, epoch=0)
-    views = train_views(copies, shifts, aligned, generator(seed, "show", epoch, device=data.device))
+    (images,) = data.batches([index], Loading(), seed=seed, epoch=0)
+    views = train_views(images, shifts, aligned, generator(seed, "show", epoch, device=data.device))
     return views.unflatten(0, (len(shifts), -1))
 
 

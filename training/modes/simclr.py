@@ -19,7 +19,7 @@ from common.files import load_state_dict, load_tensors, read_facts
 from common.flags import Flags, pick
 from common.run import start_epoch
 from common.seed import generator
-from datasets import ImageSet, ShiftSpec, Split
+from datasets import ImageSet, Loading, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models.checkpoint import find_weights, net_from_state
@@ -98,7 +98,7 @@ def build(
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.copies, shifts, aligned, gen, render, batch.shard),
+            train_views(batch.images, shifts, aligned, gen, render, batch.shard),
             batch.labels,
             n_shifts=len(shifts),
             n_classes=split.n_classes if labelled else None,
@@ -137,6 +137,7 @@ def build(
         show=show,
         checks=(_COLLAPSE,),
         first_epoch=first_epoch,
+        loading=Loading(views=2),
     )
 
 

@@ -67,7 +67,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
+        views = train_views(batch.images, shifts, aligned, gen, render, batch.shard)
         with amp(), torch.no_grad():
             h = forward_in_micro_batches(net.features, views, batch.shard.size, micro_batch)
         return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(shifts), shard=batch.shard), {})
