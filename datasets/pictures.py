@@ -288,6 +288,11 @@ class PictureSet:
         return self.side, self.side
 
     @property
+    def channels(self) -> int:
+        """Of a crop."""
+        return 3
+
+    @property
     def cropped(self) -> bool:
         """Whether copies come cropped: yes."""
         return True
