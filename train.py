@@ -2,25 +2,40 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from common.errors import command
+
+if TYPE_CHECKING:
+    from training.keeper import Observer
+    from training.launch import Script
+
+
+def train(argv: Sequence[str] | None, script: "Script", observer: "Observer | None" = None) -> None:
+    """Carry out the run that the flags describe. A finished run is left alone, an unfinished one goes on."""
+    from common.dist import processes
+    from common.flags import DeviceSpec
+    from program import SPECS
+    from training import launch
+
+    job = launch.read_job(argv, script, SPECS)
+    if launch.dry_run(job):
+        return
+    with processes(job.flags.of(DeviceSpec).device) as world:
+        run = launch.open_run(job, world)
+        if run is None:
+            return
+        split = launch.read_split(job.flags, world)
+        recipe = launch.build_recipe(job, split, world)
+        launch.train(job, run, recipe, split, world, observer)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    from program import SPECS
     from training import STAGE1
-    from training.launch import launch
+    from training.launch import Script
 
-    launch(
-        argv,
-        script="train.py",
-        modes=STAGE1,
-        specs=SPECS,
-        default_mode="simclr",
-        weights="last.model",
-        resume="last.resume",
-    )
+    train(argv, Script("train.py", STAGE1, "simclr", "last.model", "last.resume"))
 
 
 if __name__ == "__main__":

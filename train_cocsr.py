@@ -4,23 +4,15 @@ import sys
 from collections.abc import Sequence
 
 from common.errors import command
+from train import train
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    from program import SPECS
     from training import STAGE2
-    from training.launch import launch
+    from training.launch import Script
 
-    launch(
-        argv,
-        script="train_cocsr.py",
-        modes=STAGE2,
-        specs=SPECS,
-        default_mode="cocsr_dict",
-        weights="last.cocsr_model",
-        resume="last.cocsr_resume",
-    )
+    train(argv, Script("train_cocsr.py", STAGE2, "cocsr_dict", "last.cocsr_model", "last.cocsr_resume"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks.compare import Part
 from common.seed import generator
 from datasets.augment import AlignedSpec, crop_boxes, draw_tries
+from datasets.loading import Loading
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import render_views, train_views
@@ -28,8 +29,8 @@ def part(device: torch.device, images: int = 64, compiled: bool = False) -> Part
     render = torch.compile(render_views, dynamic=False) if compiled else render_views
 
     def ours() -> Tensor:
-        (copies,) = data.copies([index], 2, seed=0, epoch=1)
-        return train_views(copies, shifts, _SPEC, generator(0, "augment", 1, 0, device=device), render)
+        (images,) = data.batches([index], Loading(views=2), seed=0, epoch=1)
+        return train_views(images, shifts, _SPEC, generator(0, "augment", 1, 0, device=device), render)
 
     name = "augmentation, compiled" if compiled else "augmentation"
     traffic = pixels.nbytes + 10 * floats.nbytes

@@ -21,7 +21,7 @@ from PIL import Image
 from common.device import reuse_host_memory
 from common.errors import UserError, command
 from common.progress import progress
-from datasets import DATASETS, DataSource, PictureSet
+from datasets import DATASETS, DataSource, Loading, PictureSet
 from datasets.augment import AlignedSpec
 from datasets.listing import list_pictures
 
@@ -46,7 +46,7 @@ def lay_out(root: Path, pictures: Path | None, count: int, stored: int) -> None:
 def epoch_seconds(data: PictureSet, epoch: int, batch_size: int = 128) -> float:
     """Seconds of one epoch of two crops of each picture."""
     begun = time.perf_counter()
-    for _ in data.copies(torch.arange(len(data)).split(batch_size), 2, seed=0, epoch=epoch):
+    for _ in data.batches(torch.arange(len(data)).split(batch_size), Loading(views=2), seed=0, epoch=epoch):
         pass
     return time.perf_counter() - begun
 
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         built = time.perf_counter() - begun
         size = sum(path.stat().st_size for path in (root / "cache").iterdir()) / 2**20
         kinds = {"decoded each time": plain, "from the cache": cached}
-        first = [next(iter(data.copies([torch.arange(64)], 2, seed=0, epoch=0))) for data in kinds.values()]
+        index = [torch.arange(64)]
+        first = [next(iter(data.batches(index, Loading(views=2), seed=0, epoch=0))) for data in kinds.values()]
         if not torch.equal(*first):
             raise RuntimeError("the cache gives other pixels")
         seconds: dict[str, list[float]] = {name: [] for name in kinds}

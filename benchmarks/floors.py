@@ -25,6 +25,7 @@ from common.device import Amp, autocast, device_name, pick_device, reuse_host_me
 from common.errors import UserError, command
 from common.seed import generator
 from datasets.augment import AlignedSpec
+from datasets.loading import Loading
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, train_views
@@ -123,9 +124,9 @@ def evaluation(model: str, data: ImageSet, amp: Amp) -> Callable[[], None]:
 PHASES = {"stage 1, step": stage1, "stage 2, step": stage2, "evaluation, one draw": evaluation}
 
 
-def _views(data: ImageSet, index: Tensor, copies: int) -> Tensor:
-    (found,) = data.copies([index], copies, seed=0, epoch=1)
-    return train_views(found, _SHIFTS, _SPEC, generator(0, "floors", device=data.device))
+def _views(data: ImageSet, index: Tensor, views: int) -> Tensor:
+    (images,) = data.batches([index], Loading(views=views), seed=0, epoch=1)
+    return train_views(images, _SHIFTS, _SPEC, generator(0, "floors", device=data.device))
 
 
 def _sparse_net(model: str, data: ImageSet) -> CocsrNet:

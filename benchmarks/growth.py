@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -28,6 +29,7 @@ from common.flags import Flags
 from common.run import Run
 from common.seed import generator
 from datasets.augment import AlignedSpec
+from datasets.loading import Loading
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, train_views
@@ -82,8 +84,8 @@ def training_step(device: torch.device, *, images: int = 64, shifts: int = 2) ->
     labels = torch.zeros(images, dtype=torch.long, device=device)
 
     def run() -> None:
-        (copies,) = data.copies([index], 2, seed=0, epoch=1)
-        views = train_views(copies, _SHIFTS[:shifts], _SPEC, generator(0, "growth", device=device))
+        (images,) = data.batches([index], Loading(views=2), seed=0, epoch=1)
+        views = train_views(images, _SHIFTS[:shifts], _SPEC, generator(0, "growth", device=device))
         step = contrastive_step(net, views, labels, n_shifts=shifts, temperature=0.5, sim_lambda=1.0)
         net.zero_grad(set_to_none=True)
         torch.stack(list(step.losses.values())).sum().backward()
@@ -123,10 +125,10 @@ def stage1(device: torch.device) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         drawn = generator(0, "growth", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, drawn)
+        views = train_views(batch.images, _SHIFTS[:2], _SPEC, drawn)
         return contrastive_step(net, views, batch.labels, n_shifts=2, temperature=0.5, sim_lambda=1.0)
 
-    return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 0.01)
+    return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 0.01, loading=Loading(views=2))
 
 
 def stage2(device: torch.device) -> Recipe:
@@ -137,13 +139,13 @@ def stage2(device: torch.device) -> Recipe:
 
     def losses(batch: Batch) -> Step:
         drawn = generator(0, "growth", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, _SHIFTS[:2], _SPEC, drawn)
+        views = train_views(batch.images, _SHIFTS[:2], _SPEC, drawn)
         return dictionary_step(net.sr_nets, net(views).s.unflatten(0, (2, -1)).mT, spec)
 
     return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 1e-4)
 
 
-_STAGES: dict[str, tuple[Callable[[torch.device], Recipe], int]] = {"stage 1": (stage1, 2), "stage 2": (stage2, 1)}
+_STAGES: dict[str, Callable[[torch.device], Recipe]] = {"stage 1": stage1, "stage 2": stage2}
 # Steps of an epoch, and so of a turn.
 _TURN = 8
 
@@ -196,9 +198,8 @@ def course(name: str, device: torch.device, first: int, tenth: int) -> Course:
 
 def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
     reuse_host_memory()
-    make, copies = _STAGES[name]
     device = pick_device(str(device))  # With what it sets in a process.
-    recipe, barrier, young = make(device), _MEETING[0], first == tenth
+    recipe, barrier, young = _STAGES[name](device), _MEETING[0], first == tenth
     seconds: list[float] = []
     step, begun, before, after = 0, 0.0, 0, 0
 
@@ -220,15 +221,16 @@ def _course(name: str, device: torch.device, first: int, tenth: int) -> Course:
             barrier.wait()
             begun = time.perf_counter()
         step += 1
-        return recipe.before_step(epoch)
+        return schedule(epoch)
 
-    watching = Recipe(recipe.model, recipe.data, recipe.losses, recipe.optimizers, watched)
+    schedule = recipe.lr or (lambda epoch: 0.0)
+    watching = replace(recipe, lr=watched)
     epochs = (first + tenth) // _TURN
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         flags = Flags({"mode": name, "dataset": "growth", "epochs": epochs, "overwrite": False})
         run = Run(Path(folder) / "run", flags, weights="last.model", resume="last.resume")
         run.open()
-        fit(watching, run, epochs=epochs, batch_size=len(recipe.data) // _TURN, copies=copies, seed=0, save_step=epochs)
+        fit(watching, run, epochs=epochs, batch_size=len(recipe.data) // _TURN, seed=0, save_step=epochs)
         run.close()
     hand_over()
     if not young:

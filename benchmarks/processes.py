@@ -38,22 +38,21 @@ from training.recipe import Recipe
 _PARTS = "--shift_trans_type rot_bmix --mix_alpha 0.2 --image_size 32 --dataset digits --simclr_dim 128".split()
 
 
-def recipe_of(args: Sequence[str], world: World) -> tuple[Recipe, int]:
-    """A mode ready to train on all digits at 32 pixels, and how many copies of an image it sees."""
+def recipe_of(args: Sequence[str], world: World) -> Recipe:
+    """A mode ready to train on all digits at 32 pixels."""
     modes = STAGE1 | STAGE2
-    tables = SPECS
-    flags = parse([*args, *_PARTS], build_parser("benchmark", modes, "simclr_CSI", tables))
+    flags = parse([*args, *_PARTS], build_parser("benchmark", modes, "simclr_CSI", SPECS))
     mode = modes[flags.mode]
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), None, 32)
-    return mode.build(flags, split, mode.shifts(flags), world), mode.copies
+    return mode.build(flags, split, world)
 
 
 def step(args: Sequence[str], batch_size: int, world: World) -> Callable[[], object]:
     """One step on `batch_size` images of all processes together, read at its end as an epoch is."""
-    recipe, copies = recipe_of(args, world)
+    recipe = recipe_of(args, world)
 
     def run() -> object:
-        batch = next(batches(recipe.data, batch_size, copies=copies, seed=0, epoch=1, world=world))
+        batch = next(batches(recipe.data, batch_size, loading=recipe.loading, seed=0, epoch=1, world=world))
         return [float(value) for value in descend(recipe, batch, world).values()]
 
     return run
@@ -61,7 +60,7 @@ def step(args: Sequence[str], batch_size: int, world: World) -> Callable[[], obj
 
 def evaluation(args: Sequence[str], images: int, world: World) -> Callable[[], object]:
     """Features and codes of one draw of some images."""
-    recipe, _ = recipe_of(args, SINGLE)
+    recipe = recipe_of(args, SINGLE)
     net, data = recipe.model.eval(), recipe.data
     assert isinstance(net, CocsrNet) and isinstance(data, ImageSet)
     flags = parse(_PARTS, build_parser("benchmark", STAGE1, "simclr_CSI", SPECS))

@@ -9,6 +9,7 @@ from benchmarks.compare import Part, distance
 from common.device import Amp, autocast
 from common.seed import generator
 from datasets.augment import AlignedSpec
+from datasets.loading import Loading
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import render_views, shift_labels, train_views
@@ -50,8 +51,8 @@ def part(
         render = torch.compile(render_views, dynamic=False)
 
     def ours() -> None:
-        (copies,) = data.copies([index], 2, seed=0, epoch=1)
-        views = train_views(copies, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device), render)
+        (images,) = data.batches([index], Loading(views=2), seed=0, epoch=1)
+        views = train_views(images, _SHIFTS, _SPEC, generator(0, "augment", 1, 0, device=device), render)
         step(views, labels, amp)
 
     def check(_: None, __: None) -> str:

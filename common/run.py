@@ -164,7 +164,9 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether this very run has been carried out already."""
-        return self.state is not None and self.state["epoch"] >= self.flags.epochs
+        if self.state is None:
+            return False
+        return self.state["epoch"] >= self.flags.as_dict()["epochs"] or self.state.get("converged", False)
 
     def open(self, facts: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Create the folder (with --overwrite: anew) and start its log. Called once all input has been read.
@@ -386,6 +388,21 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return out.stdout.strip() if out.returncode == 0 else None
+
+
+def recorded_flags(weights: Path) -> dict[str, Any]:
+    """The flags that the training of `weights` depended on: as the file has them, else as args.json beside it does.
+
+    Empty for weights of the published programs.
+    """
+    facts = read_facts(weights)
+    if "flags" in facts:
+        return facts["flags"]
+    try:
+        written = json.loads((weights.parent / "args.json").read_text())
+        return {name: written["flags"][name] for name in written["used"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def start_epoch(weights: Path, *, flag: str = "resume_path") -> int:

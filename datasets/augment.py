@@ -159,7 +159,12 @@ def crop_boxes(tries: Tensor, size: tuple[int, int], spec: AlignedSpec) -> Tenso
 
 
 def aligned(x: Tensor, draw: AlignedDraw) -> Tensor:
-    """Jitter, grey and crop the views (V, 3, H, W) by their draws. Flips come before the shift, hence not here."""
+    """Jitter, grey and crop the views (V, 3, H, W) by their draws. Flips come before the shift, hence not here.
+
+    Raises: ValueError for other than three channels.
+    """
+    if x.shape[1] != 3:
+        raise ValueError(f"the augmentation changes colours: it takes three channels, got {x.shape[1]}")
     red, green, blue = x.unbind(1)
     return crop_only(torch.stack(gray(jitter((red, green, blue), draw), draw.gray), 1), draw)
 

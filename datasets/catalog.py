@@ -95,7 +95,8 @@ class DataSource(Spec, group="data"):
 class DatasetSpec:
     """One row of the table of data sets.
 
-    load: (source, split "train" or "test", label to keep or None for all) -> ImageSet.
+    load: (source, split "train" or "test", label to keep or None for all) -> ImageSet; sets that are grey by nature
+    have one channel, all others three.
     classes: source -> names of the classes, in label order.
     flags: what of a `DataSource` it depends on.
     n_train_classes: source -> how many of the classes can be normal; the linear head has one output for each.
@@ -116,7 +117,7 @@ class DatasetSpec:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """(N, C, H, W) uint8 images to (N, 3, size, size), bilinear; one channel becomes three equal ones."""
+    """(N, channels, H, W) uint8 images to (N, channels, size, size), bilinear."""
     if size is not None and images.shape[2:] != (size, size):
         # In blocks: floats of a whole set would take four times its memory at the new size.
         shrinks = size < images.shape[2]
@@ -128,7 +129,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
             for block in images.split(1024)
         ]
         images = torch.cat(blocks)
-    return images.expand(-1, 3, -1, -1).contiguous()
+    return images.contiguous()
 
 
 def _resized(images: Tensor, labels: np.ndarray | list[int], size: int | None, label: int | None) -> ImageSet:

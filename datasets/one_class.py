@@ -101,22 +101,35 @@ class Split:
             return None
         return tuple(self.spec.groups[self.source.superclasses].values())
 
-    def train(self) -> ImageSet:
-        """The normal training images."""
+    def train(self, channels: int | None = 3) -> ImageSet:
+        """The normal training images. channels: 1, 3, or None for 1 where all of them are grey, else 3."""
         # A coarse class is several labels, so it is chosen after loading.
         label = self.one_class_idx if self._groups is None else None
         data = self._relabelled(self.spec.load(self.source, "train", label))
-        return data if self.one_class_idx is None else data.where(data.labels == self.one_class_idx)
+        if self.one_class_idx is not None:
+            data = data.where(data.labels == self.one_class_idx)
+        return data.with_channels(channels)
 
-    def stream(self, crop: AlignedSpec) -> ImageSet | PictureSet:
-        """The normal training images as training looks at them; pictures decoded meanwhile are cropped by `crop`."""
+    def stream(self, crop: AlignedSpec, channels: int | None = 3) -> ImageSet | PictureSet:
+        """The images of `train` for training; pictures that are decoded during training are cropped by `crop`.
+
+        Raises: UserError where one channel is asked of pictures that are decoded during training.
+        """
         if self.spec.stream is None:
-            return self.train()
+            return self.train(channels)
+        if channels == 1:
+            raise UserError(
+                f"--dataset {self.dataset}: its pictures are decoded during training, in three channels only; choose"
+                " another data set for one channel"
+            )
         return self.spec.stream(self.source, crop, self.one_class_idx)
 
-    def test(self) -> ImageSet:
-        """All test images; `normal(labels)` tells which are normal."""
-        return self._relabelled(self.spec.load(self.source, "test", None))
+    def test(self, channels: int | None = 3) -> ImageSet:
+        """All test images; `normal(labels)` says which are normal.
+
+        channels: as of `train`; None looks at these images only, so ask for those that the training images have.
+        """
+        return self._relabelled(self.spec.load(self.source, "test", None)).with_channels(channels)
 
     def normal(self, labels: Tensor) -> Tensor:
         """(N,) bool."""

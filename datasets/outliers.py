@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,18 +74,19 @@ MULTI_CLASS = {
 
 
 def find_outliers(
-    names: Sequence[str], source: DataSource, normal: Callable[[], ImageSet], *, lag: int
+    names: Sequence[str], source: DataSource, normal: Callable[[], ImageSet], *, lag: int, channels: int = 3
 ) -> dict[str, Callable[[], ImageSet]]:
     """Loaders of the named sets, by name, in the size of `source.image_size`.
 
     normal: the normal test images, of which `interp` is made; lag: how far apart the two are that it mixes.
+    channels: those of the normal images, 1 or 3.
     Raises: UserError that names every set that is missing, before a picture is decoded.
     """
     loaders: dict[str, Callable[[], ImageSet]] = {}
     missing = []
     for name in names:
         try:
-            loaders[name] = _find(name, source, normal, lag)
+            loaders[name] = _find(name, source, normal, lag, channels)
         except UserError as error:
             missing.append(f"{name} ({str(error).removeprefix('--data_path: ')})")
     if missing:
@@ -106,7 +106,9 @@ def outlier_flags(name: str) -> tuple[str, ...]:
     return PICTURE_FLAGS + (("data_path",) if name in PICTURE_SETS else ())
 
 
-def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: int) -> Callable[[], ImageSet]:
+def _find(
+    name: str, source: DataSource, normal: Callable[[], ImageSet], lag: int, channels: int
+) -> Callable[[], ImageSet]:
     if name == INTERP:
         images = normal()
         if len(images) <= lag:
@@ -115,7 +117,7 @@ def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: in
     if name in ("folder", FOLDER):
         raise UserError(f"give its path: {FOLDER}<path>")
     if name in DATASETS:
-        data = split_one_class(name, source, None, source.image_size or 32).test()
+        data = split_one_class(name, source, None, source.image_size or 32).test(channels)
         return lambda: data
     if name.startswith(FOLDER):
         folder, count = Path(name.removeprefix(FOLDER)), None
@@ -132,7 +134,7 @@ def _find(name: str, source: DataSource, normal: Callable[[], ImageSet], lag: in
     # Large pictures are framed as those of ImageNet-30 are; the small sets come in their size.
     short_side = imagenet_short_side(source.image_size) if count is not None and source.image_size else None
     pictures = [Picture(path, 0, "", str(path.relative_to(folder))) for path in paths]
-    return partial(pictures_in_memory, pictures, source, short_side)
+    return lambda: pictures_in_memory(pictures, source, short_side).with_channels(channels)
 
 
 def interpolated(images: ImageSet, lag: int) -> ImageSet:

@@ -34,6 +34,7 @@ from datasets.augment import AlignedSpec, crop_boxes, draw_tries
 from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, report_skipped
 from datasets.listing import common_folder, printable
+from datasets.loading import Loading
 from datasets.sets import floats
 
 
@@ -254,6 +255,14 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+def check_loading(loading: Loading) -> None:
+    """Raises: UserError for what pictures that are decoded during training cannot be loaded as."""
+    if loading.pad:
+        raise UserError("--dataset: pictures that are decoded during training are cropped, not padded; choose another")
+    if loading.channels == 1:
+        raise UserError("--dataset: pictures that are decoded during training have three channels; choose another")
+
+
 @dataclass(frozen=True)
 class PictureSet:
     """Pictures with labels, decoded on demand. It offers what training asks of an `ImageSet`.
@@ -279,6 +288,11 @@ class PictureSet:
         return self.side, self.side
 
     @property
+    def channels(self) -> int:
+        """Of a crop."""
+        return 3
+
+    @property
     def cropped(self) -> bool:
         """Whether copies come cropped: yes."""
         return True
@@ -294,25 +308,28 @@ class PictureSet:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
         return floats(torch.from_numpy(np.stack(middles)).to(self.device, non_blocking=True))
 
-    def copies(
+    def batches(
         self,
         parts: Sequence[Tensor],
-        count: int,
+        loading: Loading,
         *,
         seed: int,
         epoch: int,
         first: int = 0,
         world: World = SINGLE,
     ) -> Iterator[Tensor]:
-        """One epoch: for each batch of indices in `parts`, `count` cropped and flipped copies (C, B, 3, S, S), uint8.
+        """Load one epoch: for each batch of indices (B,) in `parts`, cropped views (V, B, 3, H, W), uint8.
 
-        first: how many batches to pass over. world: of several processes each gets the images at its shard's
-        `indices` only.
-        Raises: UserError for a picture that cannot be read.
+        Draws follow from seed and epoch; those of a picture depend on its index and on the size of the set.
+        first: number of batches to skip. world: each of several ranks gets the pictures at `Shard.indices` only.
+        Raises: UserError for a picture that cannot be read, and for a `loading` with pad or one channel.
         """
+        check_loading(loading)
         gen = generator(seed, "crop", epoch)
-        tries = draw_tries(len(self) * count, gen).unflatten(1, (len(self), count))
-        flips = torch.rand(len(self), count, generator=gen) < 0.5
+        tries = draw_tries(len(self) * loading.views, gen).unflatten(1, (len(self), loading.views))
+        flips = torch.zeros(len(self), loading.views, dtype=torch.bool)
+        if loading.flip:
+            flips = torch.rand(flips.shape, generator=gen) < 0.5
         loader = DataLoader(
             _OrError(_Crops(self.pixels, tries, flips, self.spec, self.side)),
             batch_sampler=[part[world.shard(len(part)).indices()].tolist() for part in parts[first:]],
@@ -322,7 +339,7 @@ class PictureSet:
             worker_init_fn=obey_later,
         )
         images = max((world.shard(len(part)).size for part in parts), default=0)
-        _check_shared_memory(count * images * 3 * self.side**2, self.workers)
+        _check_shared_memory(loading.views * images * 3 * self.side**2, self.workers)
         found = start_workers(lambda: iter(loader))
         try:
             for batch in found:

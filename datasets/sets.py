@@ -15,6 +15,7 @@ from torch import Tensor
 from common.dist import SINGLE, World
 from common.seed import generator
 from datasets.augment import hflip
+from datasets.loading import Loading, all_grey, pad_and_crop, to_channels
 
 # A set may fill this share of a GPU's free memory; activations need the rest.
 _DEVICE_SHARE = 0.4
@@ -53,6 +54,24 @@ class ImageSet:
         """(H, W)."""
         return self.images.shape[2], self.images.shape[3]
 
+    @property
+    def channels(self) -> int:
+        """1 for grey images, else 3."""
+        return self.images.shape[1]
+
+    def with_channels(self, channels: int | None) -> "ImageSet":
+        """The same images in 1 or 3 channels, see `to_channels`; None: 1 where all of them are grey, else 3.
+
+        The fingerprint is of the data, however they are read, and stays.
+        """
+        if channels is None:
+            channels = 1 if all_grey(self.images) else 3
+        if channels == self.channels:
+            return self
+        # In blocks: the luma is computed in integers, which take four times the memory.
+        images = torch.cat([to_channels(block, channels) for block in self.images.split(1024)])
+        return replace(self, images=images)
+
     def batch(self, index: Tensor) -> Tensor:
         """Images at `index` (b,) as floats in [0, 1] on `device`."""
         return floats(self._pixels(index))
@@ -63,29 +82,38 @@ class ImageSet:
             found = found.pin_memory()  # Else the host would wait until the device has come so far.
         return found.to(self.device, non_blocking=True)
 
-    def copies(
+    def batches(
         self,
         parts: Sequence[Tensor],
-        count: int,
+        loading: Loading,
         *,
         seed: int,
         epoch: int,
         first: int = 0,
         world: World = SINGLE,
     ) -> Iterator[Tensor]:
-        """One epoch: for each batch of indices (B,) in `parts`, `count` flipped copies (C, B, 3, H, W), uint8.
+        """Load one epoch: for each batch of indices (B,) in `parts`, views (V, B, channels, H, W), uint8.
 
-        first: how many batches to pass over. world: of several processes each gets the images at its shard's
-        `indices` only, flipped as they would be for one.
+        Draws follow from seed, epoch and step, and do not depend on the number of ranks.
+        first: number of batches to skip. world: each of several ranks gets the images at `Shard.indices` only.
         """
         for step, index in enumerate(parts[first:], first):
-            gen = generator(seed, "flip", epoch, step, device=self.device)
-            flip = torch.rand(count, len(index), device=self.device, generator=gen) < 0.5
+            shape = (loading.views, len(index))
+            local: Tensor | slice = slice(None)
             if world.size > 1:
                 shard = world.shard(len(index))
-                index, flip = index[shard.indices(index.device)], flip[:, shard.indices(self.device)]
+                index, local = index[shard.indices(index.device)], shard.indices(self.device)
             x = self._pixels(index)
-            yield torch.stack([hflip(x, flip_B) for flip_B in flip])
+            views = [to_channels(x, loading.channels or self.channels)] * loading.views
+            if loading.pad:
+                gen = generator(seed, "pad-and-crop", epoch, step, device=self.device)
+                start = torch.randint(2 * loading.pad + 1, (*shape, 2), device=self.device, generator=gen)[:, local]
+                views = [pad_and_crop(x, loading.pad, at) for x, at in zip(views, start, strict=True)]
+            if loading.flip:
+                gen = generator(seed, "flip", epoch, step, device=self.device)
+                flip = (torch.rand(shape, device=self.device, generator=gen) < 0.5)[:, local]
+                views = [hflip(x, flip_B) for x, flip_B in zip(views, flip, strict=True)]
+            yield torch.stack(views)
 
     def where(self, keep: Tensor) -> "ImageSet":
         """The images where `keep` (N,) is true; all of them have the fingerprint of this set."""
@@ -123,6 +151,6 @@ def floats(pixels: Tensor) -> Tensor:
 def image_set(
     images: np.ndarray | Tensor, labels: np.ndarray | Tensor | list[int], paths: list[str] | None = None
 ) -> ImageSet:
-    """An ImageSet from (N, 3, H, W) uint8 images."""
+    """An ImageSet from (N, channels, H, W) uint8 images."""
     x, y = torch.as_tensor(images), torch.as_tensor(labels).long()
     return ImageSet(x, y, torch.arange(len(x)), tuple(paths) if paths is not None else None)

@@ -16,7 +16,7 @@ from common.flags import build_parser, parse
 from datasets import DataSource, ImageSet, split_one_class
 from program import SPECS
 from training import STAGE1, STAGE2
-from training.loop import batches, descend
+from training.loop import batches, descend, set_lr
 
 STEPS, BATCH = 5, 25  # the last batch of the 122 images of a class has 22
 
@@ -55,14 +55,14 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     flags = parse(args, build_parser("x", modes, "simclr", SPECS))
     mode = modes[flags.mode]
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
-    recipe = mode.build(flags, split, mode.shifts(flags), world)
+    recipe = mode.build(flags, split, world)
     # Normalisation by running statistics: those of a batch are its part's, where several CPUs share it.
     recipe.model.double().eval()
     recipe.begin(_Nowhere())
-    steps = itertools.islice(batches(recipe.data, BATCH, copies=mode.copies, seed=0, epoch=1, world=world), STEPS)
+    steps = itertools.islice(batches(recipe.data, BATCH, loading=recipe.loading, seed=0, epoch=1, world=world), STEPS)
     found: dict[str, Any] = {}
     for batch in steps:
-        recipe.before_step(batch.step / STEPS)
+        set_lr(recipe, batch.step / STEPS)
         values = descend(recipe, batch, world)
         if batch.step == 0:
             grads = {name: p.grad.clone() for name, p in recipe.model.named_parameters() if p.grad is not None}

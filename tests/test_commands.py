@@ -331,7 +331,7 @@ def test_stage_2_from_a_checkpoint_of_another_number_of_shifts(stage1, tmp_path,
 
 def test_stage_2_from_a_checkpoint_of_another_model(stage1, tmp_path, capsys):
     args = [*TINY, *SHIFT, "--model", "resnet18", "--resume_path", str(stage1), "--log_root", str(tmp_path)]
-    assert "a resnet8" in refused(capsys, train_cocsr.main([*args, "--epochs", "9"]), "--model")
+    assert "--model resnet8" in refused(capsys, train_cocsr.main([*args, "--epochs", "9"]), "--model")
 
 
 def test_stage_2_without_a_start_and_evaluation_without_weights(stage1, tmp_path, capsys):

@@ -36,7 +36,7 @@ from tests.conftest import SHIFT, TINY
 from tests.datasets.test_pictures import photographs
 from tests.fake_gpu import FakeGpu, in_changing_order, on_gpu
 from training import STAGE1, STAGE2
-from training.loop import batches, descend
+from training.loop import batches, descend, set_lr
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
@@ -164,11 +164,11 @@ def waits(arguments, memory=2**34):
     with FakeGpu(memory=memory) as gpu:
         split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
         mode = modes[flags.mode]
-        recipe = mode.build(flags, split, mode.shifts(flags), SINGLE)
-        found = batches(recipe.data, 16, copies=mode.copies, seed=0, epoch=1)
+        recipe = mode.build(flags, split, SINGLE)
+        found = batches(recipe.data, 16, loading=recipe.loading, seed=0, epoch=1)
         for _ in range(2):
             gpu.waits.clear()
-            recipe.before_step(0.5)
+            set_lr(recipe, 0.5)
             watched = descend(recipe, next(found), SINGLE)
         assert {value.device for value in watched.values()} == {gpu.device}
         assert all(on_gpu(p) and (p.grad is None or on_gpu(p.grad)) for p in recipe.model.parameters())

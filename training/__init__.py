@@ -1,37 +1,58 @@
-"""Training. `STAGE1` and `STAGE2` are the tables of modes; `training.launch` runs one."""
+"""Training. `STAGE1` and `STAGE2` are the tables of modes; `train.py` shows how one is carried out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.dist import World
-from common.flags import Flags, RunSpec, file_name, joined_name
-from datasets import ShiftSpec, Split
+from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, file_name, joined_name
+from datasets import DataSource, ShiftSpec, Split
+from datasets.augment import AlignedSpec
 from datasets.one_class import SplitSpec
+from datasets.outliers import TestBatchSpec
+from datasets.views import PassSpec
 from models import ModelSpec
 from models.feature_net import FeatureTransform
 from models.sparse.dictionary import SparseSpec
+from training.micro_batch import MicroBatchSpec
 from training.modes import cocsr_dict, rot_trans, simclr, sup_linear
-from training.modes.cocsr_dict import DictionaryTrainingSpec
+from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
+from training.optim import LengthSpec, OptimSpec, RateSpec
 from training.recipe import Recipe
+from training.specs import CompileSpec, ContrastiveSpec, ProbeSpec, StepSpec
+
+
+class Start(NamedTuple):
+    """Weights that a mode starts from. flag: names them. files: which of a run folder are taken, the first there is.
+
+    What they have recorded of their training decides flags that were not given. more_epochs: default of --epochs, as a
+    number of epochs after theirs; None: --epochs has its usual default.
+    """
+
+    flag: str
+    files: tuple[str, ...]
+    more_epochs: int | None = None
 
 
 @dataclass(frozen=True)
 class Mode:
-    """One row: how to build the recipe, its part of the run's name, which shifts it has, how many copies of an image a
-    step sees.
+    """One row.
 
-    defaults: flags that have another default in this mode. extensible: whether --resume_path trains a run of it for
-    longer.
+    build: (flags, split, world) -> what `fit` trains. specs: whose flags it reads. name: its part of the run's name.
+    shifts: of each image (K); views: how many random views of an image a step loads. Both are for --dry_run and logs.
+    defaults: flags that have another default in this mode. start: weights it starts from, where there are any.
+    extensible: whether --resume_path trains a finished run of it for longer.
     """
 
-    build: Callable[[Flags, Split, ShiftSpec, World], Recipe]
-    name: Callable[[Flags], list[str]]
-    shifts: Callable[[Flags], ShiftSpec]
-    copies: int
+    build: Callable[[Flags, Split, World], Recipe]
+    specs: tuple[type[Spec], ...]
+    name: Callable[[Flags], Sequence[str]]
+    shifts: Callable[[Flags], ShiftSpec] = no_shifts
+    views: int = 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
     extensible: bool = False
 
 
@@ -65,19 +86,54 @@ def run_name(flags: Flags, mode: Mode) -> str:
     return joined_name([split.dataset, network, *mode.name(flags), *normal, *([suffix] if suffix else [])])
 
 
-_CONTRASTIVE: dict[str, Any] = {"copies": 2, "extensible": True}
-_LABELLED: dict[str, Any] = {**_CONTRASTIVE, "defaults": {"temperature": 0.07}}
+_ALL = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec)
+_VIEWS = (ShiftSpec, AlignedSpec, MicroBatchSpec)
+
+
+def _contrastive(
+    shifts: Callable[[Flags], ShiftSpec],
+    name: Callable[[Flags], Sequence[str]],
+    *,
+    labelled: bool = False,
+    defaults: Mapping[str, Any] = {},
+) -> Mode:
+    return Mode(
+        partial(simclr.build, shifts=shifts, labelled=labelled),
+        (*_ALL, *_VIEWS, OptimSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
+        name,
+        shifts,
+        views=simclr.LOADING.views,
+        defaults=defaults,
+        start=Start("resume_path", ("last.resume", "last.model")),
+        extensible=True,
+    )
+
+
+def _linear(shifts: Callable[[Flags], ShiftSpec]) -> Mode:
+    specs = (*_ALL, *_VIEWS, RateSpec)
+    return Mode(
+        partial(sup_linear.build, shifts=shifts), specs, _labelled, shifts, start=Start("load_path", ("last.model",))
+    )
+
+
+_TEMPERATURE = {"temperature": 0.07}
 
 STAGE1: dict[str, Mode] = {
-    "simclr": Mode(simclr.build, _unlabelled, no_shifts, **_CONTRASTIVE),
-    "simclr_CSI": Mode(simclr.build, _shifted, several_shifts, **_CONTRASTIVE),
-    "sup_simclr": Mode(partial(simclr.build, labelled=True), _labelled, no_shifts, **_LABELLED),
-    "sup_simclr_CSI": Mode(partial(simclr.build, labelled=True), _labelled, rotations, **_LABELLED),
-    "sup_linear": Mode(sup_linear.build, _labelled, no_shifts, copies=1),
-    "sup_CSI_linear": Mode(sup_linear.build, _labelled, rotations, copies=1),
-    "rot_trans": Mode(rot_trans.build, _unlabelled, rotations, copies=1),
+    "simclr": _contrastive(no_shifts, _unlabelled),
+    "simclr_CSI": _contrastive(several_shifts, _shifted),
+    "sup_simclr": _contrastive(no_shifts, _labelled, labelled=True, defaults=_TEMPERATURE),
+    "sup_simclr_CSI": _contrastive(rotations, _labelled, labelled=True, defaults=_TEMPERATURE),
+    "sup_linear": _linear(no_shifts),
+    "sup_CSI_linear": _linear(rotations),
+    "rot_trans": Mode(rot_trans.build, (*_ALL, AlignedSpec, MicroBatchSpec, OptimSpec), _unlabelled, rotations),
 }
 
 STAGE2: dict[str, Mode] = {
-    "cocsr_dict": Mode(cocsr_dict.build, _coded, any_shifts, copies=1),
+    "cocsr_dict": Mode(
+        cocsr_dict.build,
+        (*_ALL, *_VIEWS, PassSpec, SparseSpec, FeatureTransform, DictionaryTrainingSpec, DictionaryLossSpec),
+        _coded,
+        any_shifts,
+        start=Start("resume_path", ("last.model",), more_epochs=300),
+    ),
 }

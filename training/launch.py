@@ -1,4 +1,4 @@
-"""From flags to a finished run: what the training scripts do."""
+"""The parts of a training script, in the order in which `train.py` uses them: flags, run, data, recipe, training."""
 
 import contextlib
 import os
@@ -6,107 +6,166 @@ import shlex
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from common.device import memory_errors, reuse_host_memory
-from common.dist import World, processes, report_once
+from common.dist import World, report_once
 from common.errors import UserError
 from common.files import disk_errors
-from common.flags import Flags, Spec, build_parser, parse, print_dry_run
-from common.run import NullRun, Run
+from common.flags import Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
+from common.run import NullRun, Run, epoch_of, recorded_flags
 from common.signals import stop_signals
-from datasets import DataSource, ShiftSpec, Split, split_one_class
+from datasets import DataSource, Split, split_one_class
+from datasets.one_class import SplitSpec
 from datasets.pictures import loading_errors
-from models import backbone_spec
+from models import ModelSpec, backbone_spec
+from models.checkpoint import find_weights
 from training import Mode, run_name
+from training.keeper import Observer
 from training.loop import fit
 from training.modes.setup import own_device
+from training.optim import LengthSpec
 from training.recipe import Recipe
+from training.specs import CompileSpec, StepSpec
 
 
-def launch(
-    argv: Sequence[str] | None,
-    *,
-    script: str,
-    modes: Mapping[str, Mode],
-    specs: Iterable[type[Spec]],
-    default_mode: str,
-    weights: str,
-    resume: str,
-) -> None:
-    """Carry out the run that the flags describe: look at its folder, read the data, build the recipe, train.
+class Script(NamedTuple):
+    """A training script. modes: its table. weights, resume: names of the checkpoint files in a run folder."""
 
-    weights, resume: names of the checkpoint files. A finished run is left alone, an unfinished one goes on.
-    Raises: UserError before anything is written, RunStopped while training.
+    name: str
+    modes: Mapping[str, Mode]
+    default_mode: str
+    weights: str
+    resume: str
+
+
+class Job(NamedTuple):
+    """What the flags ask for. folder: of the run."""
+
+    script: Script
+    flags: Flags
+    mode: Mode
+    folder: Path
+
+
+def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Spec]]) -> Job:
+    """Parse the command line. A flag that was not given has the value that the weights the mode starts from have
+    recorded, where its spec says so, else the mode's default, else its own.
+
+    Raises: UserError for flags that do not parse, or that contradict the weights.
     """
     with report_once():
-        flags = parse(argv, build_parser(script, modes, default_mode, specs))
-        mode = modes[flags.mode]
-        flags = flags.filled(mode.defaults)
-        shifts = mode.shifts(flags)
-    folder = Path(flags.log_root) / run_name(flags, mode)
-    if flags.dry_run:
-        if World.of(os.environ).is_main:
-            views = mode.copies * shifts.count * flags.batch_size
-            print_dry_run(flags, script=script, run_dir=folder, shifts=shifts.count, views_per_step=views)
-        return
+        flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, specs))
+        mode = script.modes[flags.of(RunSpec, only=["mode"]).mode]
+        flags = _inherited(flags.filled(mode.defaults), mode)
+        mode.shifts(flags)
+        folder = Path(flags.of(RunSpec, only=["log_root"]).log_root) / run_name(flags, mode)
     reuse_host_memory()
-    with processes(flags.device) as world:
-        run = open_run(folder, flags, world, weights=weights, resume=resume, extensible=mode.extensible)
-        if run is None:
-            longer = f"; to train it for longer, --resume_path {folder} and another --suffix" if mode.extensible else ""
-            print(f"{folder} is finished (epoch {flags.epochs}); --overwrite would run it anew{longer}")
-            return
-        recipe, split = _prepare(flags, mode, shifts, world)
-        settings = {"epochs": flags.epochs, "batch_size": flags.batch_size * world.size, "seed": flags.seed}
-        settings |= {"save_step": flags.save_step, "save_minutes": flags.save_minutes, "copies": mode.copies}
-        with world.raise_together():
-            run.open({"mode": flags.mode, "model": flags.model, "data": split.facts(recipe.data)})
-        with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
-            several = f", {world.size} processes" if world.size > 1 else ""
-            images = f"{len(recipe.data)} images of {split.normal_title}, {shifts.count} shifts"
-            run.say(f"{folder.name}: {images}, epochs up to {flags.epochs}{several}")
-            with memory_errors(_remedy(flags)), loading_errors():
-                fit(recipe, run, **settings, stop=stop, world=world)
-            run.say(f"wrote {folder / weights}")
+    return Job(script, flags, mode, folder)
 
 
-def open_run(
-    folder: Path, flags: Flags, world: World, *, weights: str, resume: str, extensible: bool = False
-) -> Run | None:
-    """The run of this folder, with the state that it goes on from in all processes; None where it is finished.
+def _inherited(flags: Flags, mode: Mode) -> Flags:
+    """The flags with what the weights that the mode starts from have recorded."""
+    start = mode.start
+    path = getattr(flags.of(WeightsSpec, only=[start.flag]), start.flag) if start else None
+    if start is None or not path:
+        return flags
+    file = find_weights(path, start.files, flag=start.flag)
+    flags = flags.inherited(recorded_flags(file), file, flag=start.flag)
+    if start.more_epochs is None or flags.given("epochs"):
+        return flags
+    return flags.filled({"epochs": (epoch_of(file, flag=start.flag) or 0) + start.more_epochs})
+
+
+def dry_run(job: Job) -> bool:
+    """With --dry_run, print what would run as one JSON object. Returns: whether that was all that was asked for."""
+    if not job.flags.of(RunSpec, only=["dry_run"]).dry_run:
+        return False
+    if World.of(os.environ).is_main:
+        shifts = job.mode.shifts(job.flags).count
+        views = job.mode.views * shifts * job.flags.of(StepSpec).batch_size
+        print_dry_run(job.flags, script=job.script.name, run_dir=job.folder, shifts=shifts, views_per_step=views)
+    return True
+
+
+def open_run(job: Job, world: World) -> Run | None:
+    """The run of the job's folder, with the state that it goes on from, on all ranks; None where it is finished.
 
     Raises: UserError for a folder that is something else.
     """
-    run = None
+    run, mode = None, job.mode
     with world.raise_together():
         if world.is_main:
             run = Run(
-                folder,
-                flags,
-                weights=weights,
-                resume=resume,
-                replace=flags.overwrite,
+                job.folder,
+                job.flags,
+                weights=job.script.weights,
+                resume=job.script.resume,
+                replace=job.flags.of(RunSpec, only=["overwrite"]).overwrite,
                 processes=world.size,
-                extensible=extensible,
+                extensible=mode.extensible,
             )
     finished, state = world.broadcast_object(None if run is None else (run.finished, run.state)) or (False, None)
-    return None if finished else run or NullRun(folder, flags, state)
+    if not finished:
+        return run or NullRun(job.folder, job.flags, state)
+    longer = f"; to train it for longer, --resume_path {job.folder} and another --suffix" if mode.extensible else ""
+    epochs = job.flags.of(LengthSpec).epochs
+    print(f"{job.folder} is finished (epoch {epochs}); --overwrite would run it anew{longer}")
+    return None
 
 
-def _prepare(flags: Flags, mode: Mode, shifts: ShiftSpec, world: World) -> tuple[Recipe, Split]:
-    """Read the data and build the recipe, with the same weights in all processes."""
-    backbone = backbone_spec(flags.model)
-    with world.raise_together(), memory_errors(_remedy(flags)), loading_errors():
-        if flags.compile:
+def read_split(flags: Flags, world: World) -> Split:
+    """The data set and what of it is normal. Raises: UserError on all ranks where one has an error."""
+    with world.raise_together(), loading_errors():
+        if flags.of(CompileSpec).compile:
             _check_compiler(own_device(flags, world))
-        source = DataSource.of(flags, flags.dataset, training=True)
-        size, fixed = backbone.image_size, backbone.fixed_size
-        split = split_one_class(flags.dataset, source, flags.one_class_idx, size, fixed=fixed)
-        recipe = mode.build(flags, split, shifts, world)
+        split, backbone = flags.of(SplitSpec), backbone_spec(flags.of(ModelSpec, only=["model"]).model)
+        source = DataSource.of(flags, split.dataset, training=True)
+        return split_one_class(
+            split.dataset, source, split.one_class_idx, backbone.image_size, fixed=backbone.fixed_size
+        )
+
+
+def build_recipe(job: Job, split: Split, world: World) -> Recipe:
+    """What is trained, with the same weights on all ranks."""
+    with world.raise_together(), memory_errors(_remedy(job.flags)), loading_errors():
+        recipe = job.mode.build(job.flags, split, world)
     world.broadcast(recipe.model.state_dict().values())
-    return recipe, split
+    return recipe
+
+
+def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observer: Observer | None = None) -> None:
+    """Open the run and train the recipe in it.
+
+    Raises: UserError before anything is written, RunStopped while training.
+    """
+    flags, folder = job.flags, job.folder
+    steps, epochs = flags.of(StepSpec), flags.of(LengthSpec).epochs
+    settings: dict[str, Any] = {
+        "epochs": epochs,
+        "batch_size": steps.batch_size * world.size,
+        "seed": flags.of(RunSpec).seed,
+    }
+    settings |= {"save_step": steps.save_step, "save_minutes": steps.save_minutes}
+    with world.raise_together():
+        run.open(_facts(flags, split, recipe))
+    with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
+        shifts = job.mode.shifts(flags).count
+        kinds = [f"{len(recipe.data)} images of {split.normal_title}"]
+        kinds += [f"{shifts} shifts"] if shifts > 1 else []
+        kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
+        run.say(f"{folder.name}: {', '.join(kinds)}")
+        with memory_errors(_remedy(flags)), loading_errors():
+            fit(recipe, run, **settings, stop=stop, observer=observer, world=world)
+        run.say(f"wrote {folder / job.script.weights}")
+
+
+def _facts(flags: Flags, split: Split, recipe: Recipe) -> dict[str, object]:
+    """What weights say of their origin."""
+    mode, model = flags.of(RunSpec, only=["mode"]).mode, flags.of(ModelSpec, only=["model"]).model
+    return {"mode": mode, "model": model, "data": split.facts(recipe.data), "flags": flags.recorded()}
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -120,9 +179,9 @@ def _check_compiler(device: torch.device) -> None:
 def _remedy(flags: Flags) -> str:
     """Which flags make a step smaller."""
     values = flags.as_dict()
-    pieces = values["micro_batch"] or values["batch_size"]
-    half = f"give --micro_batch {max(1, pieces // 2)} (the gradient of the whole in pieces, batch norm by piece)"
-    smaller = half if pieces > 1 else ""
+    images = values["micro_batch"] or values["batch_size"]
+    half = f"give --micro_batch {max(1, images // 2)} (the gradient of the whole batch, batch norm by micro-batch)"
+    smaller = half if images > 1 else ""
     dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if values["mode"] == "cocsr_dict" else ""
     passes = f"--ood_batch_size {values['ood_batch_size']} for k-means" if values["ini_sr_dict_train"] else ""
     last = f"lower --batch_size {values['batch_size']}"

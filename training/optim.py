@@ -128,8 +128,3 @@ def warm_up(epoch: float, warmup: float, after: Callable[[float], float], peak: 
     if epoch <= warmup and warmup > 0:
         return 1 + (peak - 1) * epoch / warmup
     return peak * after(epoch - warmup)
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -3,32 +3,36 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.dist import Shard
 from common.run import Run
-from datasets import ImageSet, PictureSet
+from datasets import ImageSet, Loading, PictureSet
 
 
-class Batch(NamedTuple):
-    """copies (C, B, 3, H, W) flipped, uint8; labels (B,); epoch counts from 1, step from 0.
+@dataclass(frozen=True)
+class Batch:
+    """What the losses of one step are computed from; epoch counts from 1, step from 0.
 
-    shard: which of the B images `copies` has, where several ranks share the batch; labels are those of all.
+    images (V, B, channels, H, W): uint8, loaded as the recipe's `loading` says.
+    labels, index (B,): int64, the label of each image and its place in the training set.
+    shard: where several ranks share the batch, `images` has those at `shard.indices` only; labels and index are of all.
     """
 
-    copies: Tensor
+    images: Tensor
     labels: Tensor
+    index: Tensor
     epoch: int
     step: int
     shard: Shard
 
     @property
-    def own(self) -> Tensor:
-        """The copies without the image that is there to be mixed with only."""
-        return self.copies[:, : self.shard.size]
+    def local_images(self) -> Tensor:
+        """`images` without the one past the end of the shard, which is only the mix partner of the last."""
+        return self.images[:, : self.shard.size]
 
 
 class Step(NamedTuple):
@@ -36,6 +40,13 @@ class Step(NamedTuple):
 
     losses: dict[str, Tensor]
     watch: dict[str, Tensor]
+
+
+class EpochEnd(NamedTuple):
+    """values: further ones to record, by tag. converged: there is nothing left to train."""
+
+    values: dict[str, float] = {}
+    converged: bool = False
 
 
 class Shown(NamedTuple):
@@ -46,7 +57,7 @@ class Shown(NamedTuple):
 
 
 class Check(NamedTuple):
-    """A text, what is wrong and what to try, told after an epoch whose mean of `tag` is out of bounds."""
+    """A text, what is wrong and what to try: a warning after an epoch whose mean of `tag` is out of bounds."""
 
     tag: str
     text: str
@@ -62,38 +73,42 @@ def show_nothing(epoch: int) -> Shown:
     return Shown({}, {})
 
 
-def do_nothing(run: Run) -> None:
+def do_nothing(*_: Any) -> None:
     """A hook for modes that need none."""
 
 
-def no_values(epoch: int) -> dict[str, float]:
-    """An `end_epoch` for modes that have nothing more to record."""
-    return {}
+def go_on(epoch: int) -> EpochEnd:
+    """An `end_epoch` for modes that train all their epochs and have nothing more to record."""
+    return EpochEnd()
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A mode, ready to train.
+    """A mode, ready to train. Hooks are called on all ranks, unless it says otherwise.
 
     model: every tensor that must survive a restart is a parameter or buffer of it.
-    losses: batch -> Step. The same values in all processes of a run, with gradients by way of the own images only.
-    optimizers: all of them step on each batch; each has parameters of its own.
-    begin: once, on a fresh start only, before the first epoch; like `losses` in all processes, the others in the first.
-    before_step: (fractional epochs) -> learning rate to report.
-    end_epoch: (epoch) -> further values to record, by tag.
-    show: (epoch) -> pictures and histograms; after the first epoch and with checkpoints made by --save_step.
+    loading: how images of `data` become those of a batch.
+    losses: batch -> Step. The same values on all ranks, with gradients by way of the rank's own images only.
+    optimizers: all of them step on each batch; each has parameters of its own. None: nothing is trained by gradients.
+    lr: fractional epochs -> learning rate of the first optimizer; the others keep theirs.
+    begin: once, on a fresh start only, before the first epoch.
+    after_step: after the optimizers' step on each batch: projections, step sizes.
+    end_epoch: epoch -> what to record, and whether training has converged; the same on all ranks.
+    show: epoch -> pictures and histograms; after the first epoch and with checkpoints made by --save_step. Main rank.
     checks: signs of a collapse, looked for after every epoch.
-    finish: once, after the last epoch and before it is saved: what it finds wrong is never a finished run.
+    finish: once, after the last epoch and before it is saved: an error it raises leaves the run unfinished. Main rank.
     first_epoch: epochs that came before, in the run this one starts from.
     """
 
     model: nn.Module
     data: ImageSet | PictureSet
     losses: Callable[[Batch], Step]
-    optimizers: tuple[Optimizer, ...]
-    before_step: Callable[[float], float]
+    optimizers: tuple[Optimizer, ...] = ()
+    lr: Callable[[float], float] | None = None
+    loading: Loading = Loading()
     begin: Callable[[Run], None] = do_nothing
-    end_epoch: Callable[[int], dict[str, float]] = no_values
+    after_step: Callable[[], None] = do_nothing
+    end_epoch: Callable[[int], EpochEnd] = go_on
     show: Callable[[int], Shown] = show_nothing
     checks: tuple[Check, ...] = ()
     finish: Callable[[Run], None] = do_nothing

@@ -7,6 +7,7 @@ from torch import Tensor
 from common.seed import generator
 from datasets import PictureSet, views
 from datasets.augment import AlignedSpec
+from datasets.loading import Loading
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views, train_views
@@ -42,7 +43,7 @@ def test_training_flips_half_of_the_images_each_copy_step_and_epoch_for_itself(d
     def flips(epoch: int = 1, seed: int = 0) -> list[Tensor]:
         """(C, B) of each of two steps."""
         parts = [everything[:32], everything[32:]]
-        return [mirrored(copies) for copies in data.copies(parts, 2, seed=seed, epoch=epoch)]
+        return [mirrored(images) for images in data.batches(parts, Loading(views=2), seed=seed, epoch=epoch)]
 
     one = flips()
     assert all(torch.equal(a, b) for a, b in zip(one, flips(), strict=True))
@@ -55,9 +56,9 @@ def test_training_flips_half_of_the_images_each_copy_step_and_epoch_for_itself(d
 @pytest.mark.parametrize("data", [ramps(30), pictures(30)], ids=["in memory", "decoded"])
 def test_an_epoch_that_is_resumed_goes_on_with_the_same_flips(data):
     parts = list(torch.randperm(30, generator=generator(0, "test")).split(10))
-    whole = list(data.copies(parts, 2, seed=0, epoch=4))
+    whole = list(data.batches(parts, Loading(views=2), seed=0, epoch=4))
     for first in (1, 2):
-        rest = list(data.copies(parts, 2, seed=0, epoch=4, first=first))
+        rest = list(data.batches(parts, Loading(views=2), seed=0, epoch=4, first=first))
         assert len(rest) == 3 - first and all(torch.equal(a, b) for a, b in zip(rest, whole[first:], strict=True))
 
 

@@ -11,6 +11,7 @@ from common.dist import World
 from common.errors import UserError
 from datasets import DATASETS, DataSource, PictureSet, split_one_class
 from datasets.augment import AlignedSpec
+from datasets.loading import Loading
 from datasets.pictures import Decoded, open_cache
 from datasets.sets import floats
 from tests.datasets.test_folder import save
@@ -42,16 +43,17 @@ def stream(source, spec=WIDE) -> PictureSet:
 
 
 def one_epoch(data: PictureSet, count: int = 2, epoch: int = 1, parts=((0, 3, 6), (1, 2))) -> list[torch.Tensor]:
-    return list(data.copies([torch.as_tensor(part) for part in parts], count, seed=0, epoch=epoch))
+    return list(data.batches([torch.as_tensor(part) for part in parts], Loading(views=count), seed=0, epoch=epoch))
 
 
-def test_processes_decode_their_part_of_the_same_copies(source):
+def test_ranks_decode_their_shard_of_the_same_views(source):
     data, parts = stream(source), [torch.tensor([0, 3, 6, 1, 2]), torch.tensor([5, 4])]
-    whole = list(data.copies(parts, 2, seed=0, epoch=1))
+    whole = list(data.batches(parts, Loading(views=2), seed=0, epoch=1))
     for rank in range(3):
         world = World(rank, 3)
-        for all_of_them, own in zip(whole, data.copies(parts, 2, seed=0, epoch=1, world=world), strict=True):
-            assert torch.equal(own, all_of_them[:, world.shard(all_of_them.shape[1]).indices()])
+        local = data.batches(parts, Loading(views=2), seed=0, epoch=1, world=world)
+        for all_images, images in zip(whole, local, strict=True):
+            assert torch.equal(images, all_images[:, world.shard(all_images.shape[1]).indices()])
 
 
 def test_classes_labels_and_one_class_splits(source):

@@ -7,6 +7,7 @@ from common.dist import World
 from common.seed import generator
 from datasets.augment import AlignedSpec, crop, draw_aligned
 from datasets.augment import aligned as aligned_views
+from datasets.loading import Loading
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, apply_shift, draw_views, render_views, shift_labels, train_views
@@ -30,8 +31,8 @@ def either_flip(view: torch.Tensor, options: list[torch.Tensor]) -> bool:
 
 def test_train_views_come_copy_by_copy_shift_by_shift():
     x = images_of(gray_images(3)).batch(torch.arange(3))
-    (copies,) = images_of(x).copies([torch.arange(3)], 2, seed=0, epoch=1)
-    views = train_views(copies, SHIFTS, PLAIN, generator(0, "test")).view(2, 5, 3, 3, 8, 8)
+    (loaded,) = images_of(x).batches([torch.arange(3)], Loading(views=2), seed=0, epoch=1)
+    views = train_views(loaded, SHIFTS, PLAIN, generator(0, "test")).view(2, 5, 3, 3, 8, 8)
     for copy in views:
         flipped = copy[0]
         for i in range(3):
@@ -64,8 +65,8 @@ def test_processes_see_their_part_of_the_same_views(processes):
     parts, k = [torch.tensor([4, 0, 6, 2, 5])], 2 * len(shifts)
 
     def views(world: World) -> torch.Tensor:
-        (copies,) = images.copies(parts, 2, seed=0, epoch=3, world=world)
-        return train_views(copies, shifts, AlignedSpec(), generator(0, "test"), shard=world.shard(5))
+        (loaded,) = images.batches(parts, Loading(views=2), seed=0, epoch=3, world=world)
+        return train_views(loaded, shifts, AlignedSpec(), generator(0, "test"), shard=world.shard(5))
 
     whole = views(World()).unflatten(0, (k, 5))
     for rank in range(processes):

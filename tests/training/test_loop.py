@@ -4,9 +4,11 @@ import json
 import pytest
 import torch
 
+from common.dist import World
 from common.errors import RunStopped, Terminated
 from common.flags import Flags
 from common.run import Run
+from datasets.loading import Loading
 from datasets.sets import floats, image_set
 from training.loop import batches, fit, steps_per_epoch
 from training.recipe import Check, Recipe, Shown, Step
@@ -18,19 +20,49 @@ from training.recipe import Check, Recipe, Shown, Step
 )
 def test_a_last_batch_of_one_joins_the_batch_before(n, batch_size, sizes):
     data = image_set(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 3, 2, 2), torch.arange(n))
-    found = list(batches(data, batch_size, copies=2, seed=0, epoch=1))
-    assert [b.copies.shape[1] for b in found] == sizes and steps_per_epoch(n, batch_size) == len(sizes)
+    found = list(batches(data, batch_size, loading=Loading(views=2), seed=0, epoch=1))
+    assert [b.images.shape[1] for b in found] == sizes and steps_per_epoch(n, batch_size) == len(sizes)
     assert sorted(torch.cat([b.labels for b in found]).tolist()) == list(range(n))
     for b in found:
-        assert b.copies.shape == (2, len(b.labels), 3, 2, 2)
-        assert torch.equal(b.copies[:, :, 0, 0, 0].long(), b.labels.expand(2, -1))
+        assert b.images.shape == (2, len(b.labels), 3, 2, 2)
+        assert torch.equal(b.images[:, :, 0, 0, 0].long(), b.labels.expand(2, -1))
+
+
+def test_a_batch_has_the_places_of_all_its_images_and_a_rank_the_pixels_of_its_shard():
+    """Labels differ from places; with several ranks, `local_images` leaves out the mix partner of the last image."""
+    pixels = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1).expand(7, 3, 2, 2)
+    data = image_set(pixels, 10 + torch.arange(7))
+    whole = list(batches(data, 4, loading=Loading(flip=False), seed=0, epoch=1))
+    order = torch.cat([b.index for b in whole]).tolist()
+    assert sorted(order) == list(range(7)) != order
+    for rank in range(2):
+        ranks = list(batches(data, 4, loading=Loading(flip=False), seed=0, epoch=1, world=World(rank, 2)))
+        for b, all_of_it in zip(ranks, whole, strict=True):
+            assert torch.equal(b.index, all_of_it.index) and torch.equal(b.labels, 10 + b.index)
+            assert b.index.dtype == torch.int64 and torch.equal(all_of_it.images[0, :, 0, 0, 0].long(), b.index)
+            shard = b.index[b.shard.indices()]
+            assert torch.equal(b.images[0, :, 0, 0, 0].long(), shard) and len(shard) == 3
+            assert torch.equal(b.local_images[0, :, 0, 0, 0].long(), shard[:2])
+
+
+def test_images_are_loaded_as_the_recipe_says(tmp_path):
+    recipe, run, _ = make(tmp_path / "run", 1)
+    seen = []
+
+    def losses(batch):
+        seen.append(batch)
+        return recipe.losses(batch)
+
+    go(dataclasses.replace(recipe, losses=losses, loading=Loading(views=3, flip=False)), run, 1)
+    assert [b.images.shape for b in seen] == [(3, 4, 3, 2, 2), (3, 4, 3, 2, 2), (3, 2, 3, 2, 2)]
+    assert all(torch.equal(view, recipe.data.images[b.index]) for b in seen for view in b.images)
 
 
 def test_order_follows_seed_and_epoch():
     data = image_set(torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.arange(50))
 
     def order(seed, epoch):
-        return torch.cat([b.labels for b in batches(data, 8, copies=1, seed=seed, epoch=epoch)]).tolist()
+        return torch.cat([b.labels for b in batches(data, 8, loading=Loading(), seed=seed, epoch=epoch)]).tolist()
 
     assert order(0, 1) == order(0, 1) != order(0, 2) != order(1, 2)
 
@@ -44,26 +76,23 @@ def make(folder, epochs, fail_at=None):
     begun = []
 
     def losses(batch):
-        loss = model(floats(batch.copies[0]).mean((2, 3))).square().mean()
+        loss = model(floats(batch.images[0]).mean((2, 3))).square().mean()
         if (batch.epoch, batch.step) == fail_at:
             loss = loss * torch.nan
         return Step({"fit": loss}, {"sr/gap": loss.detach()})
 
-    def before_step(epoch):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.1 / (1 + epoch)
-        return group["lr"]
-
     run = Run(
         folder, Flags({"mode": "m", "dataset": "d", "epochs": epochs, "overwrite": False}), weights="w", resume="r"
     )
-    recipe = Recipe(model, data, losses, (optimizer,), before_step, begin=lambda run: begun.append(run))
+    recipe = Recipe(
+        model, data, losses, (optimizer,), lambda epoch: 0.1 / (1 + epoch), begin=lambda run: begun.append(run)
+    )
     return recipe, run, begun
 
 
 def go(recipe, run, epochs, save_step=1):
     run.open()
-    fit(recipe, run, epochs=epochs, batch_size=4, copies=1, seed=0, save_step=save_step)
+    fit(recipe, run, epochs=epochs, batch_size=4, seed=0, save_step=save_step)
     run.close()
     return [p.detach().clone() for p in recipe.model.parameters()]
 
@@ -93,7 +122,7 @@ def test_a_run_goes_on_from_any_step(tmp_path):
     recipe, run, _ = make(tmp_path / "whole", 3)
     whole = go(recipe, run, 3)
     rows = (tmp_path / "whole" / "metrics.jsonl").read_text()
-    settings = {"epochs": 3, "batch_size": 4, "copies": 1, "seed": 0, "save_step": 1, "save_minutes": 1e-9}
+    settings = {"epochs": 3, "batch_size": 4, "seed": 0, "save_step": 1, "save_minutes": 1e-9}
     for _ in range(20):
         recipe, run, _ = make(tmp_path / "parts", 3)
         steps = []

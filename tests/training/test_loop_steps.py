@@ -12,11 +12,11 @@ from common.errors import Terminated
 from common.run import Run
 from tests.conftest import SHIFT, TINY
 from tests.training.test_loop import make
-from training import launch, loop
+from training import keeper, launch
 from training.loop import descend, fit
 from training.recipe import Batch, Recipe, Step
 
-SETTINGS = {"batch_size": 4, "copies": 1, "seed": 0}  # of the 10 images of `make`, 3 steps an epoch
+SETTINGS = {"batch_size": 4, "seed": 0}  # of the 10 images of `make`, 3 steps an epoch
 
 
 def trained(recipe: Recipe, run: Run, epochs: int = 2, save_step: int = 10, **settings) -> list[dict[str, float]]:
@@ -33,7 +33,7 @@ def test_rates_are_asked_for_before_each_step_at_the_epochs_that_are_done(tmp_pa
     asked = []
     for stops in (True, False):  # stopped after its second step, and gone on
         recipe, run, _ = make(tmp_path / "run", 2)
-        recipe = dataclasses.replace(recipe, before_step=lambda epoch: asked.append(epoch) or 0.1 * len(asked))
+        recipe = dataclasses.replace(recipe, lr=lambda epoch: asked.append(epoch) or 0.1 * len(asked))
         calls = []
 
         def stop(calls=calls, stops=stops):
@@ -58,7 +58,7 @@ def two_terms() -> tuple[Recipe, Batch]:
         return Step({"x": model["a"] ** 2, "y": 3 * (model["a"] + model["b"])}, {"seen": model["b"].detach().clone()})
 
     recipe = Recipe(model, None, losses, optimizers, lambda epoch: 0.1)  # type: ignore[arg-type]
-    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), 1, 0, Shard(2))
+    return recipe, Batch(torch.zeros(1, 2, 3, 2, 2), torch.zeros(2), torch.arange(2), 1, 0, Shard(2))
 
 
 def test_a_step_goes_down_the_sum_of_the_terms_with_every_optimiser_and_forgets_its_gradient():
@@ -112,12 +112,8 @@ def test_checkpoints_come_every_so_many_epochs_and_at_the_end(tmp_path, monkeypa
 
 def test_minutes_between_checkpoints_are_minutes(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
-    due, never = loop._Due(2.5), loop._Due(0)
-    now[0] += 149.0
-    assert not due.is_now()
-    now[0] += 1.0
-    assert due.is_now() and not never.is_now()
+    monkeypatch.setattr(keeper.time, "monotonic", lambda: now[0])
+    assert keeper._in_minutes(2.5) == 1000.0 + 150 and keeper._in_minutes(0) == math.inf
 
 
 def test_flags_of_the_run_reach_the_loop(tmp_path, monkeypatch):
@@ -127,5 +123,5 @@ def test_flags_of_the_run_reach_the_loop(tmp_path, monkeypatch):
 
     args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--seed", "7", "--epochs", "3", "--save_step", "2"]
     assert train.main([*args, "--save_minutes", "0.5", "--log_root", str(tmp_path), "--device", "cpu"]) == 0
-    expected = {"epochs": 3, "batch_size": 61, "seed": 7, "save_step": 2, "save_minutes": 0.5, "copies": 2}
+    expected = {"epochs": 3, "batch_size": 61, "seed": 7, "save_step": 2, "save_minutes": 0.5}
     assert {name: seen[name] for name in expected} == expected

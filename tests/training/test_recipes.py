@@ -15,7 +15,7 @@ from datasets.views import train_views
 from program import SPECS
 from tests.conftest import TINY
 from training import STAGE1, STAGE2
-from training.loop import descend
+from training.loop import descend, set_lr
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.modes.sup_linear import rate
 from training.optim import OptimSpec
@@ -42,14 +42,14 @@ def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
     args += ["--resume_path", str(start), "--sr_dict_size", "12"] if mode == "cocsr_dict" else []
     flags = parse([*args, *more], build_parser("test", MODES, mode, SPECS))
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
-    return MODES[mode].build(flags, split, MODES[mode].shifts(flags))
+    return MODES[mode].build(flags, split)
 
 
 def batch_of(mode: str, epoch: int = 1, step: int = 0) -> Batch:
     """The same six pictures, whatever epoch and step."""
     g = torch.Generator().manual_seed(0)
-    copies = torch.randint(0, 256, (MODES[mode].copies, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
-    return Batch(copies, torch.tensor([0, 1, 2, 3, 4, 0]), epoch, step, Shard(6))
+    images = torch.randint(0, 256, (MODES[mode].views, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
+    return Batch(images, torch.tensor([0, 1, 2, 3, 4, 0]), torch.arange(6), epoch, step, Shard(6))
 
 
 def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
@@ -68,7 +68,7 @@ def test_the_learning_rate_that_is_reported_is_the_one_that_is_set(mode, start):
         assert len(set(expected)) > 3
     first, *others = recipe.optimizers
     for epoch, lr in zip(epochs, expected, strict=True):
-        assert recipe.before_step(epoch) == pytest.approx(lr)
+        assert set_lr(recipe, epoch) == pytest.approx(lr)
         assert [group["lr"] for group in first.param_groups] == pytest.approx([lr])
         assert all(group["lr"] == 1e-3 for other in others for group in other.param_groups)  # the probe's, held
 
@@ -107,7 +107,7 @@ def test_the_contrastive_term_has_its_weight_and_its_temperature(mode, start):
     recipe = recipe_of(mode, start, "--sim_lambda", "3", "--temperature", "0.2")
     shifts = ShiftSpec("rotation" if mode.endswith("CSI") else "none").functions()
     batch = batch_of(mode, 2, 5)
-    views = train_views(batch.copies, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
+    views = train_views(batch.images, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
     with torch.no_grad():
         z0, z1 = recipe.model(views).z.chunk(2)
     if mode.startswith("sup_"):
@@ -145,4 +145,4 @@ def test_a_step_leaves_frozen_networks_as_they_are(mode, start):
 def test_the_probe_is_tested_every_so_many_epochs_and_at_the_end(every, expected, start):
     args = ["--dataset", "digits", "--error_step", every]
     recipe = recipe_of("sup_simclr", start, *args)
-    assert [epoch for epoch in range(1, 11) if recipe.end_epoch(epoch)] == expected
+    assert [epoch for epoch in range(1, 11) if recipe.end_epoch(epoch).values] == expected

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from common.device import Amp, autocast
+from common.device import Amp
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
-from common.flags import Flags, Spec, flag, pick
+from common.flags import Flags, RunSpec, Spec, WeightsSpec, flag
 from common.run import Run, start_epoch
 from common.seed import generator
-from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets import ImageSet, PictureSet, Split
 from datasets.augment import AlignedSpec
-from datasets.views import DrawSpec, draw_views, train_views
+from datasets.views import DrawSpec, PassSpec, draw_views, train_views
+from models import ModelSpec
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
@@ -28,8 +29,19 @@ from models.sparse.dictionary import DictionaryBank, SparseSpec
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import atom_norm, code_terms
 from training.micro_batch import checkpointed, forward_in_micro_batches, micro_batch_size
-from training.modes.setup import few_views, own_device, sheet, training_images, view_renderer
+from training.modes.setup import (
+    any_shifts,
+    asked_projection,
+    few_views,
+    own_device,
+    precision,
+    sheet,
+    training_images,
+    view_renderer,
+)
+from training.optim import LengthSpec
 from training.recipe import Batch, Check, Recipe, Shown, Step
+from training.specs import CompileSpec
 
 START = "start.cocsr_model"
 _MOVED = 1e-3
@@ -85,40 +97,40 @@ class DictionaryLossSpec(Spec, group="stage 2: dictionaries"):
         return tuple(sorted({int(step) for step in (self.loss_sr_deep_supervision or "").split(",") if step}))
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
+def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `cocsr_dict`."""
     sparse, learning, loss_spec = flags.of(SparseSpec), flags.of(DictionaryTrainingSpec), flags.of(DictionaryLossSpec)
-    spec = flags.of(AlignedSpec)
-    device = own_device(flags, world)
-    if not flags.resume_path:
+    spec, shift_spec, device = flags.of(AlignedSpec), any_shifts(flags), own_device(flags, world)
+    resume_path = flags.of(WeightsSpec, only=["resume_path"]).resume_path
+    if not resume_path:
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
-    file = find_weights(flags.resume_path, ("last.model",), flag="resume_path")
+    file = find_weights(resume_path, ("last.model",), flag="resume_path")
     state = load_state_dict(file, flag="resume_path")
     net = net_from_state(
         state,
-        model=flags.model,
+        model=flags.of(ModelSpec, only=["model"]).model,
         n_shifts=shift_spec.count,
         path=file,
         flag="resume_path",
-        strict=not flags.no_strict,
-        simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
+        strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
+        simclr_dim=asked_projection(flags),
     )
     split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
-    first_epoch = start_epoch(file)
-    if flags.epochs <= first_epoch:
+    first_epoch, epochs = start_epoch(file), flags.of(LengthSpec).epochs
+    if epochs <= first_epoch:
         raise UserError(
-            f"--epochs {flags.epochs}: stage 1 ended at epoch {first_epoch} and stage 2 counts on from there;"
+            f"--epochs {epochs}: stage 1 ended at epoch {first_epoch} and stage 2 counts on from there;"
             f" for n epochs of stage 2 give {first_epoch} + n"
         )
     if any(step >= sparse.sr_admm_stage for step in loss_spec.steps):
         raise UserError(f"--loss_sr_deep_supervision: steps are counted from 0 to {sparse.sr_admm_stage - 1}")
-    transform = pick(FeatureTransform, flags)
+    transform, seed = flags.of(FeatureTransform), flags.of(RunSpec, only=["seed"]).seed
     bank = DictionaryBank(
         shift_spec.count,
         transform.size(net),
         sparse.sr_dict_size,
         sparse.coding,
-        generator(flags.seed, "dictionary"),
+        generator(seed, "dictionary"),
     )
     model = CocsrNet(net, bank, transform).to(device).train()
     data, aligned = training_images(split, shift_spec, spec, device)
@@ -132,17 +144,16 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
         optimizers = (
             torch.optim.Adam(bank.parameters(), learning.sr_lr, weight_decay=learning.sr_decay_lr, fused=True),
         )
-    seed = flags.seed
-    shifts, amp, lr = shift_spec.functions(aligned), autocast(flags.amp, device), learning.sr_lr
+    shifts, amp = shift_spec.functions(aligned), precision(flags, world)
     norm = loss_spec.loss_dict_constr_value
     # A pass over the set as evaluation makes it: of whole pictures, cropped here.
     draws = (
-        DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.ood_batch_size)
+        DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.of(PassSpec).ood_batch_size)
         if learning.ini_sr_dict_train
         else None
     )
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
-    if flags.compile:
+    if flags.of(CompileSpec).compile:
         model.feature_net.compile()
 
     def begin(run: Run) -> None:
@@ -158,7 +169,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
+        views = train_views(batch.images, shifts, aligned, gen, render, batch.shard)
         with amp():
             s = forward_in_micro_batches(model, views, batch.shard.size, micro_batch).s
         return dictionary_step(bank, s.unflatten(0, (len(shifts), -1)).mT, loss_spec, micro_batch, batch.shard)
@@ -185,8 +196,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
         data,
         losses,
         optimizers,
-        lambda epoch: lr,
-        begin,
+        lambda epoch: learning.sr_lr,
+        begin=begin,
         show=show,
         checks=_CHECKS,
         finish=finish,

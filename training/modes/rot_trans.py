@@ -7,24 +7,32 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.device import autocast
 from common.dist import SINGLE, Shard, World
-from common.flags import Flags, pick
+from common.flags import Flags, RunSpec
 from common.seed import generator, seed_of
-from datasets import ShiftSpec, Split
+from datasets import Split
 from datasets.augment import AlignedSpec
 from datasets.sets import floats
 from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
+from models import ModelSpec
 from models.checkpoint import build_rot_trans
 from models.feature_net import Transformation
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
-from training.modes.setup import own_device, start_from_pretrained, training_images, with_shared_statistics
-from training.optim import OptimSpec, set_lr
+from training.modes.setup import (
+    own_device,
+    precision,
+    rotations,
+    start_from_pretrained,
+    training_images,
+    with_shared_statistics,
+)
+from training.optim import OptimSpec
 from training.recipe import Batch, Recipe, Step
+from training.specs import CompileSpec
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
+def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `rot_trans`: the cross-entropies of rotation, vertical and horizontal translation, added.
 
     Each step sees an image, flipped at random, under all four rotations, each with translations of its own. There is no
@@ -32,31 +40,26 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     loaded keep that crop).
     """
     device = own_device(flags, world)
-    optim = pick(OptimSpec, flags)
-    crop = pick(AlignedSpec, flags) if split.spec.stream else AlignedSpec()
-    data, _ = training_images(split, shift_spec, crop, device)
-    net = build_rot_trans(flags.model, seed=seed_of(flags.seed, "weights"))
+    optim, seed = flags.of(OptimSpec), flags.of(RunSpec, only=["seed"]).seed
+    crop = flags.of(AlignedSpec) if split.spec.stream else AlignedSpec()
+    data, _ = training_images(split, rotations(flags), crop, device)
+    net = build_rot_trans(flags.of(ModelSpec, only=["model"]).model, seed=seed_of(seed, "weights"))
     start_from_pretrained(flags, net)
     net = with_shared_statistics(net.to(device), world).train()
     optimizer = optim.build(list(net.parameters()))
-    amp, seed = autocast(flags.amp, device), flags.seed
+    amp = precision(flags, world)
     micro_batch = micro_batch_size(flags)
-    if flags.compile:
+    if flags.of(CompileSpec).compile:
         net.compile()
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views, labels = transformed(floats(batch.own[0]), gen, batch.shard)
+        views, labels = transformed(floats(batch.local_images[0]), gen, batch.shard)
         with amp():
             logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})
 
-    def before_step(epoch: float) -> float:
-        lr = optim.lr(epoch)
-        set_lr(optimizer, lr)
-        return lr
-
-    return Recipe(net, data, losses, (optimizer,), before_step)
+    return Recipe(net, data, losses, (optimizer,), optim.lr)
 
 
 def transformed(images: Tensor, generator: Generator, shard: Shard | None = None) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from common.device import pick_device
+from common.device import Amp, autocast, pick_device
 from common.dist import World
 from common.errors import UserError
-from common.flags import Flags
+from common.flags import DeviceSpec, Flags, RunSpec
 from common.seed import generator, seed_of
-from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets import ImageSet, Loading, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift
 from datasets.views import render_views, train_views
+from models import ModelSpec
 from models.checkpoint import build_net, load_pretrained
 from models.feature_net import BackboneNet, FeatureNet
+from training.specs import CompileSpec, StepSpec
 
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -27,8 +29,19 @@ _SHOWN = 8
 
 
 def own_device(flags: Flags, world: World) -> torch.device:
-    """Where this process computes. Raises: UserError as `pick_device`."""
-    return pick_device(flags.device, world.local_rank if world.size > 1 else None)
+    """Where this rank computes. Raises: UserError as `pick_device`."""
+    device = flags.of(DeviceSpec, only=["device"]).device
+    return pick_device(device, world.local_rank if world.size > 1 else None)
+
+
+def precision(flags: Flags, world: World) -> Amp:
+    """In which precision the network runs, by --amp."""
+    return autocast(flags.of(DeviceSpec, only=["amp"]).amp, own_device(flags, world))
+
+
+def asked_projection(flags: Flags) -> int | None:
+    """--simclr_dim, where it was given."""
+    return flags.of(ModelSpec, only=["simclr_dim"]).simclr_dim if flags.given("simclr_dim") else None
 
 
 def with_shared_statistics(net: Net, world: World) -> Net:
@@ -42,6 +55,11 @@ def with_shared_statistics(net: Net, world: World) -> Net:
     return convert_sync_batchnorm(net)
 
 
+def mode_of(flags: Flags) -> str:
+    """--mode."""
+    return flags.of(RunSpec, only=["mode"]).mode
+
+
 def no_shifts(flags: Flags) -> ShiftSpec:
     """`simclr` has no shifting transformation, whatever --shift_trans_type says."""
     return ShiftSpec("none")
@@ -52,8 +70,9 @@ def rotations(flags: Flags) -> ShiftSpec:
 
     Raises: UserError where --shift_trans_type asks for others.
     """
-    if flags.given("shift_trans_type") and flags.shift_trans_type != "rotation":
-        raise UserError(f"--shift_trans_type: --mode {flags.mode} is made of the four rotations; leave it out")
+    asked = flags.of(ShiftSpec, only=["shift_trans_type"]).shift_trans_type if flags.given("shift_trans_type") else ""
+    if asked not in ("", "rotation"):
+        raise UserError(f"--shift_trans_type: --mode {mode_of(flags)} is made of the four rotations; leave it out")
     return ShiftSpec("rotation")
 
 
@@ -61,14 +80,14 @@ def several_shifts(flags: Flags) -> ShiftSpec:
     """`simclr_CSI` needs at least two."""
     spec = any_shifts(flags)
     if spec.count < 2:
-        raise UserError(f"--shift_trans_type: --mode {flags.mode} tells shifts apart; choose one other than none")
+        raise UserError(f"--shift_trans_type: --mode {mode_of(flags)} tells shifts apart; choose one other than none")
     return spec
 
 
 def any_shifts(flags: Flags) -> ShiftSpec:
     """Raises: UserError where one image would have to be mixed with itself."""
     spec = ShiftSpec.of(flags)
-    if flags.batch_size == 1 and spec.mixes_neighbours:
+    if flags.of(StepSpec).batch_size == 1 and spec.mixes_neighbours:
         raise UserError(f"--batch_size 1: {spec.shift_trans_type} mixes each image with its neighbour; use 2 or more")
     return spec
 
@@ -93,7 +112,7 @@ def training_images(
 def view_renderer(flags: Flags) -> Callable[..., Tensor]:
     """What makes views of their draws: `render_views`, fused into a few passes by --compile."""
     # Not dynamic: the whole batch and the last one are all the shapes there are.
-    return torch.compile(render_views, dynamic=False) if flags.compile else render_views
+    return torch.compile(render_views, dynamic=False) if flags.of(CompileSpec).compile else render_views
 
 
 def few_views(
@@ -101,8 +120,8 @@ def few_views(
 ) -> Tensor:
     """The first images of a set as training sees them, to be looked at: (K, n, 3, H, W), n at most 8."""
     index = torch.arange(min(_SHOWN, len(data)), device=data.index_device)
-    (copies,) = data.copies([index], 1, seed=seed, epoch=0)
-    views = train_views(copies, shifts, aligned, generator(seed, "show", epoch, device=data.device))
+    (images,) = data.batches([index], Loading(), seed=seed, epoch=0)
+    views = train_views(images, shifts, aligned, generator(seed, "show", epoch, device=data.device))
     return views.unflatten(0, (len(shifts), -1))
 
 
@@ -114,9 +133,9 @@ def sheet(views: Tensor) -> Tensor:
 def all_classes(flags: Flags, split: Split) -> None:
     """Raises: UserError where a labelled mode has but one class to tell apart."""
     if split.one_class_idx is not None:
-        raise UserError(f"--one_class_idx: --mode {flags.mode} learns to tell classes apart; leave it out")
+        raise UserError(f"--one_class_idx: --mode {mode_of(flags)} learns to tell classes apart; leave it out")
     if split.n_classes < 2:
-        raise UserError(f"--data_path: --mode {flags.mode} learns to tell classes apart, and there is only one")
+        raise UserError(f"--data_path: --mode {mode_of(flags)} learns to tell classes apart, and there is only one")
 
 
 def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> None:
@@ -128,12 +147,13 @@ def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> Non
 
 def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
     """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given."""
+    network = flags.of(ModelSpec, only=["model", "simclr_dim"])
     net = build_net(
-        flags.model,
+        network.model,
         n_classes=split.n_classes,
-        simclr_dim=flags.simclr_dim,
+        simclr_dim=network.simclr_dim,
         n_shifts=n_shifts,
-        seed=seed_of(flags.seed, "weights"),
+        seed=seed_of(flags.of(RunSpec, only=["seed"]).seed, "weights"),
     )
     start_from_pretrained(flags, net)
     return net
@@ -141,5 +161,6 @@ def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
 
 def start_from_pretrained(flags: Flags, net: BackboneNet) -> None:
     """Load --pretrained_path, where it is given, into the backbone."""
-    if flags.pretrained_path:
-        load_pretrained(net.backbone, flags.pretrained_path, model=flags.model)
+    network = flags.of(ModelSpec, only=["model", "pretrained_path"])
+    if network.pretrained_path:
+        load_pretrained(net.backbone, network.pretrained_path, model=network.model)

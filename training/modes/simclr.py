@@ -3,6 +3,7 @@
 Letters: B images, C classes, K shifts, V = K B views of one copy.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,33 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from common.device import Amp, autocast
+from common.device import Amp
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
-from common.flags import Flags, pick
+from common.flags import Flags, RunSpec, WeightsSpec
 from common.run import start_epoch
 from common.seed import generator
-from datasets import ImageSet, ShiftSpec, Split
+from datasets import ImageSet, Loading, ShiftSpec, Split
 from datasets.augment import AlignedSpec
+from datasets.outliers import TestBatchSpec
 from datasets.views import shift_labels, train_views
+from models import ModelSpec
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     all_classes,
+    asked_projection,
     few_views,
     fresh_net,
     own_device,
+    precision,
     same_classes,
     sheet,
     training_images,
     view_renderer,
     with_shared_statistics,
 )
-from training.optim import OptimSpec, set_lr
-from training.recipe import Batch, Check, Recipe, Shown, Step, no_values
+from training.optim import OptimSpec
+from training.recipe import Batch, Check, EpochEnd, Recipe, Shown, Step
+from training.specs import CompileSpec, ContrastiveSpec, ProbeSpec
 
 _PROBE_LR = 1e-3
 _COLLAPSE = Check(
@@ -49,8 +55,16 @@ _COLLAPSE = Check(
 )
 
 
+LOADING = Loading(views=2)
+
+
 def build(
-    flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE, *, labelled: bool = False
+    flags: Flags,
+    split: Split,
+    world: World = SINGLE,
+    *,
+    shifts: Callable[[Flags], ShiftSpec],
+    labelled: bool = False,
 ) -> Recipe:
     """The recipe of `simclr` and `simclr_CSI`: NT-Xent plus the cross-entropy of the shift label.
 
@@ -60,79 +74,75 @@ def build(
     """
     if labelled:
         all_classes(flags, split)
-    device = own_device(flags, world)
-    optim = pick(OptimSpec, flags)
-    spec = pick(AlignedSpec, flags)
-    amp = autocast(flags.amp, device)
-    data, aligned = training_images(split, shift_spec, spec, device)
-    shifts = shift_spec.functions(aligned)
+    device, amp = own_device(flags, world), precision(flags, world)
+    optim, contrast = flags.of(OptimSpec), flags.of(ContrastiveSpec)
+    shift_spec = shifts(flags)
+    data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
+    shift_functions = shift_spec.functions(aligned)
+    n_shifts = len(shift_functions)
     state: dict[str, Any] | None = None
-    if flags.resume_path:
-        file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
+    resume_path = flags.of(WeightsSpec, only=["resume_path"]).resume_path
+    if resume_path:
+        file = find_weights(resume_path, ("last.resume", "last.model"), flag="resume_path")
         if file.suffix == ".resume":
             state = load_tensors(file, flag="resume_path")
         net = net_from_state(
             state["model"] if state else load_state_dict(file, flag="resume_path"),
-            model=flags.model,
-            n_shifts=len(shifts),
+            model=flags.of(ModelSpec, only=["model"]).model,
+            n_shifts=n_shifts,
             path=file,
             flag="resume_path",
-            strict=not flags.no_strict,
-            simclr_dim=flags.simclr_dim if flags.given("simclr_dim") else None,
+            strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
+            simclr_dim=asked_projection(flags),
         )
         same_classes(net, split, file, flag="resume_path")
         split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     else:
-        net = fresh_net(flags, split, len(shifts))
+        net = fresh_net(flags, split, n_shifts)
     net = with_shared_statistics(net.to(device), world).train()
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
-    first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if flags.resume_path else 0
-    seed, sim_lambda, temperature = flags.seed, flags.sim_lambda, flags.temperature
+    first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if resume_path else 0
+    seed = flags.of(RunSpec, only=["seed"]).seed
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
-    if flags.compile:
+    if flags.of(CompileSpec).compile:
         net.compile()
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         return contrastive_step(
             net,
-            train_views(batch.copies, shifts, aligned, gen, render, batch.shard),
+            train_views(batch.images, shift_functions, aligned, gen, render, batch.shard),
             batch.labels,
-            n_shifts=len(shifts),
+            n_shifts=n_shifts,
             n_classes=split.n_classes if labelled else None,
-            temperature=temperature,
-            sim_lambda=sim_lambda,
+            temperature=contrast.temperature,
+            sim_lambda=contrast.sim_lambda,
             amp=amp,
             micro_batch=micro_batch,
             shard=batch.shard,
         )
 
-    def before_step(epoch: float) -> float:
-        lr = optim.lr(epoch)
-        set_lr(optimizers[0], lr)
-        return lr
+    # One class cannot be told from itself: the flags of the probe's test are not even read.
+    every = flags.of(ProbeSpec).error_step if split.one_class_idx is None else 0
+    test = probe_images(split, device) if every > 0 else None
+    batch_size = flags.of(TestBatchSpec).test_batch_size if test is not None else 0
 
-    end_epoch = no_values
-    # One class cannot be told apart from itself: the flags of the test are not even read.
-    test = probe_images(split, device) if split.one_class_idx is None and flags.error_step > 0 else None
-    if test is not None:
-        every, size = flags.error_step, flags.test_batch_size
-
-        def end_epoch(epoch: int) -> dict[str, float]:
-            due = epoch % every == 0 or epoch == optim.epochs
-            return {"test/probe_error": probe_error(net, test, size)} if due else {}
+    def end_epoch(epoch: int) -> EpochEnd:
+        due = test is not None and (epoch % every == 0 or epoch == optim.epochs)
+        return EpochEnd({"test/probe_error": probe_error(net, test, batch_size)} if due and test is not None else {})
 
     def show(epoch: int) -> Shown:
-        return Shown({"views/shifts": sheet(few_views(data, shifts, aligned, seed, epoch))}, {})
+        return Shown({"views/shifts": sheet(few_views(data, shift_functions, aligned, seed, epoch))}, {})
 
     return Recipe(
         net,
         data,
         losses,
         optimizers,
-        before_step,
+        optim.lr,
+        LOADING,
         end_epoch=end_epoch,
         show=show,
         checks=(_COLLAPSE,),

@@ -3,74 +3,80 @@
 Letters: B images, C classes, K shifts, V = K B views, F feature size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.device import autocast
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, read_facts
-from common.flags import Flags, pick
+from common.flags import Flags, RunSpec, WeightsSpec
 from common.seed import generator
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
+from models import ModelSpec
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet, full_precision
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
-from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
-from training.optim import LengthSpec, RateSpec, set_lr
+from training.modes.setup import (
+    all_classes,
+    mode_of,
+    own_device,
+    precision,
+    same_classes,
+    training_images,
+    view_renderer,
+)
+from training.optim import LengthSpec, RateSpec
 from training.recipe import Batch, Recipe, Step
+from training.specs import CompileSpec
 
 _MILESTONES = (0.6, 0.75, 0.9)
 
 
-def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
+def build(flags: Flags, split: Split, world: World = SINGLE, *, shifts: Callable[[Flags], ShiftSpec]) -> Recipe:
     """The recipe of `sup_linear` (K = 1) and `sup_CSI_linear` (K = 4): SGD, a tenth of the rate at 60, 75 and 90 %.
 
     Raises: UserError for weights of other classes or shifts; where there is but one class.
     """
     all_classes(flags, split)
-    device = own_device(flags, world)
-    if not flags.load_path:
-        raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
-    file = find_weights(flags.load_path, ("last.model",), flag="load_path")
+    device, shift_spec = own_device(flags, world), shifts(flags)
+    load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
+    if not load_path:
+        raise UserError(f"--load_path: --mode {mode_of(flags)} puts heads on a trained network; give its run folder")
+    file = find_weights(load_path, ("last.model",), flag="load_path")
     net = net_from_state(
         load_state_dict(file, flag="load_path"),
-        model=flags.model,
+        model=flags.of(ModelSpec, only=["model"]).model,
         n_shifts=shift_spec.count if shift_spec.count > 1 else None,
         path=file,
         flag="load_path",
-        strict=not flags.no_strict,
+        strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
     )
     same_classes(net, split, file, flag="load_path")
     split.check_trained(read_facts(file).get("data", {}), file, flag="load_path")
-    spec = pick(AlignedSpec, flags)
-    data, aligned = training_images(split, shift_spec, spec, device)
-    shifts, amp, seed = shift_spec.functions(aligned), autocast(flags.amp, device), flags.seed
+    data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
+    functions, amp, seed = shift_spec.functions(aligned), precision(flags, world), flags.of(RunSpec, only=["seed"]).seed
     net.to(device).requires_grad_(False).eval()
-    heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(shifts) > 1 else [])]
+    heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(functions) > 1 else [])]
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
     rates, epochs = flags.of(RateSpec), flags.of(LengthSpec).epochs
     optimizer = torch.optim.SGD(params, rates.lr_init, weight_decay=rates.weight_decay)
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
-    if flags.compile:
+    if flags.of(CompileSpec).compile:
         net.backbone.compile()
-
-    def before_step(epoch: float) -> float:
-        lr = rate(rates.lr_init, epoch, epochs)
-        set_lr(optimizer, lr)
-        return lr
 
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
-        views = train_views(batch.copies, shifts, aligned, gen, render, batch.shard)
+        views = train_views(batch.images, functions, aligned, gen, render, batch.shard)
         with amp(), torch.no_grad():
             h = forward_in_micro_batches(net.features, views, batch.shard.size, micro_batch)
-        return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(shifts), shard=batch.shard), {})
+        return Step(head_losses(net, full_precision(h), batch.labels, n_shifts=len(functions), shard=batch.shard), {})
 
-    return Recipe(net, data, losses, (optimizer,), before_step)
+    return Recipe(net, data, losses, (optimizer,), lambda epoch: rate(rates.lr_init, epoch, epochs))
 
 
 def rate(lr_init: float, epoch: float, epochs: int) -> float:
