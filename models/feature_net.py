@@ -40,8 +40,9 @@ class BackboneNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.feature_dim: int = backbone.feature_dim  # type: ignore[assignment]
+        self.in_channels: int = getattr(backbone, "in_channels", 3)
         for name in ("input_mean", "input_std"):
-            values = torch.tensor(getattr(backbone, name, (0.5, 0.5, 0.5))).view(3, 1, 1)
+            values = torch.tensor(getattr(backbone, name, (0.5,) * self.in_channels)).view(self.in_channels, 1, 1)
             self.register_buffer(name, values, persistent=False)
         # Convolutions want channels last on CPUs (2.2 times here, resnet8) and on tensor cores alike.
         self.to(memory_format=torch.channels_last)
