@@ -10,7 +10,7 @@ from tests.models.published import published_shapes
 
 
 def net(model: str = "resnet8", **changes):
-    return build_net(model, **{"n_classes": 10, "simclr_dim": 128, "n_shifts": 5, "seed": 0, **changes})
+    return build_net("feature", model, **{"n_classes": 10, "simclr_dim": 128, "n_shifts": 5, "seed": 0, **changes})
 
 
 def test_resnet18_has_the_published_keys_and_shapes():

@@ -80,7 +80,7 @@ def test_an_operator_whose_gradient_needs_its_output_is_differentiated():
 
 
 def test_inserted_operators_are_part_of_a_feature_networks_state_dict():
-    nets = [build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=seed).eval() for seed in (0, 1)]
+    nets = [build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=seed).eval() for seed in (0, 1)]
     for net, by in zip(nets, (0.5, 0.0), strict=True):
         insert_before_activations(net.backbone, lambda name, by=by: Shift(name, by))
     state = nets[0].state_dict()

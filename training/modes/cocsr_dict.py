@@ -21,7 +21,7 @@ from common.seed import generator
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, draw_views, train_views
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank
@@ -108,7 +108,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
     file = find_weights(flags.resume_path, ("last.model",), flag="resume_path")
     state = load_state_dict(file, flag="resume_path")
-    net = net_from_state(
+    net = load_net(
+        "feature",
         state,
         model=flags.model,
         n_shifts=shift_spec.count,

@@ -16,7 +16,7 @@ from datasets.augment import AlignedSpec
 from datasets.sets import floats
 from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
-from models.checkpoint import build_rot_trans
+from models.checkpoint import build_net
 from models.feature_net import Transformation
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import own_device, start_from_pretrained, training_images, with_shared_statistics
@@ -35,7 +35,7 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     optim = pick(OptimSpec, flags)
     crop = pick(AlignedSpec, flags) if split.spec.stream else AlignedSpec()
     data, _ = training_images(split, shift_spec, crop, device)
-    net = build_rot_trans(flags.model, seed=seed_of(flags.seed, "weights"))
+    net = build_net("rot_trans", flags.model, seed=seed_of(flags.seed, "weights"))
     start_from_pretrained(flags, net)
     net = with_shared_statistics(net.to(device), world).train()
     optimizer = optim.build(list(net.parameters()))

@@ -128,7 +128,8 @@ def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> Non
 
 def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
     """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given."""
-    net = build_net(
+    net: FeatureNet = build_net(
+        "feature",
         flags.model,
         n_classes=split.n_classes,
         simclr_dim=flags.simclr_dim,

@@ -22,7 +22,7 @@ from common.seed import generator
 from datasets import ImageSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
@@ -71,7 +71,8 @@ def build(
         file = find_weights(flags.resume_path, ("last.resume", "last.model"), flag="resume_path")
         if file.suffix == ".resume":
             state = load_tensors(file, flag="resume_path")
-        net = net_from_state(
+        net = load_net(
+            "feature",
             state["model"] if state else load_state_dict(file, flag="resume_path"),
             model=flags.model,
             n_shifts=len(shifts),

@@ -16,7 +16,7 @@ from common.seed import generator
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet, full_precision
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
@@ -38,7 +38,8 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     if not flags.load_path:
         raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
     file = find_weights(flags.load_path, ("last.model",), flag="load_path")
-    net = net_from_state(
+    net: FeatureNet = load_net(
+        "feature",
         load_state_dict(file, flag="load_path"),
         model=flags.model,
         n_shifts=shift_spec.count if shift_spec.count > 1 else None,
