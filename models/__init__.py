@@ -1,7 +1,7 @@
-"""Networks: `BACKBONES` is the table of backbones, `models.checkpoint.NETS` that of the networks built on them.
+"""Networks. `BACKBONES` is the table of backbones, `models.checkpoint.NETS` that of the networks built on them.
 
-Dimension letters in `models`: N images or samples, H and W pixels, C classes, F feature size, P projection size,
-K shifts, each with a dictionary of its own, M atoms of a dictionary.
+Dimension letters in all files of `models`: N images, or samples of one dictionary; H, W pixels; C classes; F feature
+size; P projection size; K shifts, each with its own dictionary; M atoms of a dictionary.
 """
 
 from collections.abc import Callable
