@@ -71,7 +71,9 @@ def _nbytes(value: Any) -> int:
 
 def stage1(model: str, data: ImageSet, amp: Amp) -> Callable[[], None]:
     """A step of stage 1 on all of `data`."""
-    net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=len(_SHIFTS), seed=0).to(data.device).train()
+    net = (
+        build_net("feature", model, n_classes=10, simclr_dim=128, n_shifts=len(_SHIFTS), seed=0).to(data.device).train()
+    )
     optimizer, index = Lars(net.parameters(), lr=0.1, weight_decay=1e-6), torch.arange(len(data), device=data.device)
     labels = data.labels.to(data.device)
 
@@ -130,7 +132,7 @@ def _views(data: ImageSet, index: Tensor, views: int) -> Tensor:
 
 
 def _sparse_net(model: str, data: ImageSet) -> CocsrNet:
-    net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=len(_SHIFTS), seed=0)
+    net = build_net("feature", model, n_classes=10, simclr_dim=128, n_shifts=len(_SHIFTS), seed=0)
     bank = DictionaryBank(len(_SHIFTS), net.feature_dim, _ATOMS, CodingSpec(0.01, 1.0, _STEPS), generator(0, "floors"))
     return CocsrNet(net, bank, FeatureTransform()).to(data.device)
 

@@ -59,7 +59,7 @@ def pictures(n: int, device: torch.device) -> ImageSet:
 
 def sparse_net(shifts: int, device: torch.device) -> CocsrNet:
     """resnet8 with 64 atoms a shift."""
-    net = build_net("resnet8", n_classes=2, simclr_dim=128, n_shifts=shifts, seed=0)
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=128, n_shifts=shifts, seed=0)
     bank = DictionaryBank(shifts, net.feature_dim, 64, CodingSpec(0.01, 1.0, 40), generator(0, "growth"))
     return CocsrNet(net, bank, FeatureTransform()).to(device)
 
@@ -79,7 +79,7 @@ def evaluation(device: torch.device, *, images: int = 200, draws: int = 1, shift
 
 def training_step(device: torch.device, *, images: int = 64, shifts: int = 2) -> Callable[[], Any]:
     """Views, network, losses and their gradient, of one step of stage 1."""
-    net = build_net("resnet8", n_classes=2, simclr_dim=128, n_shifts=shifts, seed=0).to(device).train()
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=128, n_shifts=shifts, seed=0).to(device).train()
     data, index = pictures(images, device), torch.arange(images, device=device)
     labels = torch.zeros(images, dtype=torch.long, device=device)
 
@@ -120,7 +120,7 @@ def growth(device: torch.device, repeats: int) -> list[list[str]]:
 
 def stage1(device: torch.device) -> Recipe:
     """Stage 1 of resnet8 on 64 images."""
-    net = build_net("resnet8", n_classes=2, simclr_dim=32, n_shifts=2, seed=0).to(device).train()
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=32, n_shifts=2, seed=0).to(device).train()
     optimizer = Lars(net.parameters(), lr=0.01)
 
     def losses(batch: Batch) -> Step:

@@ -23,7 +23,7 @@ from training.modes.simclr import contrastive_step
 
 def measure(model: str, batch_size: int, steps: int = 5) -> tuple[float, float]:
     """Median seconds of a forward and backward pass over 10 views per image, and the loss."""
-    net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=5, seed=0).train()
+    net = build_net("feature", model, n_classes=10, simclr_dim=128, n_shifts=5, seed=0).train()
     views = torch.rand(10 * batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     times = []
     for _ in range(steps + 1):

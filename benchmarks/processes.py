@@ -81,7 +81,7 @@ def measure(device: str, repeats: int, images: int, folder: Path) -> list[list[s
         for model in ("resnet8", "resnet18"):
             weights = folder / f"{model}.model"
             if world.is_main:
-                net = build_net(model, n_classes=10, simclr_dim=128, n_shifts=5, seed=0)
+                net = build_net("feature", model, n_classes=10, simclr_dim=128, n_shifts=5, seed=0)
                 save_tensors(weights, net.state_dict())
             world.all_gather_object(None)
             count = images if model == "resnet8" else images // 4

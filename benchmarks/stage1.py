@@ -42,7 +42,10 @@ def part(
     data = image_set(pixels, torch.zeros(images)).to(device)
     index = torch.arange(images, device=device)
     floats, labels = data.batch(index), data.labels.to(device)
-    nets = [build_net(model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=0).to(device).train() for _ in range(2)]
+    nets = [
+        build_net("feature", model, n_classes=10, simclr_dim=128, n_shifts=_K, seed=0).to(device).train()
+        for _ in range(2)
+    ]
     own, theirs = nets[0], nets[1].to(memory_format=torch.contiguous_format)
     step, published = _Step(own), _PublishedStep(theirs)
     render = render_views

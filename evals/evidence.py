@@ -19,7 +19,7 @@ from datasets import ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
 from evals.features import Outputs, class_outputs, cocsr_outputs, code_outputs, net_outputs
-from models.checkpoint import State, cocsr_from_state, find_weights, net_from_state, rot_trans_from_state
+from models.checkpoint import State, find_weights, load_net
 from models.feature_net import CocsrNet, Features, FeatureTransform
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from models.sparse.learn import learn_dictionary
@@ -81,13 +81,13 @@ def _label_shifts(flags: Flags, names: Sequence[str]) -> list[Shift]:
 
 def _common(flags: Flags, path: Any) -> dict[str, Any]:
     given = {"simclr_dim": flags.simclr_dim} if flags.given("simclr_dim") else {}
-    return {"model": flags.model, "path": path, "strict": not flags.no_strict, **given}
+    return {"model": flags.model, "path": path, "flag": "load_path", "strict": not flags.no_strict, **given}
 
 
 def _read_stage1(flags: Flags, state: State, path: Any, shifts: int | None) -> nn.Module:
     # A stage-2 file holds the whole stage-1 network.
     inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
-    return net_from_state(inner, n_shifts=shifts, flag="load_path", **_common(flags, path))
+    return load_net("feature", inner, n_shifts=shifts, **_common(flags, path))
 
 
 def _read_labelled(flags: Flags, state: State, path: Any, shifts: int) -> nn.Module:
@@ -98,7 +98,7 @@ def _read_labelled(flags: Flags, state: State, path: Any, shifts: int) -> nn.Mod
 def _read_stage2(flags: Flags, state: State, path: Any, shifts: int) -> nn.Module:
     transform, steps, tol = pick(FeatureTransform, flags), flags.sr_admm_stage, flags.sr_tol
     common = _common(flags, path)
-    net = cocsr_from_state(state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **common)
+    net = load_net("cocsr", state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **common)
     # The file's dictionary settings count; say so where a flag was given that differs.
     bank = net.sr_nets
     there = {"sr_lambda": bank.coding.lam, "sr_rho": bank.coding.rho, "sr_dict_size": bank.dictionary.shape[2]}
@@ -109,7 +109,7 @@ def _read_stage2(flags: Flags, state: State, path: Any, shifts: int) -> nn.Modul
 
 
 def _read_rot_trans(flags: Flags, state: State, path: Any, shifts: int) -> nn.Module:
-    return rot_trans_from_state(state, model=flags.model, path=path, strict=not flags.no_strict)
+    return load_net("rot_trans", state, model=flags.model, path=path, flag="load_path", strict=not flags.no_strict)
 
 
 def _trained_dictionary(flags: Flags, net: CocsrNet, train: Outputs, world: World = SINGLE) -> Finished:

@@ -1,4 +1,8 @@
-"""Networks. `BACKBONES` is the table; `models.checkpoint` builds networks, fresh or from files."""
+"""Networks. `BACKBONES` is the table of backbones, `models.checkpoint.NETS` that of the networks built on them.
+
+Dimension letters in all files of `models`: N images, or samples of one dictionary; H, W pixels; C classes; F feature
+size; P projection size; K shifts, each with its own dictionary; M atoms of a dictionary.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +17,23 @@ from models.resnet import BasicBlock, Bottleneck, ResNet
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """make: builds it with fresh weights. image_size: pixels on a side it is for; fixed_size: it takes no other."""
+    """make: builds the backbone with fresh weights, which torch's global generator draws.
+
+    The backbone maps normalised images (N, 3, H, W) to features (N, F) and has the attribute `feature_dim` = F, and
+    where they differ from the defaults `in_channels` (3), `input_mean` and `input_std` (0.5 for each channel).
+    image_size: pixels on a side that the backbone is made for; fixed_size: it accepts no other.
+    """
 
     make: Callable[[], nn.Module]
     image_size: int = 32
     fixed_size: bool = False
 
 
-def _torchvision(name: str) -> Callable[[], nn.Module]:
+def _imagenet(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        import torchvision.models
+        from models import imagenet_resnet  # Not before it is needed: torchvision's models load slowly.
 
-        net = getattr(torchvision.models, name)(weights=None)
-        net.feature_dim = net.fc.in_features
-        net.fc = nn.Identity()
-        return net
+        return getattr(imagenet_resnet, name)()
 
     return make
 
@@ -60,8 +66,8 @@ BACKBONES: dict[str, BackboneSpec] = {
     "resnet18": BackboneSpec(lambda: ResNet(BasicBlock, (2, 2, 2, 2), _WIDTHS)),
     "resnet34": BackboneSpec(lambda: ResNet(BasicBlock, (3, 4, 6, 3), _WIDTHS)),
     "resnet50": BackboneSpec(lambda: ResNet(Bottleneck, (3, 4, 6, 3), _WIDTHS)),
-    "resnet18_imagenet": BackboneSpec(_torchvision("resnet18"), image_size=224),
-    "resnet50_imagenet": BackboneSpec(_torchvision("resnet50"), image_size=224),
+    "resnet18_imagenet": BackboneSpec(_imagenet("resnet18"), image_size=224),
+    "resnet50_imagenet": BackboneSpec(_imagenet("resnet50"), image_size=224),
 }
 
 TIMM = "timm_"

@@ -1,8 +1,14 @@
-"""Networks from files of weights: what a file fixes is read off it, what the flags say differently is told."""
+"""The kinds of networks, built with fresh weights or from files.
+
+A file's state dict fixes the sizes of its network; flags that differ from them are reported.
+"""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +16,146 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import load_state_dict, readable
 from models import BACKBONES, backbone_spec
-from models.feature_net import BackboneNet, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 State = dict[str, Tensor]
 
 
-def build_net(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int, seed: int) -> FeatureNet:
-    """A stage-1 network with fresh weights that depend on `seed` alone."""
-    with _seeded(seed):
-        backbone = backbone_spec(model).make()
-        return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+class Misfit(Exception):
+    """Why a state dict is not one of a certain kind; `load_net` puts the flag and the file's path before it."""
 
 
-def build_rot_trans(model: str, *, seed: int) -> RotTransNet:
-    """A network of Rot+Trans with fresh weights that depend on `seed` alone."""
+@dataclass(frozen=True)
+class NetKind:
+    """One kind of network, a row of `NETS`.
+
+    markers: keys by which a state dict of this kind is recognised.
+    absent: the error for a file without one of them, {key}.
+    build(model, **sizes): the network with fresh weights, drawn by torch's global generator. Takes what `sizes` returns
+        and, as further keyword arguments, what no file fixes.
+    sizes(state): what a state dict with the markers fixes; the names are those of the flags. Raises: Misfit.
+    must_agree: sizes for which a file with another value than asked for is an error, with its text ({file}, {asked}).
+        Of other sizes the file's value is used, and a note says so.
+    inner: name of the submodule with the backbone, to which `--no_strict` applies. The tensors outside it must all be
+        in the file. Empty: the whole network.
+    """
+
+    markers: tuple[str, ...]
+    absent: str
+    build: Callable[..., nn.Module]
+    sizes: Callable[[State], dict[str, Any]]
+    must_agree: Mapping[str, str] = field(default_factory=dict)
+    inner: str = ""
+
+    def read_sizes(self, state: State) -> dict[str, Any]:
+        """`sizes` of any state dict. Raises: Misfit where a marker is missing."""
+        for key in self.markers:
+            if key not in state:
+                raise Misfit(self.absent.format(key=key))
+        return self.sizes(state)
+
+
+def _build_feature(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int) -> FeatureNet:
+    backbone = backbone_spec(model).make()
+    return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+
+
+def _feature_sizes(state: State) -> dict[str, Any]:
+    keys = {"n_classes": "linear.weight", "simclr_dim": "simclr_layer.2.weight", "n_shifts": "shift_cls_layer.weight"}
+    return {size: len(state[key]) for size, key in keys.items()}
+
+
+def _build_rot_trans(model: str) -> RotTransNet:
+    return RotTransNet(backbone_spec(model).make())
+
+
+def _build_cocsr(
+    model: str,
+    *,
+    sr_dict_size: int,
+    sr_lambda: float,
+    sr_rho: float,
+    transform: FeatureTransform,
+    steps: int,
+    tol: float | None = None,
+    **sizes: int,
+) -> CocsrNet:
+    net = _build_feature(model, **sizes)
+    coding = CodingSpec(lam=sr_lambda, rho=sr_rho, steps=steps, tol=tol)
+    bank = DictionaryBank(sizes["n_shifts"], transform.size(net), sr_dict_size, coding)
+    return CocsrNet(net, bank, transform)
+
+
+def _cocsr_sizes(state: State) -> dict[str, Any]:
+    sizes = NETS["feature"].read_sizes(_below("feature_net", state))
+    dictionary = state["sr_nets.dictionary"]
+    if dictionary.ndim != 3:
+        raise Misfit(f"has dictionaries of shape {tuple(dictionary.shape)}, not (shifts, features, atoms)")
+    settings = [state.get(f"sr_nets.{name}", torch.tensor(torch.nan)) for name in ("lambdaV", "rho")]
+    if any(value.numel() != 1 or not value > 0 for value in settings):
+        raise Misfit("lacks the lambda and rho of its dictionaries (sr_nets.lambdaV, .rho > 0)")
+    lam, rho = map(float, settings)
+    return {**sizes, "sr_dict_size": dictionary.shape[2], "sr_lambda": lam, "sr_rho": rho}
+
+
+_SHIFTS_AGREE = {"n_shifts": "was trained with {file} shifts, there are {asked} here (--shift_trans_type)"}
+
+NETS: dict[str, NetKind] = {
+    "feature": NetKind(
+        markers=("linear.weight", "simclr_layer.2.weight", "shift_cls_layer.weight"),
+        absent="holds no weights of a stage-1 network (no {key!r})",
+        build=_build_feature,
+        sizes=_feature_sizes,
+        must_agree=_SHIFTS_AGREE,
+    ),
+    "rot_trans": NetKind(
+        markers=("rotation.weight",),
+        absent="was not made by train.py --mode rot_trans",
+        build=_build_rot_trans,
+        sizes=lambda state: {},
+    ),
+    "cocsr": NetKind(
+        markers=("sr_nets.dictionary",),
+        absent="holds no dictionaries; give a last.cocsr_model, made by train_cocsr.py",
+        build=_build_cocsr,
+        sizes=_cocsr_sizes,
+        must_agree=_SHIFTS_AGREE,
+        inner="feature_net",
+    ),
+}
+
+
+def kind_of(state: State) -> str:
+    """The kind of network that a state dict holds: of the rows whose markers are all there, the one with the most.
+
+    Raises: ValueError where there is none.
+    """
+    fitting = [kind for kind, row in NETS.items() if all(key in state for key in row.markers)]
+    if not fitting:
+        raise ValueError(f"the state dict is of none of these networks: {', '.join(NETS)}")
+    return max(fitting, key=lambda kind: len(NETS[kind].markers))
+
+
+def build_net(kind: str, model: str, *, seed: int, **sizes: Any) -> Any:
+    """A network with fresh weights that depend on `seed` alone, of the class that the row `kind` of `NETS` builds.
+
+    sizes: keyword arguments of the row's `build`.
+    """
     with _seeded(seed):
-        return RotTransNet(backbone_spec(model).make())
+        return NETS[kind].build(model, **sizes)
 
 
 @contextlib.contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Layers draw their weights from torch's global generator; it is put back as it was."""
+    """Seed torch's global CPU generator, from which layers draw their weights, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def load_pretrained(backbone: nn.Module, path: str, *, model: str) -> None:
-    """Load `--pretrained_path`, a local file of weights, into a backbone; what a file has beyond it, a head, is left.
+    """Load `--pretrained_path`, a local file of weights, into a backbone; further tensors of the file are ignored.
 
     Raises: UserError where the file does not hold every tensor of the backbone in its shape.
     """
@@ -54,7 +171,7 @@ def load_pretrained(backbone: nn.Module, path: str, *, model: str) -> None:
 
 
 def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
-    """The file `path`, or where it is a folder the first of `names` in it.
+    """The file `path`, or if it is a folder the first of `names` in it.
 
     Raises: UserError that names `flag` where there is none.
     """
@@ -70,53 +187,56 @@ def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
     return place
 
 
-def net_from_state(
-    state: State,
-    *,
-    model: str,
-    n_shifts: int | None,
-    path: Path,
-    flag: str,
-    strict: bool = True,
-    simclr_dim: int | None = None,
-) -> FeatureNet:
-    """A stage-1 network as the file has it: classes and projection size are read off the weights.
+def load_net(
+    kind: str, state: State, *, model: str, path: Path, flag: str, strict: bool = True, **expected: Any
+) -> Any:
+    """A network from a state dict, of the class that the row `kind` of `NETS` builds, with the sizes of the file.
 
-    n_shifts: what the shifts at hand need; None: whatever the file has.
-    simclr_dim: what the user asked for; a line says so where the file differs.
-    Raises: UserError where the file holds another model or another number of shifts.
+    expected: sizes that the user asks for (None: whatever the file has), and further arguments of the row's `build`.
+    strict: every tensor must fit; without it, those that fit are loaded, and the names of the others are printed.
+    Raises: UserError, beginning with `flag` and `path`, where the file holds another kind of network, or a size differs
+    that must agree; UserError where its tensors do not fit.
     """
+    row = NETS[kind]
     try:
-        n_classes, dim_there = len(state["linear.weight"]), len(state["simclr_layer.2.weight"])
-        shifts_there = len(state["shift_cls_layer.weight"])
-    except KeyError as error:
-        raise UserError(f"--{flag}: {path} holds no weights of a stage-1 network (no {error})") from None
-    if n_shifts not in (None, shifts_there):
-        raise UserError(
-            f"--{flag}: {path} was trained with {shifts_there} shifts, there are {n_shifts} here (--shift_trans_type)"
+        sizes = row.read_sizes(state)
+        asked = {name: value for name, value in expected.items() if name in sizes and value is not None}
+        differ = {name: value for name, value in asked.items() if _differ(value, sizes[name])}
+        for name, text in row.must_agree.items():
+            if name in differ:
+                raise Misfit(text.format(file=sizes[name], asked=differ[name]))
+        for name, value in differ.items():
+            there = f"{sizes[name]:.6g}" if isinstance(sizes[name], float) else sizes[name]
+            print(f"note: --{name} {value}: {path} was trained with {there}, which is used")
+        others = {name: value for name, value in expected.items() if name not in sizes}
+        net = build_net(kind, model, seed=0, **sizes, **others)
+        _load_backbone_and_heads(
+            net.get_submodule(row.inner), _below(row.inner, state), model=model, path=path, strict=strict
         )
-    if simclr_dim not in (None, dim_there):
-        print(f"note: --simclr_dim {simclr_dim}: {path} was trained with {dim_there}, which is used")
-    net = build_net(model, n_classes=n_classes, simclr_dim=dim_there, n_shifts=shifts_there, seed=0)
-    _load(net, state, model=model, path=path, flag=flag, strict=strict)
+        if row.inner:
+            _load_rest(net, state, row.inner)
+    except Misfit as why:
+        raise UserError(f"--{flag}: {path} {why}") from None
     return net
 
 
-def rot_trans_from_state(state: State, *, model: str, path: Path, strict: bool = True) -> RotTransNet:
-    """A network of Rot+Trans from a file. Raises: UserError where the file holds something else."""
-    if "rotation.weight" not in state:
-        raise UserError(f"--load_path: {path} was not made by train.py --mode rot_trans")
-    net = build_rot_trans(model, seed=0)
-    _load(net, state, model=model, path=path, flag="load_path", strict=strict)
-    return net
+def _differ(asked: Any, there: Any) -> bool:
+    """Whether two values differ; floats by more than the rounding of a float32 in the file."""
+    return not math.isclose(asked, there, rel_tol=1e-6) if isinstance(there, float) else asked != there
 
 
-def _load(net: BackboneNet, state: State, *, model: str, path: Path, flag: str, strict: bool) -> None:
-    """Fill `net`, wholly or without `strict` with what fits. Raises: UserError where it does not fit."""
+def _below(name: str, state: State) -> State:
+    """The state dict of the submodule `name`; of the whole network where that is empty."""
+    prefix = f"{name}." if name else ""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _load_backbone_and_heads(net: nn.Module, state: State, *, model: str, path: Path, strict: bool) -> None:
+    """Load all tensors, or without `strict` those that fit. Raises: UserError where they do not fit."""
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     if not strict:
-        if not any(k in fitting for k in net.backbone.state_dict()):
+        if not any(k in fitting for k in getattr(net, "backbone", net).state_dict()):
             raise UserError(f"--no_strict: no tensor of a {model} fits {path}{_guess(state)}")
         fresh = [k for k in own if k not in fitting]
         print(f"--no_strict: loaded {len(fitting)} of {len(own)} tensors; fresh: {', '.join(fresh) or 'none'}")
@@ -125,52 +245,25 @@ def _load(net: BackboneNet, state: State, *, model: str, path: Path, flag: str, 
     net.load_state_dict(fitting, strict=strict)
 
 
+def _load_rest(net: nn.Module, state: State, inner: str) -> None:
+    """Load all tensors outside the submodule `inner`. Raises: Misfit where one is missing or of another shape."""
+    rest = {key: value for key, value in net.state_dict().items() if not key.startswith(f"{inner}.")}
+    for key, value in rest.items():
+        if key not in state:
+            raise Misfit(f"lacks {key}")
+        shape = state[key].shape
+        if shape != value.shape and not shape.numel() == value.numel() == 1:
+            raise Misfit(f"has {key} of shape {tuple(shape)}, not {tuple(value.shape)}")
+    net.load_state_dict({key: state[key].view(value.shape) for key, value in rest.items()}, strict=False)
+
+
 def _guess(state: State) -> str:
-    for name in BACKBONES:
-        other = build_rot_trans(name, seed=0).backbone.state_dict()
-        if all(k in state and state[k].shape == v.shape for k, v in other.items()):
-            return f" but a {name}"
-    return ""
-
-
-def cocsr_from_state(
-    state: State,
-    *,
-    model: str,
-    n_shifts: int,
-    transform: FeatureTransform,
-    steps: int,
-    tol: float | None = None,
-    path: Path,
-    strict: bool = True,
-    simclr_dim: int | None = None,
-) -> CocsrNet:
-    """A stage-2 network as the file has it; rho, lambda and the number of atoms are the file's.
-
-    Raises: UserError where the file is of stage 1, or its dictionaries are not for this network and these shifts.
-    """
-    if "sr_nets.dictionary" not in state:
-        raise UserError(f"--load_path: {path} holds no dictionaries; give a last.cocsr_model, made by train_cocsr.py")
-    feature_state = {k.removeprefix("feature_net."): v for k, v in state.items() if k.startswith("feature_net.")}
-    net = net_from_state(
-        feature_state,
-        model=model,
-        n_shifts=n_shifts,
-        path=path,
-        flag="load_path",
-        strict=strict,
-        simclr_dim=simclr_dim,
-    )
-    dictionary = state["sr_nets.dictionary"]
-    size = transform.size(net)
-    if dictionary.ndim != 3 or dictionary.shape[:2] != (n_shifts, size):
-        raise UserError(
-            f"--load_path: dictionaries of {path} have shape {tuple(dictionary.shape)}, not ({n_shifts}, {size}, atoms)"
-        )
-    settings = [state.get(f"sr_nets.{name}", torch.tensor(torch.nan)) for name in ("lambdaV", "rho")]
-    if any(value.numel() != 1 or not value > 0 for value in settings):
-        raise UserError(f"--load_path: {path} lacks the lambda and rho of its dictionaries (sr_nets.lambdaV, .rho > 0)")
-    coding = CodingSpec(lam=float(settings[0]), rho=float(settings[1]), steps=steps, tol=tol)
-    bank = DictionaryBank(n_shifts, size, dictionary.shape[2], coding)
-    bank.load_state_dict({name: state[f"sr_nets.{name}"] for name in bank.state_dict()})
-    return CocsrNet(net, bank, transform)
+    """Which model of `BACKBONES` a state dict holds, as the end of an error message; empty where it holds none."""
+    fitting = {}
+    for name, spec in BACKBONES.items():
+        with torch.device("meta"):  # Shapes only: no memory, no random draws.
+            shapes = {key: value.shape for key, value in spec.make().state_dict().items()}
+        if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
+            fitting[name] = len(shapes)
+    # The tensors of a resnet18 are among those of a resnet34.
+    return f" but a {max(fitting, key=fitting.__getitem__)}" if fitting else ""

@@ -1,6 +1,6 @@
-"""Networks: a backbone with the heads of stage 1 or of Rot+Trans, and stage 2: that of stage 1, with dictionaries.
+"""Networks on a backbone: stage 1 (FeatureNet), Rot+Trans (RotTransNet) and stage 2 (CocsrNet).
 
-Letters: N images, F feature size, P projection size, K shifts, C classes, M atoms.
+Dimension letters: see `models`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from models.sparse.dictionary import DictionaryBank
 
 
 class Features(NamedTuple):
-    """h (N, F) pooled features; z (N, P) projections, not normalised; shift (N, K) logits of the shift. float32."""
+    """Output of stage 1, float32 or float64.
+
+    h (N, F): features. z (N, P): projections, not normalised. shift (N, K): logits of the shift.
+    """
 
     h: Tensor
     z: Tensor
@@ -23,15 +26,16 @@ class Features(NamedTuple):
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Half precision to float32, in which losses and scores are computed; float64 stays."""
+    """x in float32, in which losses and scores are computed; float64 is left as it is."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 class BackboneNet(nn.Module):
-    """A backbone (normalised images -> (N, F), with attribute `feature_dim`), to which subclasses add heads.
+    """A backbone and the normalisation of its input. Subclasses add heads.
 
-    Images are normalised to (x - 0.5) / 0.5, or by the backbone's own `input_mean` and `input_std` where it has them.
-    The state dict has the published keys: the backbone's own, without a prefix, beside those of the heads.
+    The backbone maps normalised images (N, in_channels, H, W) to features (N, F). Its attribute `feature_dim` is F;
+    `in_channels`, `input_mean` and `input_std` are optional, by default 3 and 0.5 for each channel.
+    The state dict has the published keys: those of the backbone have no prefix.
     """
 
     input_mean: Tensor
@@ -41,22 +45,26 @@ class BackboneNet(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.feature_dim: int = backbone.feature_dim  # type: ignore[assignment]
+        self.in_channels: int = getattr(backbone, "in_channels", 3)
         for name in ("input_mean", "input_std"):
-            values = torch.tensor(getattr(backbone, name, (0.5, 0.5, 0.5))).view(3, 1, 1)
+            values = torch.tensor(getattr(backbone, name, (0.5,) * self.in_channels)).view(self.in_channels, 1, 1)
             self.register_buffer(name, values, persistent=False)
-        # Convolutions want channels last on CPUs (2.2 times here, resnet8) and on tensor cores alike.
+        # Convolutions are faster in channels-last memory format, on CPUs (resnet8: 2.2 times) and on tensor cores.
         self.to(memory_format=torch.channels_last)
         self.register_state_dict_post_hook(_drop_backbone_prefix)
         self.register_load_state_dict_pre_hook(_add_backbone_prefix)
 
     def features(self, images: Tensor) -> Tensor:
-        """images (N, 3, H, W) in [0, 1], normalised here -> h (N, F)."""
+        """Features h (N, F) of images (N, in_channels, H, W) in [0, 1], which are normalised here."""
         x = (images - self.input_mean) / self.input_std
         return self.backbone(x.contiguous(memory_format=torch.channels_last))
 
 
 class FeatureNet(BackboneNet):
-    """The stage-1 network: four heads on the features of a backbone."""
+    """The stage-1 network: class, projection, shift and joint (class and rotation) heads on the features.
+
+    The joint head has 4 C outputs, and like the class head is applied by its callers, not in `forward`.
+    """
 
     def __init__(self, backbone: nn.Module, *, n_classes: int, simclr_dim: int, n_shifts: int):
         super().__init__(backbone)
@@ -68,7 +76,7 @@ class FeatureNet(BackboneNet):
         self.joint_distribution_layer = nn.Linear(f, 4 * n_classes)
 
     def forward(self, images: Tensor) -> Features:
-        """images (N, 3, H, W) in [0, 1]."""
+        """Images (N, in_channels, H, W) in [0, 1]."""
         h = self.features(images)
         return Features(
             full_precision(h), full_precision(self.simclr_layer(h)), full_precision(self.shift_cls_layer(h))
@@ -76,7 +84,10 @@ class FeatureNet(BackboneNet):
 
 
 class Transformation(NamedTuple):
-    """Logits of the rotation (N, 4), the vertical (N, 3) and the horizontal translation (N, 3), float32."""
+    """Output of Rot+Trans, float32 or float64: logits of the rotation and of both translations.
+
+    rotation (N, 4); vertical (N, 3); horizontal (N, 3).
+    """
 
     rotation: Tensor
     vertical: Tensor
@@ -84,7 +95,7 @@ class Transformation(NamedTuple):
 
 
 class RotTransNet(BackboneNet):
-    """Rot+Trans (Hendrycks et al. 2019): three heads that tell how an image was rotated and moved."""
+    """Rot+Trans (Hendrycks et al. 2019): three heads that classify the rotation and the translations of an image."""
 
     def __init__(self, backbone: nn.Module):
         super().__init__(backbone)
@@ -93,7 +104,7 @@ class RotTransNet(BackboneNet):
         self.horizontal = nn.Linear(self.feature_dim, 3)
 
     def forward(self, images: Tensor) -> Transformation:
-        """images (N, 3, H, W) in [0, 1]."""
+        """Images (N, in_channels, H, W) in [0, 1]."""
         h = self.features(images)
         return Transformation(
             full_precision(self.rotation(h)), full_precision(self.vertical(h)), full_precision(self.horizontal(h))
@@ -114,7 +125,7 @@ def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 class SparseFeatures(NamedTuple):
-    """s (N, F) features as they are coded; shift (N, K) logits."""
+    """Output of stage 2. s (N, F): the features to code; F is P where `sr_layer` is `simclr`. shift (N, K): logits."""
 
     s: Tensor
     shift: Tensor
@@ -122,11 +133,12 @@ class SparseFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureTransform(Spec, group="stage 2: dictionaries"):
-    """How a network's output becomes the feature that is coded; field names are flag names.
+    """How the feature to code is computed from the output of stage 1; the fields are named like their flags.
 
-    sr_layer: `penultimate` (h) or `simclr` (z). invert_sr_feature_norm: divide by the squared norm.
-    normalize_sr_dict_feature, normalize_sr_feature: then scale to unit norm. Published training read the first and
-    evaluation the second for this same step; here either acts in both.
+    sr_layer: `penultimate` (h) or `simclr` (z).
+    invert_sr_feature_norm: divide the feature by its squared norm.
+    normalize_sr_dict_feature, normalize_sr_feature: then scale it to unit norm. The published training reads the first
+        flag and the published evaluation the second; here either flag applies to both.
     """
 
     sr_layer: str = flag("penultimate", "features to code", choices=lambda: ("penultimate", "simclr"), origin="network")
@@ -135,20 +147,20 @@ class FeatureTransform(Spec, group="stage 2: dictionaries"):
     normalize_sr_feature: bool = flag(False, "the same step under the name published evaluation used", origin="network")
 
     def size(self, net: FeatureNet) -> int:
-        """Length of the features that are coded."""
+        """Size of the features to code."""
         return net.feature_dim if self.sr_layer == "penultimate" else net.projection_dim
 
     def __call__(self, features: Features) -> Tensor:
         s = features.h if self.sr_layer == "penultimate" else features.z
         if self.invert_sr_feature_norm:
-            # The published help text names another power; the published program divides by the square.
+            # As the published program does; its help text names another power.
             s = s / s.square().sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)
         unit_norm = self.normalize_sr_dict_feature or self.normalize_sr_feature
         return F.normalize(s, dim=1) if unit_norm else s
 
 
 class CocsrNet(nn.Module):
-    """Stage 2: a frozen `feature_net`, always in eval mode, and one dictionary per shift, `sr_nets`."""
+    """The stage-2 network: a frozen `feature_net`, always in eval mode, and `sr_nets`, one dictionary per shift."""
 
     def __init__(self, feature_net: FeatureNet, sr_nets: DictionaryBank, transform: FeatureTransform):
         super().__init__()
@@ -162,7 +174,7 @@ class CocsrNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> SparseFeatures:
-        """images (N, 3, H, W) in [0, 1]. Builds no graph: the network is frozen."""
+        """Images (N, in_channels, H, W) in [0, 1]. Without gradient, since the network is frozen."""
         with torch.no_grad():
             features = self.feature_net(images)
             return SparseFeatures(self.transform(features), features.shift)

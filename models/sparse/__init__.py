@@ -1,1 +1,1 @@
-"""Sparse coding: shrinkage, ADMM, dictionaries. Imports torch only."""
+"""Sparse coding: proximal operators, ADMM, dictionaries. Imports torch only."""

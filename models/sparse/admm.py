@@ -1,6 +1,6 @@
 """The lasso by unrolled ADMM, in K dictionaries at once.
 
-Letters: K dictionaries, F feature size, M atoms, N samples.
+Dimension letters: see `models`.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,9 +22,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class SparseCode(NamedTuple):
-    """codes (K, M, N); gap (K, N), the largest breach of the lasso's optimality conditions, without gradient.
+    """codes (K, M, N); gap (K, N): largest violation of the lasso's optimality conditions, without gradient.
 
-    also: codes (K, M, N) of the earlier steps that were asked for.
+    also: codes (K, M, N) of the requested earlier steps.
     """
 
     codes: Tensor
@@ -47,9 +47,10 @@ def admm_lasso(
 
     D (K, F, M). S (K, F, N): each dictionary codes its own samples; (F, N): every dictionary codes every sample.
     lam >= 0 in squared feature units, rho > 0, steps >= 1. Differentiable once in D and S, through all steps.
-    also: earlier steps, counted from 0, whose codes are wanted too. tol: a sample stops before `steps` where its gap is
-    at most tol * lam, whatever the others do (looked at now and then; waits for the device). system:
-    `RidgeSystem.of(D, rho)`, where it is at hand.
+    also: earlier steps, counted from 0, whose codes are returned too.
+    tol: a sample stops before `steps` once its gap is at most tol * lam, independently of the others. The gap is
+    computed every `_LOOK_EVERY` steps, and reading it waits for the device.
+    system: `RidgeSystem.of(D, rho)`, if it has been computed before.
 
     One step is x = (D'D + rho I)^-1 (D's + rho (y - u)); y = soft(x + u, lam / rho); u = u + x - y; the answer is the
     last y. All that a step hands to the next is w = x + u, since y = soft(w) and u = w - y. The system is solved once,
@@ -83,7 +84,7 @@ def admm_lasso(
 
 @dataclass(frozen=True)
 class RidgeSystem:
-    """What the steps need of dictionaries D, without gradient: the map A = rho (D'D + rho I)^-1 in its cheapest form.
+    """The linear system of the ADMM steps, without gradient: A = rho (D'D + rho I)^-1 in its cheapest form.
 
     A (K, M, M), or where M >= 2 F, so that two thin products cost less than one with A, its factors: A = I - back @
     thin, thin = (D D' + rho I)^-1 D and back = D'. inverse: (D D' + rho I)^-1, where M > F.
@@ -99,10 +100,10 @@ class RidgeSystem:
     @classmethod
     @torch.no_grad()
     def of(cls, D: Tensor, rho: float) -> "RidgeSystem":
-        """One factorisation for each dictionary of D (K, F, M); of half precision in float32."""
+        """Factorise the system of each dictionary of D (K, F, M). Half precision is converted to float32."""
         D = D.detach()
         D = D.float() if D.dtype in _HALF else D
-        # A CPU factors them one by one anyway, and so needs the room of one.
+        # A CPU factorises one at a time anyway; this way it needs the memory of one.
         parts = D.split(1) if D.device.type == "cpu" else (D,)
         with torch.autocast(D.device.type, enabled=False):
             formed = [torch.cat(x) if len(x) > 1 else x[0] for x in zip(*(_formed(d, rho) for d in parts), strict=True)]
@@ -174,7 +175,7 @@ def _formed(D: Tensor, rho: float) -> tuple[Tensor, ...]:
 def _inverse(gram: Tensor, rho: float) -> Tensor:
     """(gram + rho I)^-1; changes gram."""
     gram.diagonal(dim1=1, dim2=2).add_(rho)
-    # The checking form would wait for the device; a failed factor becomes NaN, which the training loop tells.
+    # `cholesky` would wait for the device; a failed factor becomes NaN, which the training loop reports.
     factor, failed = torch.linalg.cholesky_ex(gram)
     factor.masked_fill_((failed > 0)[:, None, None], torch.nan)
     # It comes column by column; products would copy it at every step.

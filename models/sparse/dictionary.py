@@ -1,6 +1,6 @@
-"""The dictionaries of stage 2: one per shift, with the settings their codes depend on.
+"""The dictionaries of stage 2, one per shift, and the settings of the coding.
 
-Letters: K dictionaries, F feature size, M atoms, N samples.
+Dimension letters: see `models`.
 """
 
 from collections.abc import Collection
@@ -16,7 +16,11 @@ from models.sparse.admm import RidgeSystem, SparseCode, admm_lasso
 
 @dataclass(frozen=True)
 class CodingSpec:
-    """lam: l1 weight; rho: ADMM penalty; steps: unrolled ADMM steps, or at most so many until the gap is tol * lam."""
+    """Settings of `admm_lasso`.
+
+    lam: l1 weight. rho: ADMM penalty. steps: unrolled ADMM steps. tol: a sample stops earlier once its gap is at most
+    tol * lam.
+    """
 
     lam: float
     rho: float
@@ -50,8 +54,8 @@ class ToleranceSpec(Spec, group="stage 2: dictionaries"):
 class DictionaryBank(nn.Module):
     """K dictionaries of M atoms for features of size F; parameter `dictionary` (K, F, M).
 
-    Starts from atoms uniform in [0, 1), scaled to unit norm. `rho` and `lambdaV` are kept in the state dict, under
-    their published names, since codes mean nothing without them.
+    The initial atoms are uniform in [0, 1), scaled to unit norm. The buffers `rho` and `lambdaV`, named as published,
+    store the settings on which the codes depend in the state dict.
     """
 
     rho: Tensor
@@ -68,9 +72,9 @@ class DictionaryBank(nn.Module):
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
 
     def code(self, s_KFN: Tensor, also: Collection[int] = (), system: RidgeSystem | None = None) -> SparseCode:
-        """Code each sample in its own shift's dictionary: s (K, F, N) -> codes (K, M, N).
+        """Code each sample in the dictionary of its shift: s (K, F, N) -> codes (K, M, N).
 
-        also, system: as `admm_lasso`.
+        also, system: as in `admm_lasso`.
         """
         spec = self.coding
         return admm_lasso(
@@ -85,10 +89,13 @@ class DictionaryBank(nn.Module):
         )
 
     def system(self) -> RidgeSystem:
-        """The system of the dictionaries as they are now, to code several batches with."""
+        """The system of the current dictionaries, for coding several batches."""
         return RidgeSystem.of(self.dictionary, self.coding.rho)
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:
-        """Copy atoms into the live parameter (an optimiser keeps training it), scaled to `norm`; a zero atom stays."""
+        """Copy atoms (K, F, M), scaled to `norm`, into the existing parameter, so that optimisers keep training it.
+
+        Zero atoms stay zero.
+        """
         self.dictionary.copy_(F.normalize(atoms_KFM, dim=1) * norm)

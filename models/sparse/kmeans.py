@@ -1,6 +1,6 @@
 """k-means in torch, for the starting atoms of dictionaries.
 
-Letters: K sets, N points, F feature size, M centres, P proposed centres.
+Dimension letters: see `models`; here N points in each of K sets, M centres.
 """
 
 from collections.abc import Iterator
@@ -8,20 +8,20 @@ from collections.abc import Iterator
 import torch
 from torch import Generator, Tensor
 
-# The start sees so many points per centre, and draws a batch of centres out of so many times as many proposals.
+# k-means++: points per centre that it samples from; centres drawn in one batch; proposals for each centre drawn.
 _SEEN, _BATCH, _SPARE = 4, 32, 2
-# Rounds of Lloyd and swaps before plain Lloyd, and the share of the centres that one round may swap.
+# Rounds of Lloyd and swaps before plain Lloyd, and the largest fraction of the centres that one round swaps.
 _ROUNDS, _SWAPPED = 8, 0.25
-# Sets of few scores get more starts, of which the best is kept: so many at most, and so many scores N x M altogether.
+# Small sets get several starts, of which the best is kept: at most _STARTS, and at most _SMALL scores N x M in all.
 _STARTS, _SMALL = 8, 2**20
-# Points proposed as centres in one round: as many as centres, but no fewer than this.
+# Points proposed as centres in one round: as many as centres, but at least this many.
 _PROPOSED = 256
 # Steps between looks at convergence on a device, each of which waits for it.
 _LOOK_EVERY = 4
 # Elements of a block of scores.
 _BLOCK = {"cpu": 2**22, "cuda": 2**26}
-# Bfloat16 scores are good enough for swaps while points are on average no closer than this to their centre, as a share
-# of the variance: their error is some 0.004 of it.
+# Bfloat16 scores are used for swaps while the mean squared distance of points to their centre is above this fraction of
+# the variance; their error is about 0.004 of it.
 _ROUGH = 0.04
 
 
@@ -38,20 +38,22 @@ def kmeans(
 ) -> Tensor:
     """k-means of K sets of N points: centres (K, M, F) of low inertia, on the device and in the dtype of x.
 
-    Each set by itself: a start by D^2 sampling (k-means++) among some of the points; `rounds` rounds of Lloyd, each
-    followed by swaps, which take away the centres that are missed least and put them where they gain most; then Lloyd
-    until the mean squared move of the centres is `tol` times the variance (of all features together), or for `steps`
-    steps. The best of several starts where a set is small. Clusters without points go on from the farthest points. A
-    set of fewer than M different points has centres that coincide or serve no point; none is NaN.
+    Each set is clustered separately: k-means++ (D^2 sampling) on some of the points; `rounds` rounds of a Lloyd step
+    followed by swaps, which move the centres whose removal costs least to the points that gain most; then Lloyd steps
+    until the mean squared move of the centres is at most `tol` times the variance (summed over features), or for
+    `steps` steps. Small sets keep the best of several starts. A centre without points moves to one of the points
+    farthest from their centres. In a set of fewer than M distinct points, centres coincide or have no points; none is
+    NaN.
 
-    generator: one on the CPU, so that it gives the same draws on every device. Its draws are used set by set: set after
-    set in calls of one each gives the same as all in one. block: elements of the block of scores, N x M at most, which
-    is what memory must hold beside two copies of one set.
+    generator: a CPU generator, so that the draws are the same on every device. It is used set by set, so clustering
+    the sets in separate calls gives the same result as one call.
+    block: largest number of elements of a block of scores (N x M at most). Memory holds one block and two copies of one
+    set.
 
-    Distances are compared as x'c - |c|^2 / 2 on centred and scaled points, so that units and offsets do not matter. On
-    a CPU with bfloat16 products the rounds before Lloyd use them where they are good enough.
+    Distances are compared as x'c - |c|^2 / 2 on centred and scaled points, so the result does not depend on units and
+    offsets. On a CPU with bfloat16 products the rounds before Lloyd use them where they are precise enough.
 
-    Raises: ValueError for shapes that do not fit and for points that are not finite.
+    Raises: ValueError for shapes that do not fit and for non-finite points.
     Source: Arthur & Vassilvitskii 2007 for the start; the swaps are in the spirit of Fritzke, "Breathing k-means"
     (2020), with the gains of proposed centres in place of the errors of clusters.
     """
@@ -70,7 +72,7 @@ def _one_set(x: Tensor, centres: int, generator: Generator, tol: float, steps: i
     x = x - mean
     scale = torch.stack(x.aminmax()).abs().amax().clamp_min(torch.finfo(x.dtype).tiny)
     if not scale.isfinite():
-        raise ValueError("k-means of points that are not finite")
+        raise ValueError("k-means of non-finite points")
     x /= scale
     shift = x.mean(0)  # What rounding left; it matters where the mean is much larger than the spread.
     x -= shift

@@ -1,6 +1,6 @@
-"""Dictionary learning: dictionaries fitted to given features, with no network trained along.
+"""Dictionary learning on given features, without training a network.
 
-Letters: K dictionaries, F feature size, M atoms, N samples.
+Dimension letters: see `models`.
 """
 
 import torch
@@ -20,11 +20,11 @@ def learn_dictionary(
 ) -> Tensor:
     """Minimise sum 0.5 |s - D a|^2 + lam |a|_1 over codes and dictionaries of atoms no longer than 1: D (K, F, M).
 
-    S (K, F, N). Alternates ADMM steps on the codes with one round of least squares over the atoms, each in turn with
-    the others held (block coordinate descent, exact for each atom). Starts from samples chosen by `generator`, a CPU
-    one; an atom that no sample uses is put where the worst-coded sample is. Stops after `steps` rounds, or when ten of
-    them lower the objective by less than a share `tol`.
-    Source: takes the place of BPDN dictionary learning in Lee et al. (ICS 2020); the update is that of Mairal et al.
+    S (K, F, N). Alternates ADMM steps on the codes with one round of block coordinate descent over the atoms, which
+    solves the least-squares problem of each atom exactly with the others fixed. The initial atoms are samples chosen by
+    `generator`, a CPU generator. An atom that no sample uses is replaced by the sample with the largest residual.
+    Stops after `steps` rounds, or when ten rounds lower the objective by less than the fraction `tol`.
+    Source: in place of the BPDN dictionary learning of Lee et al. (ICS 2020); the update is that of Mairal et al.
     (JMLR 2010).
     """
     D = _start(S, atoms, generator)
@@ -52,14 +52,14 @@ def objective(D: Tensor, S: Tensor, codes: Tensor, lam: float) -> Tensor:
 
 
 def update_atoms(D: Tensor, S: Tensor, codes: Tensor) -> Tensor:
-    """One round of least squares over the atoms, each with the others held and then no longer than 1: a new D."""
+    """New dictionaries (K, F, M), one round over the atoms: least squares with the others fixed, norm at most 1."""
     A = codes @ codes.mT
     used = A.diagonal(dim1=1, dim2=2)
-    # The first unused atom gets the worst-coded sample, the second the second, and so on.
+    # The n-th unused atom gets the sample with the n-th largest residual.
     worst = (S - D @ codes).square().sum(1).argsort(dim=1, descending=True)
     rank = ((used <= 0).cumsum(1) - 1).clamp_min(0) % S.shape[2]
     spare = F.normalize(S.gather(2, worst.gather(1, rank)[:, None, :].expand(-1, S.shape[1], -1)), dim=1).mT
-    # Atoms as rows, and what is left of S codes' to explain, kept up to date: a step costs one outer product.
+    # Atoms as rows; `left` is the residual times codes', updated after each atom by one outer product.
     rows = D.mT.clone()
     left = codes @ S.mT - A @ rows
     for j in range(D.shape[2]):
@@ -72,7 +72,7 @@ def update_atoms(D: Tensor, S: Tensor, codes: Tensor) -> Tensor:
 
 
 def _start(S: Tensor, atoms: int, generator: Generator) -> Tensor:
-    """Samples of unit norm, each with a little noise, so that none is there twice where samples are few."""
+    """Initial atoms: samples of unit norm with a little noise, which keeps atoms distinct where samples repeat."""
     k, features, n = S.shape
     chosen = torch.stack([torch.randperm(max(n, atoms), generator=generator)[:atoms] % n for _ in range(k)])
     D = S.gather(2, chosen.to(S.device)[:, None, :].expand(-1, features, -1))

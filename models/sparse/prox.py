@@ -10,14 +10,14 @@ def soft(v: Tensor, threshold: float) -> Tensor:
 
 
 def soft_adjoint(gradient: Tensor, v: Tensor, threshold: float) -> Tensor:
-    """Of soft(v, threshold), as it reaches v: `gradient` where |v| is above the threshold, else 0. In one pass."""
+    """Backward pass of soft(v, threshold) with respect to v: `gradient` where |v| > threshold, else 0."""
     return torch.ops.aten.softshrink_backward(gradient, v, threshold)
 
 
 def lasso_gap(D_KFM: Tensor, S: Tensor, codes_KMN: Tensor, lam: float) -> Tensor:
-    """How far codes are from optimal, (K, N): the largest breach over atoms of the lasso's optimality conditions.
+    """Distance of codes from the optimum, (K, N): largest violation over atoms of the lasso's optimality conditions.
 
-    With correlation c = d'(s - D a) the breach is max(|c| - lam, 0) where a is 0 and |c - lam sign(a)| elsewhere.
+    With correlation c = d'(s - D a) the violation is max(|c| - lam, 0) where a is 0 and |c - lam sign(a)| elsewhere.
     D (K, F, M); S (K, F, N) or (F, N); codes (K, M, N). 0 for exact codes; in units of lam.
     """
     correlation = D_KFM.mT @ (S - D_KFM @ codes_KMN)

@@ -19,7 +19,7 @@ def outputs(n: int, seed: int) -> Outputs:
 
 def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
     """Features are averaged, then inverted, then coded; the codes are those of the lasso to a gap of 1e-3 lambda."""
-    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
     train, test = outputs(50, 0), outputs(9, 1)
     finished = MULTI_SR.finish(Flags({**FLAGS, "seed": 0}), net, train)
     out = finished.finish(test)
@@ -36,7 +36,7 @@ def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
 
 def test_draws_are_averaged_before_features_are_inverted_and_coded():
     """Mean first, then h / |h|^2: the other order gives other features."""
-    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
     draws = [outputs(50, seed) for seed in range(3)]
     several = {name: torch.cat([draw[name] for draw in draws], 1) for name in draws[0]}
     out = MULTI_SR.finish(Flags({**FLAGS, "seed": 0}), net, several).finish(several)
@@ -45,7 +45,7 @@ def test_draws_are_averaged_before_features_are_inverted_and_coded():
 
 
 def test_fitted_dictionaries_follow_the_seed():
-    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
     few = {**FLAGS, "sr_fit_steps": 2}
     a, b, c = (MULTI_SR.finish(Flags({**few, "seed": s}), net, outputs(50, 0)).dictionary for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.allclose(a, c)

@@ -20,7 +20,7 @@ def images(n: int = 7):
 
 
 def network():
-    return build_net("resnet8", n_classes=2, simclr_dim=6, n_shifts=5, seed=0).eval()
+    return build_net("feature", "resnet8", n_classes=2, simclr_dim=6, n_shifts=5, seed=0).eval()
 
 
 def spec(batch_size: int) -> DrawSpec:

@@ -16,19 +16,19 @@ def test_pretrained_weights_come_from_a_file_and_their_head_is_left(tmp_path):
         torch.manual_seed(7)
         theirs = torchvision.models.resnet18(weights=None).state_dict()
     torch.save(theirs, tmp_path / "w.pth")
-    net = build_net("resnet18_imagenet", n_classes=3, simclr_dim=8, n_shifts=2, seed=0)
+    net = build_net("feature", "resnet18_imagenet", n_classes=3, simclr_dim=8, n_shifts=2, seed=0)
     head = net.linear.weight.clone()
     load_pretrained(net.backbone, str(tmp_path / "w.pth"), model="resnet18_imagenet")
     own = net.backbone.state_dict()
     assert all(torch.equal(own[k], theirs[k]) for k in own) and "fc.weight" not in own
     assert torch.equal(net.linear.weight, head)
     with pytest.raises(UserError, match="--pretrained_path.*does not hold a resnet18:"):
-        other = build_net("resnet18", n_classes=3, simclr_dim=8, n_shifts=2, seed=0)
+        other = build_net("feature", "resnet18", n_classes=3, simclr_dim=8, n_shifts=2, seed=0)
         load_pretrained(other.backbone, str(tmp_path / "w.pth"), model="resnet18")
 
 
 def test_training_starts_from_pretrained_weights(tmp_path):
-    other = build_net("resnet8", n_classes=10, simclr_dim=128, n_shifts=5, seed=9)
+    other = build_net("feature", "resnet8", n_classes=10, simclr_dim=128, n_shifts=5, seed=9)
     torch.save(other.backbone.state_dict(), tmp_path / "w.pth")
     args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--epochs", "1", "--log_root", str(tmp_path), "--lr_init", "1e-6"]
     assert train.main([*args, "--pretrained_path", str(tmp_path / "w.pth")]) == 0
@@ -43,7 +43,7 @@ def test_timm_models_train_and_are_normalised_as_their_weights_expect(tmp_path):
     spec = backbone_spec(name)
     config = timm.get_pretrained_cfg("mobilenetv3_small_050")
     assert spec.image_size == config.input_size[-1] == 224
-    net = build_net(name, n_classes=3, simclr_dim=8, n_shifts=2, seed=0).eval()
+    net = build_net("feature", name, n_classes=3, simclr_dim=8, n_shifts=2, seed=0).eval()
     x = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     with torch.inference_mode():

@@ -3,13 +3,14 @@ import torch
 
 from models import BACKBONES
 from models.checkpoint import build_net
-from models.feature_net import CocsrNet, Features, FeatureTransform
+from models.feature_net import CocsrNet, Features, FeatureTransform, RotTransNet
+from models.resnet import BasicBlock, ResNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from tests.models.published import published_shapes
 
 
 def net(model: str = "resnet8", **changes):
-    return build_net(model, **{"n_classes": 10, "simclr_dim": 128, "n_shifts": 5, "seed": 0, **changes})
+    return build_net("feature", model, **{"n_classes": 10, "simclr_dim": 128, "n_shifts": 5, "seed": 0, **changes})
 
 
 def test_resnet18_has_the_published_keys_and_shapes():
@@ -92,3 +93,13 @@ def test_stage_2_state_dict_has_the_published_keys():
     inner = {k.removeprefix("feature_net.") for k in state if k.startswith("feature_net.")}
     assert inner == set(published_shapes("resnet18", 10, 5)) and len(state) == 133
     assert {k for k in state if k.startswith("sr_nets.")} == {f"sr_nets.{n}" for n in ("dictionary", "rho", "lambdaV")}
+
+
+def test_the_number_of_channels_is_the_backbones():
+    backbone = ResNet(BasicBlock, (1,), (4,), in_channels=1)
+    n = RotTransNet(backbone).eval()
+    assert n.in_channels == 1 and n.input_mean.shape == (1, 1, 1) and net().in_channels == 3
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(n.features(x), backbone(2 * x - 1))
+    backbone.input_mean, backbone.input_std = (0.25,), (2.0,)
+    torch.testing.assert_close(RotTransNet(backbone).eval().features(x), backbone((x - 0.25) / 2))

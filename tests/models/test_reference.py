@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from common.errors import UserError
-from models.checkpoint import build_net, cocsr_from_state, net_from_state
+from models.checkpoint import build_net, load_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
@@ -27,7 +27,7 @@ def with_statistics(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50"])
 def test_residual_networks_are_those_of_torchvision_behind_a_small_stem(name):
-    net = with_statistics(build_net(name, n_classes=2, simclr_dim=8, n_shifts=2, seed=0))
+    net = with_statistics(build_net("feature", name, n_classes=2, simclr_dim=8, n_shifts=2, seed=0))
     with torch.random.fork_rng():
         theirs = getattr(torchvision.models, name)(weights=None)
     theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -41,7 +41,7 @@ def test_residual_networks_are_those_of_torchvision_behind_a_small_stem(name):
 
 def test_resnet8_by_hand():
     """Three stages of one block each, the second and third at half the resolution of the one before."""
-    net = with_statistics(build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0))
+    net = with_statistics(build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0))
     b, x = net.backbone, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         y = b.bn1(b.conv1(2 * x - 1)).clamp(min=0)
@@ -54,7 +54,7 @@ def test_resnet8_by_hand():
 
 
 def test_the_projector_is_two_layers_with_a_relu_and_the_shift_head_one():
-    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=3, seed=0).eval()
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=3, seed=0).eval()
     with torch.inference_mode():
         h, z, shift = net(torch.rand(5, 3, 8, 8))
         state = net.state_dict()
@@ -64,11 +64,17 @@ def test_the_projector_is_two_layers_with_a_relu_and_the_shift_head_one():
 
 
 def test_lambda_and_rho_are_the_files_and_steps_and_tolerance_the_callers():
-    net = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0)
     bank = DictionaryBank(2, 64, 7, CodingSpec(0.02, 3.0, 5))
     state = CocsrNet(net, bank, FeatureTransform()).state_dict()
-    settings = {"model": "resnet8", "n_shifts": 2, "transform": FeatureTransform(), "path": Path("x")}
-    found = cocsr_from_state(state, steps=11, tol=0.3, **settings)
+    settings = {
+        "model": "resnet8",
+        "n_shifts": 2,
+        "transform": FeatureTransform(),
+        "path": Path("x"),
+        "flag": "load_path",
+    }
+    found = load_net("cocsr", state, steps=11, tol=0.3, **settings)
     assert found.sr_nets.coding == CodingSpec(pytest.approx(0.02), pytest.approx(3.0), 11, 0.3)
     assert torch.equal(found.sr_nets.dictionary, bank.dictionary)
     s = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(0))
@@ -76,15 +82,15 @@ def test_lambda_and_rho_are_the_files_and_steps_and_tolerance_the_callers():
     torch.testing.assert_close(found.sr_nets.code(s).codes, expected)
     for name in ("lambdaV", "rho"):
         with pytest.raises(UserError, match="lambda and rho"):
-            cocsr_from_state({**state, f"sr_nets.{name}": torch.tensor(0.0)}, steps=1, **settings)
+            load_net("cocsr", {**state, f"sr_nets.{name}": torch.tensor(0.0)}, steps=1, **settings)
 
 
 def test_without_strict_everything_that_fits_is_loaded(capsys):
-    state = build_net("resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=5).state_dict()
+    state = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=5).state_dict()
     bias = state.pop("linear.bias")
     settings = {"model": "resnet8", "n_shifts": 2, "path": Path("x"), "flag": "load_path"}
-    found = net_from_state({**state, "more": bias}, strict=False, **settings).state_dict()
+    found = load_net("feature", {**state, "more": bias}, strict=False, **settings).state_dict()
     assert all(torch.equal(found[key], value) for key, value in state.items())
     assert f"loaded {len(state)} of {len(state) + 1} tensors; fresh: linear.bias" in capsys.readouterr().out
     with pytest.raises(UserError, match="--no_strict"):
-        net_from_state(state, **settings)
+        load_net("feature", state, **settings)

@@ -13,7 +13,7 @@ K = 3
 
 
 def network():
-    return build_net("resnet8", n_classes=2, simclr_dim=6, n_shifts=K, seed=0).double()
+    return build_net("feature", "resnet8", n_classes=2, simclr_dim=6, n_shifts=K, seed=0).double()
 
 
 def views(images=5):

@@ -22,7 +22,7 @@ from datasets import ImageSet, PictureSet, Split
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, PassSpec, draw_views, train_views
 from models import ModelSpec
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import DictionaryBank, SparseSpec
@@ -106,7 +106,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
     file = find_weights(resume_path, ("last.model",), flag="resume_path")
     state = load_state_dict(file, flag="resume_path")
-    net = net_from_state(
+    net = load_net(
+        "feature",
         state,
         model=flags.of(ModelSpec, only=["model"]).model,
         n_shifts=shift_spec.count,

@@ -16,7 +16,7 @@ from datasets.sets import floats
 from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
 from models import ModelSpec
-from models.checkpoint import build_rot_trans
+from models.checkpoint import build_net
 from models.feature_net import Transformation
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
@@ -43,7 +43,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     optim, seed = flags.of(OptimSpec), flags.of(RunSpec, only=["seed"]).seed
     crop = flags.of(AlignedSpec) if split.spec.stream else AlignedSpec()
     data, _ = training_images(split, rotations(flags), crop, device)
-    net = build_rot_trans(flags.of(ModelSpec, only=["model"]).model, seed=seed_of(seed, "weights"))
+    net = build_net("rot_trans", flags.of(ModelSpec, only=["model"]).model, seed=seed_of(seed, "weights"))
     start_from_pretrained(flags, net)
     net = with_shared_statistics(net.to(device), world).train()
     optimizer = optim.build(list(net.parameters()))

@@ -148,7 +148,8 @@ def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> Non
 def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
     """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given."""
     network = flags.of(ModelSpec, only=["model", "simclr_dim"])
-    net = build_net(
+    net: FeatureNet = build_net(
+        "feature",
         network.model,
         n_classes=split.n_classes,
         simclr_dim=network.simclr_dim,

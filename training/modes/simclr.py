@@ -25,7 +25,7 @@ from datasets.augment import AlignedSpec
 from datasets.outliers import TestBatchSpec
 from datasets.views import shift_labels, train_views
 from models import ModelSpec
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
@@ -86,7 +86,8 @@ def build(
         file = find_weights(resume_path, ("last.resume", "last.model"), flag="resume_path")
         if file.suffix == ".resume":
             state = load_tensors(file, flag="resume_path")
-        net = net_from_state(
+        net = load_net(
+            "feature",
             state["model"] if state else load_state_dict(file, flag="resume_path"),
             model=flags.of(ModelSpec, only=["model"]).model,
             n_shifts=n_shifts,

@@ -18,7 +18,7 @@ from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import shift_labels, train_views
 from models import ModelSpec
-from models.checkpoint import find_weights, net_from_state
+from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet, full_precision
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
@@ -48,7 +48,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE, *, shifts: Callable
     if not load_path:
         raise UserError(f"--load_path: --mode {mode_of(flags)} puts heads on a trained network; give its run folder")
     file = find_weights(load_path, ("last.model",), flag="load_path")
-    net = net_from_state(
+    net: FeatureNet = load_net(
+        "feature",
         load_state_dict(file, flag="load_path"),
         model=flags.of(ModelSpec, only=["model"]).model,
         n_shifts=shift_spec.count if shift_spec.count > 1 else None,

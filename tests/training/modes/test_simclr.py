@@ -8,7 +8,7 @@ from training.modes.simclr import contrastive_step, probe_error, spread
 
 
 def test_step_adds_contrastive_shift_and_probe_terms():
-    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=2, seed=0).eval()
+    net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=2, seed=0).eval()
     views, labels = torch.rand(12, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 2 shifts, 3 images
     terms = contrastive_step(net, views, labels, n_shifts=2, temperature=0.3, sim_lambda=2.0).losses
     features = net(views)
@@ -30,7 +30,7 @@ def test_spread_is_nothing_where_all_projections_point_the_same_way():
 
 
 def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
-    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=4, seed=0).eval()
+    net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=4, seed=0).eval()
     views, labels = torch.rand(24, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 4 shifts, 3 images
     step = contrastive_step(net, views, labels, n_shifts=4, n_classes=4, temperature=0.07, sim_lambda=2.0)
     joint = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15])
@@ -40,7 +40,7 @@ def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
 
 
 def test_plain_simclr_has_no_shift_term():
-    net = build_net("resnet8", n_classes=4, simclr_dim=8, n_shifts=1, seed=0)
+    net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=1, seed=0)
     step = contrastive_step(
         net, torch.rand(6, 3, 8, 8), torch.zeros(3).long(), n_shifts=1, temperature=0.5, sim_lambda=1
     )
@@ -50,7 +50,7 @@ def test_plain_simclr_has_no_shift_term():
 def test_probe_error_counts_wrong_guesses_and_restores_the_mode():
     from datasets.sets import image_set
 
-    net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
+    net = build_net("feature", "resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
     with torch.no_grad():
         net.linear.weight.zero_()
         net.linear.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
@@ -62,7 +62,7 @@ def test_the_probe_is_tested_by_running_statistics_which_the_test_leaves_alone()
     from datasets.sets import image_set
 
     g = torch.Generator().manual_seed(0)
-    net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
+    net = build_net("feature", "resnet8", n_classes=3, simclr_dim=8, n_shifts=1, seed=0).train()
     data = image_set(torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=g), torch.arange(40) % 3)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     errors = [probe_error(net, data, size) for size in (2, 7, 40)]

@@ -6,7 +6,7 @@ from training.modes.sup_linear import head_losses, rate
 
 
 def test_heads_learn_class_rotation_and_class_by_rotation():
-    net = build_net("resnet8", n_classes=3, simclr_dim=8, n_shifts=4, seed=0)
+    net = build_net("feature", "resnet8", n_classes=3, simclr_dim=8, n_shifts=4, seed=0)
     h, labels = torch.randn(8, 64), torch.tensor([2, 0])  # 4 rotations of 2 images
     terms = head_losses(net, h, labels, n_shifts=4)
     torch.testing.assert_close(terms["cls"], F.cross_entropy(net.linear(h[:2]), labels))

@@ -1,0 +1,56 @@
+"""torchvision's ResNets with one module for each activation.
+
+torchvision's blocks call one ReLU module two or three times in a forward pass, so an operator put before that module
+would serve all of them. These blocks have one module per use. Weights, keys and outputs are torchvision's. A rewrite of
+the traced graph (torch.fx) would do the same but freeze what depends on training mode or on the input's shape.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from models.resnet import relu
+
+
+class BasicBlock(resnet.BasicBlock):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        del self.relu
+        self.act1, self.act2 = relu(), relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(y.add_(_shortcut(self, x)))
+
+
+class Bottleneck(resnet.Bottleneck):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        del self.relu
+        self.act1, self.act2, self.act3 = relu(), relu(), relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        return self.act3(self.bn3(self.conv3(y)).add_(_shortcut(self, x)))
+
+
+def _shortcut(block: resnet.BasicBlock | resnet.Bottleneck, x: Tensor) -> Tensor:
+    return x if block.downsample is None else block.downsample(x)
+
+
+def resnet18() -> nn.Module:
+    return _build(BasicBlock, (2, 2, 2, 2))
+
+
+def resnet50() -> nn.Module:
+    return _build(Bottleneck, (3, 4, 6, 3))
+
+
+def _build(block: type[BasicBlock] | type[Bottleneck], blocks: Sequence[int]) -> nn.Module:
+    """Images (N, 3, H, W), normalised, to pooled features (N, F); weights as torchvision draws them."""
+    net: Any = resnet.ResNet(block, list(blocks))
+    net.feature_dim = net.fc.in_features
+    net.fc = nn.Identity()
+    return net
