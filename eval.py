@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evals import EVALS
     from evals.launch import launch
 
-    launch(argv, script="eval.py", modes=EVALS, default_mode="ood_pre")
+    launch(argv, script="eval.py", evals=EVALS, usual="ood_pre")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from evals import TSNES
     from evals.launch import launch
 
-    launch(argv, script="tsne.py", modes=TSNES, default_mode="ood_pre_tsne")
+    launch(argv, script="tsne.py", evals=TSNES, usual="ood_pre_tsne")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from common.files import save_tensors
 from common.flags import Tables, build_parser, parse
 from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
 from datasets.views import DrawSpec
-from evals.features import cocsr_outputs, draw_means
+from evals.extract import cocsr_outputs, draw_means
 from models import BACKBONES
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet

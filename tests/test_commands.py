@@ -14,7 +14,7 @@ import eval as evaluate
 import train
 import train_cocsr
 import tsne
-from evals.detection import auroc
+from evals.metrics import auroc
 from models.sparse.admm import RidgeSystem
 from tests.conftest import ROOT, SHIFT, TINY
 from tests.datasets.test_folder import fill
@@ -280,11 +280,11 @@ def test_unlabelled_training_needs_no_test_images(tmp_path, capsys):
     assert row["test/probe_error"] in (0.0, 0.5, 1.0)
 
 
-def test_weights_that_are_no_numbers_are_told(stage1, tmp_path, capsys):
+def test_weights_that_are_non_finite_are_reported(stage1, tmp_path, capsys):
     state = torch.load(stage1 / "last.model", weights_only=True)
     state["conv1.weight"] *= torch.nan
     torch.save(state, tmp_path / "last.model")
-    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "no numbers")
+    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "non-finite scores")
     assert not list(tmp_path.glob("result_*"))
 
 
