@@ -10,8 +10,9 @@ from common.errors import command
 def main(argv: Sequence[str] | None = None) -> None:
     from evals import EVALS
     from evals.launch import launch
+    from program import SPECS
 
-    launch(argv, script="eval.py", evals=EVALS, usual="ood_pre")
+    launch(argv, script="eval.py", modes=EVALS, specs=SPECS, default_mode="ood_pre")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,19 @@ from common.errors import command
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from program import SPECS
     from training import STAGE1
     from training.launch import launch
 
-    launch(argv, script="train.py", modes=STAGE1, default_mode="simclr", weights="last.model", resume="last.resume")
+    launch(
+        argv,
+        script="train.py",
+        modes=STAGE1,
+        specs=SPECS,
+        default_mode="simclr",
+        weights="last.model",
+        resume="last.resume",
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from common.errors import command
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
+    from program import SPECS
     from training import STAGE2
     from training.launch import launch
 
@@ -15,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv,
         script="train_cocsr.py",
         modes=STAGE2,
+        specs=SPECS,
         default_mode="cocsr_dict",
         weights="last.cocsr_model",
         resume="last.cocsr_resume",

@@ -10,8 +10,9 @@ from common.errors import command
 def main(argv: Sequence[str] | None = None) -> None:
     from evals import TSNES
     from evals.launch import launch
+    from program import SPECS
 
-    launch(argv, script="tsne.py", evals=TSNES, usual="ood_pre_tsne")
+    launch(argv, script="tsne.py", modes=TSNES, specs=SPECS, default_mode="ood_pre_tsne")
 
 
 if __name__ == "__main__":

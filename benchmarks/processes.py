@@ -23,13 +23,13 @@ from common.device import device_name, pick_device, reuse_host_memory
 from common.dist import SINGLE, World, processes
 from common.errors import command
 from common.files import save_tensors
-from common.flags import Tables, build_parser, parse
-from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
+from common.flags import build_parser, parse
+from datasets import DataSource, ImageSet, split_one_class
 from datasets.views import DrawSpec
 from evals.extract import cocsr_outputs, draw_means
-from models import BACKBONES
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet
+from program import SPECS
 from scripts.results import markdown
 from training import STAGE1, STAGE2
 from training.loop import batches, descend
@@ -41,7 +41,7 @@ _PARTS = "--shift_trans_type rot_bmix --mix_alpha 0.2 --image_size 32 --dataset 
 def recipe_of(args: Sequence[str], world: World) -> tuple[Recipe, int]:
     """A mode ready to train on all digits at 32 pixels, and how many copies of an image it sees."""
     modes = STAGE1 | STAGE2
-    tables = Tables(DATASETS, (), BACKBONES, SHIFTS)
+    tables = SPECS
     flags = parse([*args, *_PARTS], build_parser("benchmark", modes, "simclr_CSI", tables))
     mode = modes[flags.mode]
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), None, 32)
@@ -64,7 +64,7 @@ def evaluation(args: Sequence[str], images: int, world: World) -> Callable[[], o
     recipe, _ = recipe_of(args, SINGLE)
     net, data = recipe.model.eval(), recipe.data
     assert isinstance(net, CocsrNet) and isinstance(data, ImageSet)
-    flags = parse(_PARTS, build_parser("benchmark", STAGE1, "simclr_CSI", Tables(DATASETS, (), BACKBONES, SHIFTS)))
+    flags = parse(_PARTS, build_parser("benchmark", STAGE1, "simclr_CSI", SPECS))
     spec = DrawSpec(STAGE1["simclr_CSI"].shifts(flags).functions(), None, seed=0, batch_size=max(1, images // 8))
     some = data.where(torch.arange(len(data)) < images)
 

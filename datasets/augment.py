@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.errors import UserError
+from common.flags import Spec, flag
 
 _TRIES = 10
 
@@ -24,7 +25,7 @@ Planes = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class AlignedSpec:
+class AlignedSpec(Spec, group="shifts and augmentation"):
     """Strength of the augmentation; field names are flag names.
 
     color_jitter_strength: s >= 0; 0 switches the jitter off.
@@ -32,14 +33,14 @@ class AlignedSpec:
     resize_fix: every crop keeps exactly that share.
     """
 
-    color_jitter_strength: float = 1.0
-    resize_factor: float = 0.08
-    resize_fix: bool = False
+    # Published evaluation of ImageNet leaves the jitter at 1 where training had 2: it is compared, not inherited.
+    color_jitter_strength: float = flag(1.0, "strength of the colour jitter", at_least=0, origin="compared")
+    resize_factor: float = flag(0.08, "smallest share of the area that a crop keeps", above=0, at_most=1)
+    resize_fix: bool = flag(False, "every crop keeps exactly --resize_factor of the area")
 
     def __post_init__(self) -> None:
-        if not 0 < self.resize_factor <= 1:
-            raise UserError(f"--resize_factor must lie in (0, 1], got {self.resize_factor}")
-        if not 0 <= self.color_jitter_strength < math.inf:
+        super().__post_init__()
+        if self.color_jitter_strength == math.inf:
             raise UserError(f"--color_jitter_strength must be >= 0 and finite, got {self.color_jitter_strength}")
 
     @property

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import in_turn
-from common.flags import pick
+from common.flags import Flags, Spec, flag, path_flag
 from datasets.augment import AlignedSpec
 from datasets.decode import Reader, check_reading
 from datasets.folder import (
@@ -42,7 +41,7 @@ _IMAGENET30 = Layout("one_class_train", "one_class_test")
 
 
 @dataclass(frozen=True)
-class DataSource:
+class DataSource(Spec, group="data"):
     """Where and how to read a data set; field names but `normal` are flag names. image_size None: the set's own.
 
     image_cache: folder for decoded pixels of sets that are decoded while training; None: decode each time.
@@ -50,29 +49,40 @@ class DataSource:
     is about, and its range goes for all that the command reads. None: each data set has its own.
     """
 
-    data_path: str = "../Data/"
-    image_size: int | None = None
-    download_data: bool = False
-    num_worker: int = 4
-    skip_bad_images: bool = False
-    image_cache: str | None = None
-    superclasses: str = "published"
-    max_megapixels: float = 100.0
-    value_range: Sequence[float] | None = None
+    data_path: str = path_flag("../Data/", "folder of the data sets", origin="data")
+    download_data: bool = flag(False, "download (or unpack) the data set into --data_path")
+    superclasses: str = flag(
+        "published",
+        "cifar100, one class: groups of the published tables (13 of 20 hold a foreign class), or CIFAR-100's own",
+        choices=lambda: ("published", "standard"),
+        origin="data",
+    )
+    image_size: int | None = flag(
+        None, "pixels on a side (default: what the data set or the model is for)", type=int, at_least=8, origin="data"
+    )
+    num_worker: int = flag(4, "threads or processes that decode pictures", at_least=0)
+    skip_bad_images: bool = flag(False, "leave out pictures that cannot be read, and count them", origin="data")
+    image_cache: str | None = path_flag(None, "imagenet: folder to keep decoded training pictures in, built once")
+    max_megapixels: float = flag(100.0, "larger pictures are refused", above=0, origin="data")
+    value_range: Sequence[float] | None = flag(
+        None,
+        "16-bit and float pictures: values that become black and white (default: found from training pictures)",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        origin="data",
+    )
     normal: Reader | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_reading(self.max_megapixels, self.value_range)
-        if self.image_size is not None and self.image_size < 8:
-            raise UserError(f"--image_size must be at least 8, got {self.image_size}")
-        if self.num_worker < 0:
-            raise UserError(f"--num_worker must be >= 0, got {self.num_worker}")
 
     @classmethod
-    def of(cls, flags: Any, dataset: str, *, training: bool = False) -> "DataSource":
+    def of(cls, flags: Flags, dataset: str, *, training: bool = False) -> "DataSource":
         """From the flags; only those that reading `dataset` depends on, for training or for evaluation, are read."""
         spec = DATASETS[dataset]
-        source = pick(cls, flags, only=[flag for flag in spec.flags if training or flag != "image_cache"])
+        source = flags.of(cls, only=[flag for flag in spec.flags if training or flag != "image_cache"])
         return replace(source, normal=spec.reader and spec.reader(source))
 
     def reader(self, paths: Callable[[], Sequence[Path]]) -> Reader:

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common.errors import UserError
-from common.flags import positive
 from common.progress import progress
 from datasets.listing import common_folder, printable
 
@@ -39,7 +38,8 @@ _FINDING = threading.RLock()
 
 def check_reading(max_megapixels: float, value_range: Sequence[float] | None) -> None:
     """Raises: UserError for values of these flags that make no sense."""
-    positive(max_megapixels=max_megapixels)
+    if not max_megapixels > 0:
+        raise UserError(f"--max_megapixels must be > 0, got {max_megapixels}")
     if value_range is not None and not (value_range[0] < value_range[1] and np.isfinite(value_range).all()):
         raise UserError(f"--value_range: LOW must be less than HIGH, got {value_range[0]:g} {value_range[1]:g}")
 

@@ -12,10 +12,24 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.flags import Spec, class_choice, flag
 from datasets.augment import AlignedSpec
 from datasets.catalog import DATASETS, DatasetSpec, DataSource
 from datasets.pictures import PictureSet
 from datasets.sets import ImageSet, image_set
+
+
+@dataclass(frozen=True)
+class SplitSpec(Spec, group="data"):
+    """Which data set, and what of it is normal."""
+
+    dataset: str = flag("cifar10", "data set", choices=lambda: sorted(DATASETS), origin="data")
+    one_class_idx: int | str | None = flag(
+        None,
+        "the normal class, its number or its name; without it all classes, unlabelled",
+        type=class_choice,
+        origin="data",
+    )
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """Sets that are only ever told apart from a normal one: pictures in folders, `interp`, and `folder:<path>`."""
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError
+from common.flags import Spec, flag, path_flag
 from common.seed import generator
 from datasets.catalog import DATASETS, PICTURE_FLAGS, DataSource, imagenet_short_side, pictures_in_memory
 from datasets.folder import Picture
@@ -16,6 +18,36 @@ from datasets.one_class import split_one_class
 from datasets.sets import ImageSet, derived
 
 FOLDER = "folder:"
+
+
+def _outlier_set(value: str) -> str:
+    """A type for `flag`: ~ in the path of `folder:<path>` is the home folder."""
+    kind, colon, path = value.partition(":")
+    return f"{kind}{colon}{os.path.expanduser(path)}"
+
+
+@dataclass(frozen=True)
+class OutlierSpec(Spec, group="evaluation"):
+    """What a data set is told apart from."""
+
+    ood_dataset: Sequence[str] | None = flag(
+        None,
+        "other data sets to detect as anomalous",
+        type=_outlier_set,
+        choices=lambda: outlier_names(),
+        prefix=FOLDER,
+        placeholder="<path>",
+        nargs="+",
+    )
+    ood_data_path: str | None = path_flag(None, "folder of those data sets (default: --data_path)")
+
+
+@dataclass(frozen=True)
+class TestBatchSpec(Spec, group="training"):
+    """Test images at a time."""
+
+    test_batch_size: int = flag(100, "images per batch of the linear probe's test, and of interp", above=0)
+
 
 # name -> folder below --ood_data_path, and how many pictures are drawn of it (None: all).
 PICTURE_SETS: dict[str, tuple[str, int | None]] = {
@@ -113,3 +145,8 @@ def interpolated(images: ImageSet, lag: int) -> ImageSet:
     pixels = images.images.half()
     mark = derived(images.fingerprint, f"{INTERP} {lag}".encode())
     return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=mark)
+
+
+def outlier_names() -> set[str]:
+    """What --ood_dataset knows by name."""
+    return {*DATASETS, *OUTLIERS}

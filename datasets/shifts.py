@@ -8,13 +8,11 @@ et al. 2020), ADMM-SRNet (Chiou et al. 2023).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.flags import pick
+from common.flags import Flags, Spec, flag
 from datasets.augment import AlignedDraw, AlignedSpec, aligned, crop_only
 
 
@@ -41,30 +39,31 @@ class Shift:
     crop: bool = True
 
 
+_FLIPMIX = "no published command uses it; rot_smix mixes an image with its own rotations"
+_REFUSED = {"flipmix": _FLIPMIX, "rot_flipmix": _FLIPMIX}
+
+
 @dataclass(frozen=True)
-class ShiftSpec:
+class ShiftSpec(Spec, group="shifts and augmentation"):
     """Which shifts; field names are flag names.
 
     mix_alpha in [0, 1]: the other picture's weight in a mix. cropmix_resize_factor, cropmix_resize_fix: share of the
     area in the crops that `rot_cropmix` mixes, as in `AlignedSpec`. cropmix_crop_aug: crop the mixed image once more.
     """
 
-    shift_trans_type: str = "none"
-    mix_alpha: float = 0.5
-    cropmix_resize_factor: float = 0.08
-    cropmix_resize_fix: bool = False
-    cropmix_crop_aug: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.mix_alpha <= 1:
-            raise UserError(f"--mix_alpha must lie in [0, 1], got {self.mix_alpha}")
-        if not 0 < self.cropmix_resize_factor <= 1:
-            raise UserError(f"--cropmix_resize_factor must lie in (0, 1], got {self.cropmix_resize_factor}")
+    shift_trans_type: str = flag(
+        "none", "shifting transformations", choices=lambda: SHIFTS, refused=_REFUSED, origin="network"
+    )
+    mix_alpha: float = flag(0.5, "weight of the partner in a mixed image", at_least=0, at_most=1, origin="network")
+    cropmix_resize_factor: float = flag(0.08, "rot_cropmix: as --resize_factor", above=0, at_most=1, origin="network")
+    cropmix_resize_fix: bool = flag(False, "rot_cropmix: as --resize_fix", origin="network")
+    cropmix_crop_aug: bool = flag(False, "rot_cropmix: crop the mixed image once more", origin="network")
 
     @classmethod
-    def of(cls, flags: Any) -> "ShiftSpec":
+    def of(cls, flags: Flags) -> "ShiftSpec":
         """From the flags; only those that the type of shift depends on are read."""
-        return pick(cls, flags, only=("shift_trans_type", *SHIFTS[flags.shift_trans_type].flags))
+        name = flags.of(cls, only=("shift_trans_type",)).shift_trans_type
+        return flags.of(cls, only=("shift_trans_type", *SHIFTS[name].flags))
 
     def functions(self, spec: AlignedSpec | None = None) -> list[Shift]:
         """The K shifts in label order. spec: the aligned augmentation that they go with."""

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from common.dist import SINGLE, Shard, World
+from common.flags import Spec, flag
 from common.seed import generator
 from datasets.augment import AlignedDraw, AlignedSpec, Numbers, aligned, draw_aligned, draw_numbers, draw_of, hflip
 from datasets.pictures import PictureSet
@@ -100,6 +101,13 @@ def _spared(draw: AlignedDraw, shifts: Sequence[Shift], which: Tensor) -> Aligne
         return draw
     kept = torch.tensor([[not s.colours, not s.crop] for s in shifts]).to(which.device, non_blocking=True)[which]
     return draw.spare(kept[:, 0], kept[:, 1])
+
+
+@dataclass(frozen=True)
+class PassSpec(Spec, group="evaluation"):
+    """A pass over a whole set."""
+
+    ood_batch_size: int = flag(100, "images per batch of evaluation", above=0)
 
 
 @dataclass(frozen=True)

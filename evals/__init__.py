@@ -13,7 +13,7 @@ from common.dist import SINGLE, World
 from common.flags import Flags
 from evals import classify, detect, embed
 from evals.extract import CONTRASTIVE, FITTED_SPARSE, LABELLED, PLAIN_ROT_TRANS, ROT_TRANS, SPARSE, Extractor
-from evals.report import PrintSpec, Write, write_classification, write_detection, write_picture
+from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.scores import SCORES, chosen_scores
 from evals.trained import Trained, load_trained, training_flags
@@ -27,7 +27,7 @@ class Eval:
     write: prints and writes one of them.
     extractor: which network is loaded. needs: flags -> names of the outputs that are read.
     trained_by: training modes whose weights fit. default_for: those whose runs are evaluated by this row where no
-    --mode is given. scores: what --ood_score chooses from, the default first. specs: flags that only `write` reads.
+    --mode is given. scores: what --ood_score chooses from, the default first.
     """
 
     measure: Callable[[Trained], Iterator[Result]]
@@ -37,7 +37,6 @@ class Eval:
     trained_by: tuple[str, ...]
     default_for: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
-    specs: tuple[type, ...] = ()
 
     def views(self, flags: Flags) -> int:
         """K, how many views of an image a draw has."""
@@ -75,7 +74,7 @@ def _detection(
         return frozenset[str]().union(*(SCORES[name].scorer.needs for name in chosen_scores(flags, scores)))
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
-    return Eval(measure, write_detection, extractor, needs, trained_by, default_for, scores, (PrintSpec,))
+    return Eval(measure, write_detection, extractor, needs, trained_by, default_for, scores)
 
 
 def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
@@ -127,10 +126,10 @@ TSNES: dict[str, Eval] = {
 }
 
 
-def default_mode(evals: Mapping[str, Eval], load_path: str | None, otherwise: str) -> str:
-    """The row for the run of --load_path, a folder or a file in it; `otherwise` where its training is not known."""
+def mode_of_run(evals: Mapping[str, Eval], load_path: str | None) -> str | None:
+    """The row for the run of --load_path, a folder or a file in it; None where its training mode is not known."""
     if not load_path:
-        return otherwise
+        return None
     place = Path(load_path)
     mode = training_flags(place if place.is_dir() else place.parent).get("mode")
-    return next((name for name, row in evals.items() if mode in row.default_for), otherwise)
+    return next((name for name, row in evals.items() if mode in row.default_for), None)

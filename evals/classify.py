@@ -18,6 +18,7 @@ from common.device import autocast
 from common.errors import RunStopped, UserError
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
+from datasets.views import PassSpec
 from evals import metrics
 from evals.result import Result
 from evals.scores import marginalized
@@ -144,7 +145,7 @@ def classify(
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
         test = split.test()
         test = test.where(split.normal(test.labels)).to(trained.device)
-        batch_size, amp, seed = flags.ood_batch_size, autocast(flags.amp, trained.device), flags.seed
+        batch_size, amp, seed = flags.of(PassSpec).ood_batch_size, autocast(flags.amp, trained.device), flags.seed
     titles = [condition.title for condition in conditions]
     if len(set(titles)) < len(titles):
         raise ValueError(f"two conditions of one name: {titles}")

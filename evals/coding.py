@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from common.dist import SINGLE, World
-from common.flags import positive
 from common.seed import generator
 from models.feature_net import Features, FeatureTransform
 from models.sparse.admm import RidgeSystem
-from models.sparse.dictionary import CodingSpec, DictionaryBank
+from models.sparse.dictionary import CodingSpec, DictionaryBank, SparseSpec
 from models.sparse.learn import learn_dictionary
 
 Outputs = dict[str, Tensor]
@@ -77,19 +76,6 @@ class TrainedDictionaries(Coder):
 
 
 @dataclass(frozen=True)
-class FittedSpec:
-    """Of dictionaries that are fitted after stage 1; field names are flag names."""
-
-    sr_dict_size: int = 512
-    sr_lambda: float = 0.01
-    sr_rho: float = 1.0
-    sr_fit_steps: int = 300
-
-    def __post_init__(self) -> None:
-        positive(sr_lambda=self.sr_lambda, sr_rho=self.sr_rho, sr_dict_size=self.sr_dict_size)
-
-
-@dataclass(frozen=True)
 class FittedDictionaries(Coder):
     """Dictionaries fitted after stage 1 (Lee et al., ICS 2020): features are averaged, transformed, then coded."""
 
@@ -98,9 +84,19 @@ class FittedDictionaries(Coder):
 
     @classmethod
     def fit(
-        cls, outputs: Outputs, transform: FeatureTransform, spec: FittedSpec, *, seed: int, world: World = SINGLE
+        cls,
+        outputs: Outputs,
+        transform: FeatureTransform,
+        spec: SparseSpec,
+        *,
+        rounds: int,
+        seed: int,
+        world: World = SINGLE,
     ) -> "FittedDictionaries":
-        """Dictionaries for the averaged outputs of the training images, the same in all ranks."""
+        """Dictionaries for the averaged outputs of the training images, the same in all ranks.
+
+        rounds: of fitting, at most. spec: its number of ADMM steps is not read.
+        """
         s_KFN = sparse_features(outputs, transform).permute(1, 2, 0)
         shifts, features, images = s_KFN.shape
         atoms, lam, rho = spec.sr_dict_size, spec.sr_lambda, spec.sr_rho
@@ -109,7 +105,7 @@ class FittedDictionaries(Coder):
         bank = DictionaryBank(shifts, features, atoms, coding).requires_grad_(False).to(s_KFN.device)
         if world.is_main:
             gen = generator(seed, "multi_sr")
-            D = learn_dictionary(s_KFN, atoms, lam=lam, rho=rho, steps=spec.sr_fit_steps, generator=gen)
+            D = learn_dictionary(s_KFN, atoms, lam=lam, rho=rho, steps=rounds, generator=gen)
             bank.dictionary.copy_(D)
         world.broadcast(bank.parameters())
         return cls(bank, transform)

@@ -9,14 +9,14 @@ import numpy as np
 from torch import Tensor
 
 from common.errors import UserError
-from common.flags import pick
 from datasets import DataSource, ImageSet
-from datasets.outliers import INTERP, MULTI_CLASS, find_outliers, outlier_flags
+from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
 from evals.coding import Coder, Outputs
 from evals.extract import Extraction, Extractor, reference_pool
 from evals.metrics import detection_metrics
 from evals.result import Result
 from evals.scores import SCORES, Scorer, chosen_scores
+from evals.specs import ReferenceSpec
 from evals.trained import Trained, identity, settings_of
 
 # Of the outputs, the optimality gap of codes.
@@ -37,10 +37,10 @@ def detect(
     flags = trained.flags
     with trained.world.raise_together():
         names = chosen_scores(flags, scores)
-        options: dict[str, Any] = {name: pick(SCORES[name].options, flags) for name in names}
+        options: dict[str, Any] = {name: flags.of(SCORES[name].options) for name in names}
         needs = frozenset[str]().union(*(SCORES[name].scorer.needs for name in names), {_GAP})
         extraction = Extraction.of(extractor, trained, needs)
-        references = flags.refmix_batch_size if partner == "reference" else 0
+        references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
         tests = _test_sets(trained)
         train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
     flags_of = {name: {f.name for f in fields(options[name])} for name in names}
@@ -150,16 +150,16 @@ def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, I
     """
     flags = trained.flags
     usual = MULTI_CLASS.get(flags.dataset, ()) if flags.one_class_idx is None else ()
-    names = list(dict.fromkeys(flags.ood_dataset or usual))
+    names = list(dict.fromkeys(flags.of(OutlierSpec, only=("ood_dataset",)).ood_dataset or usual))
     if flags.dataset in names:
         names.remove(flags.dataset)
         print(f"note: --ood_dataset {flags.dataset} is the normal data set itself; left out")
     if not names:
         return {}
     used = {flag for name in names for flag in outlier_flags(name)}
-    source = pick(DataSource, flags, only=used - {"data_path"})
+    source = flags.of(DataSource, only=used - {"data_path"})
     place = (flags.ood_data_path or flags.data_path) if "data_path" in used else ""
     main = trained.split.source
     source = replace(source, data_path=place, image_size=main.image_size, normal=main.normal)
-    lag = flags.test_batch_size if INTERP in names else 1
+    lag = flags.of(TestBatchSpec).test_batch_size if INTERP in names else 1
     return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}

@@ -13,6 +13,7 @@ from common.flags import Flags
 from common.seed import seed_of
 from evals.extract import Extraction, Extractor, reference_pool
 from evals.result import Result
+from evals.specs import ReferenceSpec, TsneSpec
 from evals.trained import Trained, identity, settings_of
 from models.feature_net import CocsrNet
 
@@ -37,12 +38,12 @@ def embed(
     """
     flags, split = trained.flags, trained.split
     with trained.world.raise_together():
-        shown, limit = shown_outputs(flags, output, layers), flags.tsne_points
+        shown, limit = shown_outputs(flags, output, layers), flags.of(TsneSpec, only=("tsne_points",)).tsne_points
         extraction = Extraction.of(extractor, trained, shown.values())
         shifts = len(extraction.draws.shifts)
         if output == "shift" and shifts < 2:
             raise UserError(f"--shift_trans_type: one shift has no logits to show in --mode {flags.mode}")
-        references = flags.refmix_batch_size if partner == "reference" else 0
+        references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
         of_shift = f" of {flags.shift_trans_type}" if not extractor.plain else ""
         test, train = split.test().to(trained.device), trained.train_images()
 

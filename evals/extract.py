@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from common.device import Amp, autocast
 from common.dist import SINGLE, World
-from common.flags import Flags, pick, positive
+from common.flags import Flags
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
-from datasets.views import DrawSpec, batches_of, draw_set, set_views
-from evals.coding import Coder, FittedDictionaries, FittedSpec, Outputs, TrainedDictionaries, code_outputs
+from datasets.views import DrawSpec, PassSpec, batches_of, draw_set, set_views
+from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
+from evals.specs import AverageSpec, FittedSpec
 from evals.trained import Trained, evaluation_mode
 from models.checkpoint import State, cocsr_from_state, net_from_state, rot_trans_from_state
 from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
 # What a network makes of views (b, K, 3, H, W): outputs (b, K, .).
 Reader = Callable[[Tensor], Outputs]
@@ -194,11 +196,11 @@ class Extraction:
         """Of a trained network, as its flags say: reads all of them."""
         flags = trained.flags
         shifts = extractor.shifts(flags, needs)
-        aligned = None if extractor.plain else pick(AlignedSpec, flags)
+        aligned = None if extractor.plain else flags.of(AlignedSpec)
         # Many shifts make many views of an image; no result depends on how many images come at a time.
-        batch_size = max(1, flags.ood_batch_size // max(1, len(shifts) // 8))
+        batch_size = max(1, flags.of(PassSpec).ood_batch_size // max(1, len(shifts) // 8))
         draws = DrawSpec(shifts, aligned, flags.seed, batch_size=batch_size)
-        samples = 1 if extractor.plain else flags.ood_samples
+        samples = 1 if extractor.plain else flags.of(AverageSpec).ood_samples
         net = extractor.network(trained.net)
         read = _in_float32(cache(partial(extractor.read, net)), autocast(flags.amp, trained.device))
         fit_coder = extractor.fit_coder and extractor.fit_coder(flags)
@@ -247,7 +249,7 @@ def _in_float32(make: Callable[[], Reader], amp: Amp) -> Reader:
 
 
 def _trained_shifts(flags: Flags, needs: Collection[str]) -> list[Shift]:
-    return ShiftSpec.of(flags).functions(pick(AlignedSpec, flags))
+    return ShiftSpec.of(flags).functions(flags.of(AlignedSpec))
 
 
 def _label_shifts(flags: Flags, needs: Collection[str]) -> list[Shift]:
@@ -272,9 +274,8 @@ def _load_labelled(flags: Flags, state: State, path: Path, shifts: int) -> nn.Mo
 
 
 def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
-    transform, steps, tol = pick(FeatureTransform, flags), flags.sr_admm_stage, flags.sr_tol
-    if tol is not None:
-        positive(sr_tol=tol)
+    transform, tol = flags.of(FeatureTransform), flags.of(ToleranceSpec).sr_tol
+    steps = flags.of(SparseSpec, only=("sr_admm_stage",)).sr_admm_stage
     common = _common(flags, path)
     net = cocsr_from_state(state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **common)
     # The file's dictionary settings count; report a flag that was given and differs.
@@ -291,8 +292,10 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
 
 
 def _fit_dictionaries(flags: Flags) -> FitCoder:
-    spec, transform, seed = pick(FittedSpec, flags), pick(FeatureTransform, flags), flags.seed
-    return lambda train, world: FittedDictionaries.fit(train, transform, spec, seed=seed, world=world)
+    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_rho"))
+    transform, rounds = flags.of(FeatureTransform), flags.of(FittedSpec).sr_fit_steps
+    fit = partial(FittedDictionaries.fit, transform=transform, spec=sparse, rounds=rounds, seed=flags.seed)
+    return lambda train, world: fit(train, world=world)
 
 
 def _feature_net(net: FeatureNet | CocsrNet) -> nn.Module:

@@ -2,28 +2,32 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
 from common.files import disk_errors
-from common.flags import Flags, Tables, build_parser, parse, pick, print_dry_run
-from datasets import DATASETS, SHIFTS
-from datasets.outliers import OUTLIERS
-from evals import Eval, default_mode
-from models import BACKBONES
+from common.flags import Flags, Spec, build_parser, parse, print_dry_run
+from evals import Eval, mode_of_run
 
 
-def launch(argv: Sequence[str] | None, *, script: str, evals: Mapping[str, Eval], usual: str) -> None:
+def launch(
+    argv: Sequence[str] | None,
+    *,
+    script: str,
+    modes: Mapping[str, Eval],
+    specs: Iterable[type[Spec]],
+    default_mode: str,
+) -> None:
     """Carry out the evaluation that the flags name, or with --dry_run print what it would be.
 
-    usual: the mode where no --mode is given and the training of --load_path is not known.
+    default_mode: where no --mode is given and the training mode of --load_path is not known.
     """
     with report_once():
-        flags = parse(argv, build_parser(script, evals, usual, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
-        flags = flags.filled({"mode": default_mode(evals, flags.load_path, usual)})
-    row = evals[flags.mode]
+        flags = parse(argv, build_parser(script, modes, default_mode, specs))
+        flags = flags.filled({"mode": mode_of_run(modes, flags.load_path) or default_mode})
+    row = modes[flags.mode]
     if flags.dry_run:
         if World.of(os.environ).is_main:
             _dry_run(flags, script, row)
@@ -41,8 +45,6 @@ def evaluate(flags: Flags, row: Eval, world: World) -> None:
     with world.raise_together():
         trained = row.load(flags, world)
     results = row.measure(trained)
-    for spec in row.specs:
-        pick(spec, flags)
     for line in flags.unread_notes():
         print(line)
     for result in results:

@@ -5,7 +5,6 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from PIL import Image
 
 from common.device import device_name, peak_memory
 from common.files import write_json, write_text, write_whole
-from common.flags import pick
 from common.run import describe_program
 from evals.result import Result, family, nested
+from evals.specs import PlaceSpec, ScoreSpec
 from evals.trained import Trained
 from evals.writing import place_for, read_json, set_name
 
@@ -35,17 +34,9 @@ _STYLE: dict[str, dict[str, Any]] = {
 _FACTS = "Comment"
 
 
-@dataclass(frozen=True)
-class PrintSpec:
-    """What is said of scores besides the metrics; field names are flag names."""
-
-    print_score: bool = False
-    save_score: bool = False
-
-
 def write_detection(result: Result, trained: Trained, begun: float) -> None:
     """`result_<mode>_<score>.json`, with --save_score a CSV of every set, and a table of AUROC."""
-    flags, spec = trained.flags, pick(PrintSpec, trained.flags)
+    flags, spec = trained.flags, trained.flags.of(ScoreSpec)
     facts = {"score": result.name, **_facts(result, trained, begun)}
     path = _place(trained, f"result_{flags.mode}_{result.name}", ".json", facts)
     stem = path.stem.replace("result_", "scores_", 1)
@@ -125,7 +116,8 @@ def _place(
 ) -> Path:
     """Where a result goes; two checkpoints of one folder keep theirs apart."""
     path = _path(trained)
-    folder = Path(trained.flags.out) if trained.flags.out else path.parent
+    place = trained.flags.of(PlaceSpec)
+    folder = Path(place.out) if place.out else path.parent
     tag = "" if path.stem == "last" else f"_{path.stem}"
     return place_for(folder, f"{stem}{tag}", ending, facts, read)
 

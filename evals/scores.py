@@ -18,7 +18,8 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.flags import Flags
-from evals.extract import Outputs
+from evals.coding import Outputs
+from evals.specs import KnnSpec, PartsSpec, ScoreSpec
 
 # Entries of a block of similarities or distances, to bound their memory.
 _BLOCK = 2**22
@@ -252,25 +253,6 @@ class NoOptions:
 
 
 @dataclass(frozen=True)
-class PartsSpec:
-    """Which parts of a score count; field names are flag names."""
-
-    disable_sim_score: bool = False
-    disable_shi_score: bool = False
-
-    @property
-    def parts(self) -> dict[str, bool]:
-        return {"similarity": not self.disable_sim_score, "shift": not self.disable_shi_score}
-
-
-@dataclass(frozen=True)
-class KnnSpec:
-    """Field names are flag names."""
-
-    knn_k: int = 5
-
-
-@dataclass(frozen=True)
 class ScoreRow:
     """One row. fit: (outputs of the normal training images, options) -> scorer. options: the flags that it reads.
 
@@ -284,14 +266,18 @@ class ScoreRow:
     trained_by: tuple[str, ...] | None = None
 
 
+def _parts(options: PartsSpec) -> dict[str, bool]:
+    return {"similarity": not options.disable_sim_score, "shift": not options.disable_shi_score}
+
+
 def _csi(first_shift_only: bool) -> ScoreRow:
     fit = partial(fit_csi, first_shift_only=first_shift_only)
-    return ScoreRow(CsiScore, lambda train, options: fit(train, **options.parts), PartsSpec)
+    return ScoreRow(CsiScore, lambda train, options: fit(train, **_parts(options)), PartsSpec)
 
 
 def _csi_sr(first_shift_only: bool) -> ScoreRow:
     fit = partial(fit_csi_sr, first_shift_only=first_shift_only)
-    return ScoreRow(CsiSparseScore, lambda train, options: fit(train, **options.parts), PartsSpec)
+    return ScoreRow(CsiSparseScore, lambda train, options: fit(train, **_parts(options)), PartsSpec)
 
 
 def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None) -> ScoreRow:
@@ -314,7 +300,7 @@ SCORES: dict[str, ScoreRow] = {
 
 def chosen_scores(flags: Flags, offered: Sequence[str]) -> list[str]:
     """The scores of --ood_score, or the first that is offered. Raises: UserError for one that is not offered."""
-    names = flags.ood_score or [offered[0]]
+    names = list(flags.of(ScoreSpec).ood_score or offered[:1])
     for name in names:
         if name not in offered:
             raise UserError(f"--ood_score {name}: --mode {flags.mode} offers {', '.join(offered)}")

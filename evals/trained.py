@@ -18,6 +18,7 @@ from common.files import load_state_dict, read_facts
 from common.flags import Flags
 from common.run import epoch_of
 from datasets import DataSource, ImageSet, Split, split_one_class
+from evals.specs import PlaceSpec
 from models import backbone_spec
 from models.checkpoint import State, find_weights
 
@@ -115,7 +116,8 @@ def load_trained(
             f"--load_path: {path} was trained by --mode {trained['mode']};"
             f" --mode {flags.mode}{' ' + ' '.join(scores) if scores else ''} is for weights of {', '.join(trained_by)}"
         )
-    _check_writable(Path(flags.out) if flags.out else path.parent)
+    out = flags.of(PlaceSpec).out
+    _check_writable(Path(out) if out else path.parent)
     backbone = backbone_spec(flags.model)
     source = DataSource.of(flags, flags.dataset)
     split = split_one_class(flags.dataset, source, flags.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)

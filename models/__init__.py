@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from common.errors import UserError
+from common.flags import Spec, flag, one_component, path_flag
 from models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -29,6 +30,27 @@ def _torchvision(name: str) -> Callable[[], nn.Module]:
         return net
 
     return make
+
+
+_BIT = "the published fine-tuning of downloaded weights is left out; timm_resnetv2_50x1_bit names an architecture"
+_REFUSED = {"timm_resnetv2_bit": _BIT, "timm_swinv2": "name a model of timm: timm_swinv2_tiny_window8_256, say"}
+
+
+@dataclass(frozen=True)
+class ModelSpec(Spec, group="network and device"):
+    """The network. simclr_dim: what weights have decides, where there are any."""
+
+    model: str = flag(
+        "resnet18",
+        "backbone",
+        type=one_component,
+        choices=lambda: BACKBONES,
+        prefix="timm_",
+        refused=_REFUSED,
+        origin="fixed",
+    )
+    pretrained_path: str | None = path_flag(None, "local file of weights to start the backbone from")
+    simclr_dim: int = flag(128, "outputs of the projector", above=0, origin="fixed")
 
 
 _WIDTHS = (64, 128, 256, 512)

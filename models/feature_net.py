@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.flags import Spec, flag
 from models.sparse.dictionary import DictionaryBank
 
 
@@ -120,7 +121,7 @@ class SparseFeatures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FeatureTransform:
+class FeatureTransform(Spec, group="stage 2: dictionaries"):
     """How a network's output becomes the feature that is coded; field names are flag names.
 
     sr_layer: `penultimate` (h) or `simclr` (z). invert_sr_feature_norm: divide by the squared norm.
@@ -128,10 +129,10 @@ class FeatureTransform:
     evaluation the second for this same step; here either acts in both.
     """
 
-    sr_layer: str = "penultimate"
-    invert_sr_feature_norm: bool = False
-    normalize_sr_dict_feature: bool = False
-    normalize_sr_feature: bool = False
+    sr_layer: str = flag("penultimate", "features to code", choices=lambda: ("penultimate", "simclr"), origin="network")
+    invert_sr_feature_norm: bool = flag(False, "code h / |h|^2 instead of h", origin="network")
+    normalize_sr_dict_feature: bool = flag(False, "then scale to unit norm", origin="network")
+    normalize_sr_feature: bool = flag(False, "the same step under the name published evaluation used", origin="network")
 
     def size(self, net: FeatureNet) -> int:
         """Length of the features that are coded."""

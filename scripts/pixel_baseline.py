@@ -14,16 +14,15 @@ from torch import Tensor
 
 from common.errors import UserError, command
 from common.files import write_json
-from common.flags import Tables, build_parser, parse
+from common.flags import build_parser, parse
 from common.run import describe_program
-from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
-from datasets.outliers import OUTLIERS
+from datasets import DataSource, ImageSet, split_one_class
 from evals.metrics import detection_metrics
 from evals.result import nested
 from evals.scores import NearestScore, OneClassSvmScore
 from evals.trained import identity, settings_of
 from evals.writing import place_for, read_json
-from models import BACKBONES
+from program import SPECS
 
 # Training pixels (N, F), test pixels (M, F) -> scores (M,).
 BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -39,8 +38,7 @@ def pixels(images: ImageSet) -> Tensor:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    tables = Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)
-    flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", tables))
+    flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", SPECS))
     if flags.one_class_idx is None:
         raise UserError("--one_class_idx: the baseline needs a normal class")
     split = split_one_class(flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, 32)

@@ -18,7 +18,6 @@ from PIL import Image, ImageOps
 
 from common.errors import UserError, command
 from common.files import write_text, write_whole
-from common.flags import positive
 from common.progress import progress
 from common.seed import generator
 from datasets.decode import Reader, check_reading, reason, unreadable
@@ -232,6 +231,13 @@ def _reader(args: argparse.Namespace, pictures: list[Path]) -> tuple[Reader, dic
     check_reading(args.max_megapixels, args.value_range)
     how = {"value_range": args.value_range} if args.value_range else {}
     return Reader(lambda: pictures, max_megapixels=args.max_megapixels, threads=args.workers, **how), how
+
+
+def positive(**values: float) -> None:
+    """Raise UserError for the first value that is not above zero; keyword = name of its flag."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"--{name} must be > 0, got {value}")
 
 
 @command

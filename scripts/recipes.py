@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.flags import Flags, Tables, build_parser, parse, run_name
-from datasets import DATASETS, SHIFTS
-from datasets.outliers import OUTLIERS
+from common.flags import Flags, Parser, build_parser, parse
 from evals import EVALS
-from models import BACKBONES
-from training import STAGE1, STAGE2
+from program import SPECS
+from training import STAGE1, STAGE2, run_name
 
 _MODES: Mapping[str, Mapping[str, Any]] = {"train.py": STAGE1, "train_cocsr.py": STAGE2, "eval.py": EVALS}
 
@@ -171,9 +169,9 @@ def refuse_own(words: Sequence[str]) -> None:
             raise UserError(f"--{name} after -- : {remedy}")
 
 
-def _parser(script: str) -> argparse.ArgumentParser:
+def _parser(script: str) -> Parser:
     modes = _MODES[script]
-    return build_parser(script, modes, next(iter(modes)), Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS))
+    return build_parser(script, modes, next(iter(modes)), SPECS)
 
 
 def steps_of(
@@ -208,7 +206,11 @@ def steps_of(
             words += ["--resume_path", str(before.folder)] if before else []
         words += options.flags
         flags = parse(words, _parser(kind.script))
-        folder = before.folder if kind.script == "eval.py" and before else Path(flags.log_root) / run_name(flags)
+        folder = (
+            before.folder
+            if kind.script == "eval.py" and before
+            else Path(flags.log_root) / run_name(flags, _MODES[kind.script][kind.mode])
+        )
         needs = (*before.needs, before) if before else ()
         made[name] = Step(name, (kind.script, *words), folder, needs, flags)
         return made[name]

@@ -12,8 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from common.dist import World
-from common.flags import Tables, build_parser, parse
-from datasets import DATASETS, SHIFTS, DataSource, ImageSet, split_one_class
+from common.flags import build_parser, parse
+from datasets import DataSource, ImageSet, split_one_class
+from program import SPECS
 from training import STAGE1, STAGE2
 from training.loop import batches, descend
 
@@ -51,7 +52,7 @@ def _work(rank: int, size: int, port: int, folder: Path, cases: dict[str, list[s
 def findings(args: list[str], world: World) -> dict[str, Any]:
     """The losses and the gradient of the first step of a mode in float64, and the weights after `STEPS` steps."""
     modes = STAGE1 | STAGE2
-    flags = parse(args, build_parser("x", modes, "simclr", Tables(DATASETS, (), ("resnet8",), SHIFTS)))
+    flags = parse(args, build_parser("x", modes, "simclr", SPECS))
     mode = modes[flags.mode]
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
     recipe = mode.build(flags, split, mode.shifts(flags), world)

@@ -8,12 +8,13 @@ import pytest
 import eval as evaluate
 import train
 import tsne
-from common.flags import REFUSED, REFUSED_VALUES, Tables, build_parser
+from common.flags import REFUSED, REFUSED_MODES, build_parser, flags_of
 from datasets import DATASETS, SHIFTS, ShiftSpec
 from datasets.outliers import OUTLIERS
 from evals import EVALS, TSNES
 from evals.scores import SCORES
 from models import BACKBONES
+from program import SPECS
 from tests.conftest import ROOT
 from training import STAGE1, STAGE2
 
@@ -32,6 +33,10 @@ print_score save_score
 """.split()
 
 
+_INFOS = {name: info for spec in SPECS for name, info in flags_of(spec).items()}
+REFUSED_VALUES = {name: _INFOS[name].refused for name in ("shift_trans_type", "model")} | {"mode": REFUSED_MODES}
+
+
 @pytest.fixture(scope="module")
 def sections() -> dict[str, dict[str, str]]:
     """Section -> first cell of each row, without back-ticks -> the rest of the row."""
@@ -45,7 +50,7 @@ def sections() -> dict[str, dict[str, str]]:
 
 
 def known_flags() -> set[str]:
-    parser = build_parser("x", ["m"], "m", Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS))
+    parser = build_parser("x", ["m"], "m", SPECS)
     return {action.dest for action in parser._actions} - {"help"}
 
 

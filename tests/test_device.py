@@ -24,14 +24,14 @@ from benchmarks.ceilings import Ceilings
 from common.device import pick_device
 from common.dist import SINGLE
 from common.errors import UserError
-from common.flags import Tables, build_parser, parse
+from common.flags import build_parser, parse
 from common.seed import generator
-from datasets import DATASETS, SHIFTS, DataSource, split_one_class
+from datasets import SHIFTS, DataSource, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
-from models import BACKBONES
 from models.sparse import kmeans as k_means
+from program import SPECS
 from tests.conftest import SHIFT, TINY
 from tests.datasets.test_pictures import photographs
 from tests.fake_gpu import FakeGpu, in_changing_order, on_gpu
@@ -158,7 +158,7 @@ def test_the_fake_apple_gpu_refuses_float64():
 def waits(arguments, memory=2**34):
     """What the second step of an epoch, as the flags say, waits for."""
     modes = STAGE1 | STAGE2
-    parser = build_parser("test", modes, "simclr_CSI", Tables(DATASETS, (), BACKBONES, SHIFTS))
+    parser = build_parser("test", modes, "simclr_CSI", SPECS)
     labelled = any(argument.startswith("sup") for argument in arguments)
     flags = parse([*(TINY[:-2] if labelled else TINY), *arguments], parser)
     with FakeGpu(memory=memory) as gpu:

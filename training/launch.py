@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +13,13 @@ from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
 from common.errors import UserError
 from common.files import disk_errors
-from common.flags import Flags, Tables, build_parser, not_negative, parse, print_dry_run, run_name
+from common.flags import Flags, Spec, build_parser, parse, print_dry_run
 from common.run import NullRun, Run
 from common.signals import stop_signals
-from datasets import DATASETS, SHIFTS, DataSource, ShiftSpec, Split, split_one_class
-from datasets.outliers import OUTLIERS
+from datasets import DataSource, ShiftSpec, Split, split_one_class
 from datasets.pictures import loading_errors
-from models import BACKBONES, backbone_spec
-from training import Mode
+from models import backbone_spec
+from training import Mode, run_name
 from training.loop import fit
 from training.modes.setup import own_device
 from training.recipe import Recipe
@@ -31,6 +30,7 @@ def launch(
     *,
     script: str,
     modes: Mapping[str, Mode],
+    specs: Iterable[type[Spec]],
     default_mode: str,
     weights: str,
     resume: str,
@@ -41,12 +41,11 @@ def launch(
     Raises: UserError before anything is written, RunStopped while training.
     """
     with report_once():
-        flags = parse(argv, build_parser(script, modes, default_mode, Tables(DATASETS, OUTLIERS, BACKBONES, SHIFTS)))
-        not_negative(save_minutes=flags.save_minutes)
+        flags = parse(argv, build_parser(script, modes, default_mode, specs))
         mode = modes[flags.mode]
         flags = flags.filled(mode.defaults)
         shifts = mode.shifts(flags)
-    folder = Path(flags.log_root) / run_name(flags)
+    folder = Path(flags.log_root) / run_name(flags, mode)
     if flags.dry_run:
         if World.of(os.environ).is_main:
             views = mode.copies * shifts.count * flags.batch_size

@@ -9,6 +9,7 @@ backward pass computes each piece's activations again (gradient caching: Gao et 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import UserError
-from common.flags import Flags
+from common.flags import Flags, Spec, flag
+
+
+@dataclass(frozen=True)
+class MicroBatchSpec(Spec, group="training"):
+    """Images of a step that go through the network at a time; None: all."""
+
+    micro_batch: int | None = flag(
+        None,
+        "images per micro-batch of a step: gradient of the whole, batch norm by micro-batch; less memory, more time",
+        type=int,
+        above=0,
+    )
 
 
 def micro_batch_size(flags: Flags) -> int | None:
-    """--micro_batch, None for whole batches. Raises: UserError where it is not above zero."""
-    if flags.micro_batch is not None and flags.micro_batch < 1:
-        raise UserError(f"--micro_batch must be > 0, got {flags.micro_batch}")
-    return flags.micro_batch
+    """--micro_batch."""
+    return flags.of(MicroBatchSpec).micro_batch
 
 
 def forward_in_micro_batches(net: Callable[[Tensor], Any], views: Tensor, images: int, size: int | None) -> Any:

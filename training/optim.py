@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.errors import UserError
-from common.flags import not_negative, positive
+from common.flags import Spec, flag
 
 
 class Lars(Optimizer):
@@ -83,19 +83,32 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] =
 
 
 @dataclass(frozen=True)
-class OptimSpec:
+class LengthSpec(Spec, group="training"):
+    """How long to train."""
+
+    epochs: int = flag(1000, "last epoch (stage 2 counts on from stage 1)", at_least=0, aliases=("--epoch",))
+
+
+@dataclass(frozen=True)
+class RateSpec(Spec, group="training"):
+    """Learning rate and weight decay."""
+
+    lr_init: float = flag(0.1, "learning rate before warm-up", above=0)
+    weight_decay: float = flag(1e-6, "stage 1", at_least=0)
+
+
+@dataclass(frozen=True)
+class OptimSpec(RateSpec, LengthSpec):
     """Optimiser and schedule of stage 1; field names are flag names. epochs is the cosine's length."""
 
-    optimizer: str
-    lr_scheduler: str
-    lr_init: float
-    weight_decay: float
-    warmup: int
-    epochs: int
+    optimizer: str = flag("lars", "stage 1", choices=lambda: OPTIMIZERS)
+    lr_scheduler: str = flag("cosine", "stage 1", choices=lambda: ("cosine", "step_decay"))
+    warmup: int = flag(10, "epochs of warm-up, from --lr_init to ten times that", at_least=0)
 
     def __post_init__(self) -> None:
-        positive(lr_init=self.lr_init)
-        not_negative(warmup=self.warmup, weight_decay=self.weight_decay)
+        super().__post_init__()
+        if self.epochs < 1:
+            raise UserError(f"--epochs must be > 0, got {self.epochs}")
 
     def build(self, params: list[nn.Parameter]) -> Optimizer:
         return OPTIMIZERS[self.optimizer](params, self.lr_init, self.weight_decay)

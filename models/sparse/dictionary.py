@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.flags import Spec, flag
 from models.sparse.admm import RidgeSystem, SparseCode, admm_lasso
 
 
@@ -21,6 +22,29 @@ class CodingSpec:
     rho: float
     steps: int
     tol: float | None = None
+
+
+@dataclass(frozen=True)
+class SparseSpec(Spec, group="stage 2: dictionaries"):
+    """Dictionaries and their coding; field names are flag names."""
+
+    sr_dict_size: int = flag(512, "atoms of each dictionary (M)", above=0, origin="fixed")
+    sr_lambda: float = flag(0.01, "l1 weight inside the coding problem", above=0, origin="network")
+    sr_rho: float = flag(1.0, "ADMM penalty", above=0, origin="network")
+    sr_admm_stage: int = flag(40, "unrolled ADMM steps", above=0, origin="network")
+
+    @property
+    def coding(self) -> CodingSpec:
+        return CodingSpec(lam=self.sr_lambda, rho=self.sr_rho, steps=self.sr_admm_stage)
+
+
+@dataclass(frozen=True)
+class ToleranceSpec(Spec, group="stage 2: dictionaries"):
+    """When to stop coding before the last step."""
+
+    sr_tol: float | None = flag(
+        None, "evaluation: stop coding at this optimality gap, relative to lambda", type=float, above=0
+    )
 
 
 class DictionaryBank(nn.Module):

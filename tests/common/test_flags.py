@@ -3,13 +3,13 @@ from dataclasses import dataclass
 import pytest
 
 from common.errors import UserError
-from common.flags import REFUSED, Flags, Tables, build_parser, parse, pick, run_name
-
-TABLES = Tables(["cifar10", "digits"], ["interp"], ["resnet18"], ["none", "rot_bmix"])
+from common.flags import REFUSED, Flags, Spec, build_parser, flag, parse
+from program import SPECS
+from training import STAGE1, STAGE2, run_name
 
 
 def flags(*argv: str, mode: str = "simclr_CSI") -> Flags:
-    return parse(list(argv), build_parser("x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, TABLES))
+    return parse(list(argv), build_parser("x.py", ["simclr", "simclr_CSI", "cocsr_dict"], mode, SPECS))
 
 
 def test_published_defaults():
@@ -50,12 +50,13 @@ def test_aliases_of_the_readme_and_of_launchers():
     ],
 )
 def test_run_names_are_the_published_ones(argv, name):
-    assert run_name(flags(*argv.split())) == name
+    f = flags(*argv.split())
+    assert run_name(f, (STAGE1 | STAGE2)[f.mode]) == name
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_flags_parse_and_are_refused_by_name(name):
-    actions = {a.dest: a for a in build_parser("x", ["m"], "m", TABLES)._actions}
+    actions = {a.dest: a for a in build_parser("x", ["m"], "m", SPECS)._actions}
     argv = [f"--{name}"] + ([] if actions[name].nargs == 0 else ["1"])
     with pytest.raises(UserError, match=f"--{name} is refused"):
         flags(*argv)
@@ -80,13 +81,67 @@ def test_flags_that_nothing_read_are_told():
     assert f.unread_notes() == ["note: --warmup has no effect here (--mode simclr_CSI, --dataset cifar10)"]
 
 
-def test_pick_fills_a_dataclass_by_field_names():
-    @dataclass(frozen=True)
-    class Spec:
-        sr_rho: float
-        warmup: int
+@dataclass(frozen=True)
+class Tolerance(Spec, group="test"):
+    sr_rho: float = flag(1.0, "penalty", above=0, origin="network")
+    warmup: int = flag(10, "epochs", at_least=0)
+    mix_alpha: float = flag(0.5, "weight", at_least=0, at_most=1, origin="compared")
+    atoms: int = flag(8, "atoms", origin="fixed")
+    dataset: str = flag("cifar10", "data set", origin="data")
+    place: int | None = flag(None, "class", type=int, origin="data")
+    mode: str = flag("", "mode")
 
-    assert pick(Spec, flags("--warmup", "3")) == Spec(1.0, 3)
+
+def small(*argv: str) -> Flags:
+    return parse(list(argv), build_parser("x", ["m"], "m", [Tolerance]))
+
+
+def test_a_spec_is_filled_by_its_fields_and_only_what_is_asked_for_is_read():
+    f = small("--warmup", "3", "--sr_rho", "2")
+    assert f.of(Tolerance, only=["warmup"]).warmup == 3 and f.unread() == ["sr_rho"]
+    assert f.of(Tolerance) == Tolerance(2.0, 3, mode="m") and f.unread() == []
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        ("--sr_rho 0", "--sr_rho must be > 0, got 0.0"),
+        ("--warmup -1", "--warmup must be >= 0, got -1"),
+        ("--mix_alpha 1.5", r"--mix_alpha must lie in \[0, 1\], got 1.5"),
+        ("--mix_alpha nan", "--mix_alpha must lie"),
+    ],
+)
+def test_ranges_are_checked_by_parser_and_spec(argv, says):
+    with pytest.raises(UserError, match=says):
+        small(*argv.split())
+    name, value = argv.removeprefix("--").split()
+    with pytest.raises(UserError, match=says):
+        Tolerance(**{name: float(value) if "." in says[-4:] or value == "nan" else int(value)})
+
+
+def test_two_descriptions_of_one_flag_are_an_error_of_the_program():
+    @dataclass(frozen=True)
+    class Other(Spec, group="test"):
+        warmup: int = flag(11, "epochs")
+
+    with pytest.raises(ValueError, match="--warmup"):
+        build_parser("x", ["m"], "m", [Tolerance, Other])
+
+
+def test_what_weights_recorded_are_defaults_where_the_spec_says_so():
+    recorded = {"sr_rho": 3.0, "warmup": 1, "mix_alpha": 0.2, "atoms": 16, "dataset": "svhn", "place": 4, "gone": 1}
+    f = small().inherited(recorded, "w", flag="load_path").of(Tolerance)
+    assert f == Tolerance(3.0, 10, 0.5, 16, "svhn", 4, "m")
+    f = small("--sr_rho", "2", "--atoms", "16").inherited(recorded, "w", flag="load_path")
+    assert f.of(Tolerance).sr_rho == 2.0 and f.differences(recorded) == {
+        "sr_rho": (3.0, 2.0),
+        "mix_alpha": (0.2, 0.5),
+    }
+    # What belongs to another data set says nothing of this one.
+    assert small("--dataset", "mnist").inherited(recorded, "w", flag="load_path").of(Tolerance).place is None
+    assert small("--dataset", "svhn").inherited(recorded, "w", flag="load_path").of(Tolerance).place == 4
+    with pytest.raises(UserError, match="--atoms 9: w was trained with --atoms 16"):
+        small("--atoms", "9").inherited(recorded, "w", flag="load_path")
 
 
 def test_defaults_that_are_not_published():

@@ -1,12 +1,12 @@
 import torch
 
-from evals.coding import Coder, FittedDictionaries, FittedSpec, Outputs, TrainedDictionaries, reconstruction_error
+from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, reconstruction_error
 from models.feature_net import FeatureTransform
-from models.sparse.dictionary import CodingSpec, DictionaryBank
+from models.sparse.dictionary import CodingSpec, DictionaryBank, SparseSpec
 from models.sparse.learn import objective
 
 INVERTED = FeatureTransform(invert_sr_feature_norm=True)
-SPEC = FittedSpec(sr_dict_size=20, sr_lambda=1e-3, sr_rho=1.0, sr_fit_steps=60)
+SPEC = SparseSpec(sr_dict_size=20, sr_lambda=1e-3, sr_rho=1.0)
 
 
 def outputs(n: int, seed: int) -> Outputs:
@@ -19,7 +19,7 @@ def outputs(n: int, seed: int) -> Outputs:
 def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
     """Averaged features are inverted, then coded; the codes are those of the lasso to a gap of 1e-3 lambda."""
     train, test = outputs(50, 0), outputs(9, 1)
-    coder = FittedDictionaries.fit(train, INVERTED, SPEC, seed=0)
+    coder = FittedDictionaries.fit(train, INVERTED, SPEC, rounds=60, seed=0)
     out, h = coder(test), test["h"]
     torch.testing.assert_close(out["s"], h / h.square().sum(2, keepdim=True))
     assert out["codes"].shape == (9, 2, 20) and torch.equal(out["shift"], test["shift"])
@@ -33,13 +33,14 @@ def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
 
 
 def test_fitted_dictionaries_follow_the_seed():
-    few = FittedSpec(sr_dict_size=20, sr_lambda=1e-3, sr_fit_steps=2)
-    found = [FittedDictionaries.fit(outputs(50, 0), INVERTED, few, seed=s).bank.dictionary for s in (0, 0, 1)]
+    found = [
+        FittedDictionaries.fit(outputs(50, 0), INVERTED, SPEC, rounds=2, seed=s).bank.dictionary for s in (0, 0, 1)
+    ]
     assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2])
 
 
 def test_a_fitted_coder_is_the_same_after_its_state_is_loaded():
-    coder = FittedDictionaries.fit(outputs(50, 0), INVERTED, SPEC, seed=0)
+    coder = FittedDictionaries.fit(outputs(50, 0), INVERTED, SPEC, rounds=60, seed=0)
     again = FittedDictionaries.load(coder.state(), INVERTED)
     before, after = coder(outputs(9, 1)), again(outputs(9, 1))
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)

@@ -8,16 +8,15 @@ import torch.nn.functional as F
 from evals.coding import reconstruction_error
 from evals.scores import (
     SCORES,
-    KnnSpec,
     NearestScore,
     NoOptions,
     OneClassSvmScore,
-    PartsSpec,
     Scorer,
     TransformationScore,
     fit_csi,
     fit_csi_sr,
 )
+from evals.specs import KnnSpec, PartsSpec
 
 N, M_TRAIN, T, K, P, ATOMS = 6, 9, 2, 3, 4, 5
 

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 import eval as evaluate
-from common.flags import Flags, Tables, build_parser, parse
-from datasets import DATASETS, SHIFTS
+from common.flags import Flags, build_parser, parse
 from datasets.augment import AlignedSpec
-from evals import EVALS, default_mode
+from evals import EVALS, mode_of_run
 from evals.extract import CONTRASTIVE, Extraction, concatenate, draw_means, reference_pool
 from evals.trained import Trained, evaluation_mode, training_flags
-from models import BACKBONES
+from program import SPECS
 from tests.conftest import SHIFT, TINY
 
 
 def flags_of(*args: str) -> Flags:
-    return parse(args, build_parser("test", EVALS, "ood_pre", Tables(DATASETS, (), BACKBONES, SHIFTS)))
+    return parse(args, build_parser("test", EVALS, "ood_pre", SPECS))
 
 
 def trained_of(folder, *more: str, mode: str = "ood_pre") -> Trained:
@@ -96,13 +95,13 @@ def test_a_network_in_memory_gives_the_results_of_its_file_and_is_left_as_it_was
     assert np.array_equal(own.per_image["digits"]["score"], other.per_image["digits"]["score"])
 
 
-@pytest.mark.parametrize("mode, row", [("simclr_CSI", "ood_pre"), ("cocsr_dict", "ood_pre_cocsr"), ("x", "usual")])
+@pytest.mark.parametrize("mode, row", [("simclr_CSI", "ood_pre"), ("cocsr_dict", "ood_pre_cocsr"), ("x", None)])
 def test_a_run_is_evaluated_by_the_row_of_its_mode(mode, row, tmp_path):
     (tmp_path / "args.json").write_text(json.dumps({"flags": {"mode": mode, "seed": 3}, "used": ["mode"]}))
     assert training_flags(tmp_path) == {"mode": mode}
-    assert default_mode(EVALS, str(tmp_path), "usual") == default_mode(EVALS, str(tmp_path / "a"), "usual") == row
-    assert default_mode(EVALS, str(tmp_path / "b" / "last.model"), "usual") == "usual"
-    assert default_mode(EVALS, None, "usual") == "usual"
+    assert mode_of_run(EVALS, str(tmp_path)) == mode_of_run(EVALS, str(tmp_path / "a")) == row
+    assert mode_of_run(EVALS, str(tmp_path / "b" / "last.model")) is None
+    assert mode_of_run(EVALS, None) is None
 
 
 def test_every_training_mode_has_one_row_at_most_of_its_own():

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from common.dist import SINGLE, Shard
-from common.flags import Tables, build_parser, parse
+from common.flags import build_parser, parse
 from common.seed import generator
-from datasets import DATASETS, SHIFTS, DataSource, split_one_class
+from datasets import DataSource, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
-from models import BACKBONES
+from program import SPECS
 from tests.conftest import TINY
 from training import STAGE1, STAGE2
 from training.loop import descend
@@ -40,7 +40,7 @@ def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
     args += ["--shift_trans_type", "rotation"] if mode in ("simclr_CSI", "cocsr_dict") else []
     args += {"sup_linear": ["--load_path", str(start)], "sup_CSI_linear": ["--load_path", str(start)]}.get(mode, [])
     args += ["--resume_path", str(start), "--sr_dict_size", "12"] if mode == "cocsr_dict" else []
-    flags = parse([*args, *more], build_parser("test", MODES, mode, Tables(DATASETS, (), BACKBONES, SHIFTS)))
+    flags = parse([*args, *more], build_parser("test", MODES, mode, SPECS))
     split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
     return MODES[mode].build(flags, split, MODES[mode].shifts(flags))
 
@@ -59,7 +59,7 @@ def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_learning_rate_that_is_reported_is_the_one_that_is_set(mode, start):
     recipe = recipe_of(mode, start, "--lr_init", "0.03", "--warmup", "2", "--sr_lr", "0.02", "--optimizer", "sgd")
-    optim = OptimSpec("sgd", "cosine", 0.03, 1e-6, 2, 10)
+    optim = OptimSpec(optimizer="sgd", lr_scheduler="cosine", lr_init=0.03, weight_decay=1e-6, warmup=2, epochs=10)
     epochs = [0.0, 0.5, 1.5, 6.25, 7.75, 9.5]
     if mode == "cocsr_dict":
         expected = [0.02] * 6

@@ -15,7 +15,7 @@ from common.device import Amp, autocast
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
-from common.flags import Flags, not_negative, pick, positive
+from common.flags import Flags, Spec, flag, pick
 from common.run import Run, start_epoch
 from common.seed import generator
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
@@ -24,7 +24,7 @@ from datasets.views import DrawSpec, draw_views, train_views
 from models.checkpoint import find_weights, net_from_state
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
-from models.sparse.dictionary import CodingSpec, DictionaryBank
+from models.sparse.dictionary import DictionaryBank, SparseSpec
 from models.sparse.kmeans import kmeans
 from training.losses.dictionary import atom_norm, code_terms
 from training.micro_batch import checkpointed, forward_in_micro_batches, micro_batch_size
@@ -36,29 +36,14 @@ _MOVED = 1e-3
 
 
 @dataclass(frozen=True)
-class SparseSpec:
-    """Dictionaries, their coding and their training; field names are flag names."""
+class DictionaryTrainingSpec(Spec, group="stage 2: dictionaries"):
+    """How dictionaries start and learn."""
 
-    sr_dict_size: int
-    sr_lambda: float
-    sr_rho: float
-    sr_admm_stage: int
-    sr_lr: float
-    sr_decay_lr: float
-
-    def __post_init__(self) -> None:
-        positive(
-            sr_dict_size=self.sr_dict_size,
-            sr_lambda=self.sr_lambda,
-            sr_rho=self.sr_rho,
-            sr_admm_stage=self.sr_admm_stage,
-            sr_lr=self.sr_lr,
-        )
-        not_negative(sr_decay_lr=self.sr_decay_lr)
-
-    @property
-    def coding(self) -> CodingSpec:
-        return CodingSpec(lam=self.sr_lambda, rho=self.sr_rho, steps=self.sr_admm_stage)
+    sr_lr: float = flag(1e-3, "learning rate of the dictionaries (Adam)", above=0)
+    sr_decay_lr: float = flag(1e-6, "weight decay of the dictionaries", at_least=0)
+    ini_sr_dict_train: bool = flag(False, "start from k-means of the training features")
+    freeze_sr_dict: bool = flag(False, "keep the starting dictionaries (what published runs amounted to)")
+    loss_dict_detach_feature: bool = flag(False, "no gradient into the features: always so")
 
 
 _CHECKS = (
@@ -76,19 +61,19 @@ _CHECKS = (
 
 
 @dataclass(frozen=True)
-class DictionaryLossSpec:
+class DictionaryLossSpec(Spec, group="stage 2: dictionaries"):
     """Weights and constraint of the dictionary loss; field names are flag names."""
 
-    loss_lambda_sr: float
-    loss_lambda_sr_l1: float
-    loss_lambda_dict_constr: float
-    loss_dict_constr_mode: int
-    loss_dict_constr_value: float
-    loss_dict_detach_sr_coef: bool
-    loss_sr_deep_supervision: str | None
+    loss_lambda_sr: float = flag(1.0, "weight of |s - D a|^2")
+    loss_lambda_sr_l1: float = flag(0.01, "weight of |a|_1")
+    loss_lambda_dict_constr: float = flag(0.1, "weight of the atoms' norm constraint")
+    loss_dict_constr_mode: int = flag(0, "0: norm = c, 1: norm <= c", choices=lambda: (0, 1))
+    loss_dict_constr_value: float = flag(1.0, "c of the norm constraint", above=0)
+    loss_dict_detach_sr_coef: bool = flag(False, "no gradient through the codes")
+    loss_sr_deep_supervision: str | None = flag(None, "further ADMM steps, counted from 0, to take the loss at: 9,19")
 
     def __post_init__(self) -> None:
-        positive(loss_dict_constr_value=self.loss_dict_constr_value)
+        super().__post_init__()
         if self.loss_sr_deep_supervision is not None and not re.fullmatch(r"\d+(,\d+)*", self.loss_sr_deep_supervision):
             raise UserError(
                 f"--loss_sr_deep_supervision: a list of steps such as 9,19, got {self.loss_sr_deep_supervision!r}"
@@ -102,7 +87,8 @@ class DictionaryLossSpec:
 
 def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SINGLE) -> Recipe:
     """The recipe of `cocsr_dict`."""
-    sparse, loss_spec, spec = pick(SparseSpec, flags), pick(DictionaryLossSpec, flags), pick(AlignedSpec, flags)
+    sparse, learning, loss_spec = flags.of(SparseSpec), flags.of(DictionaryTrainingSpec), flags.of(DictionaryLossSpec)
+    spec = flags.of(AlignedSpec)
     device = own_device(flags, world)
     if not flags.resume_path:
         raise UserError("--resume_path: stage 2 starts from a stage-1 run; give its folder or its last.model")
@@ -137,20 +123,22 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     model = CocsrNet(net, bank, transform).to(device).train()
     data, aligned = training_images(split, shift_spec, spec, device)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
-    if flags.freeze_sr_dict:
+    if learning.freeze_sr_dict:
         bank.requires_grad_(False)
         for name in ("sr_lr", "sr_decay_lr"):
             if flags.given(name):
                 print(f"note: --{name} trains nothing under --freeze_sr_dict")
     else:
-        optimizers = (torch.optim.Adam(bank.parameters(), sparse.sr_lr, weight_decay=sparse.sr_decay_lr, fused=True),)
+        optimizers = (
+            torch.optim.Adam(bank.parameters(), learning.sr_lr, weight_decay=learning.sr_decay_lr, fused=True),
+        )
     seed = flags.seed
-    shifts, amp, lr = shift_spec.functions(aligned), autocast(flags.amp, device), sparse.sr_lr
-    norm = flags.loss_dict_constr_value
+    shifts, amp, lr = shift_spec.functions(aligned), autocast(flags.amp, device), learning.sr_lr
+    norm = loss_spec.loss_dict_constr_value
     # A pass over the set as evaluation makes it: of whole pictures, cropped here.
     draws = (
         DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.ood_batch_size)
-        if flags.ini_sr_dict_train
+        if learning.ini_sr_dict_train
         else None
     )
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)

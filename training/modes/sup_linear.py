@@ -11,7 +11,7 @@ from common.device import autocast
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, read_facts
-from common.flags import Flags, not_negative, pick, positive
+from common.flags import Flags, pick
 from common.seed import generator
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
@@ -20,7 +20,7 @@ from models.checkpoint import find_weights, net_from_state
 from models.feature_net import FeatureNet, full_precision
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import all_classes, own_device, same_classes, training_images, view_renderer
-from training.optim import set_lr
+from training.optim import LengthSpec, RateSpec, set_lr
 from training.recipe import Batch, Recipe, Step
 
 _MILESTONES = (0.6, 0.75, 0.9)
@@ -32,8 +32,6 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     Raises: UserError for weights of other classes or shifts; where there is but one class.
     """
     all_classes(flags, split)
-    positive(lr_init=flags.lr_init)
-    not_negative(weight_decay=flags.weight_decay)
     device = own_device(flags, world)
     if not flags.load_path:
         raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
@@ -54,14 +52,14 @@ def build(flags: Flags, split: Split, shift_spec: ShiftSpec, world: World = SING
     net.to(device).requires_grad_(False).eval()
     heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(shifts) > 1 else [])]
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
-    optimizer = torch.optim.SGD(params, flags.lr_init, weight_decay=flags.weight_decay)
-    lr_init, epochs = flags.lr_init, flags.epochs
+    rates, epochs = flags.of(RateSpec), flags.of(LengthSpec).epochs
+    optimizer = torch.optim.SGD(params, rates.lr_init, weight_decay=rates.weight_decay)
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.compile:
         net.backbone.compile()
 
     def before_step(epoch: float) -> float:
-        lr = rate(lr_init, epoch, epochs)
+        lr = rate(rates.lr_init, epoch, epochs)
         set_lr(optimizer, lr)
         return lr
 

@@ -1,0 +1,36 @@
+"""Flags of training that several modes share."""
+
+from dataclasses import dataclass
+
+from common.flags import Spec, flag
+
+
+@dataclass(frozen=True)
+class StepSpec(Spec, group="training"):
+    """What a step takes, and when a run saves."""
+
+    batch_size: int = flag(128, "images per step (of each process)", above=0)
+    save_step: int = flag(10, "epochs between checkpoints", above=0)
+    save_minutes: float = flag(15.0, "minutes between checkpoints, 0: none by time", at_least=0)
+
+
+@dataclass(frozen=True)
+class CompileSpec(Spec, group="network and device"):
+    """Whether to compile."""
+
+    compile: bool = flag(False, "torch.compile network and views (needs a C++ compiler on a CPU)")
+
+
+@dataclass(frozen=True)
+class ContrastiveSpec(Spec, group="training"):
+    """The contrastive loss."""
+
+    temperature: float = flag(0.5, "of the contrastive loss (labelled modes: 0.07)", above=0)
+    sim_lambda: float = flag(1.0, "weight of the contrastive loss")
+
+
+@dataclass(frozen=True)
+class ProbeSpec(Spec, group="training"):
+    """The linear probe beside a contrastive loss."""
+
+    error_step: int = flag(5, "epochs between tests of the linear probe (multi-class)")
