@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.compare import Part
 from benchmarks.dictionary import bank_of, code_in_every, own_masks
-from evals.features import Outputs, add_outputs, code_outputs, mean_outputs
+from evals.coding import Outputs, code_outputs, reconstruction_error
+from evals.extract import add_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
 
@@ -56,13 +57,14 @@ class Size:
         # The score's weights, of some images taken for the training set.
         bank = bank_of(D, _STEPS).requires_grad_(False)
         train = code_outputs(bank, s[0, :_TRAINING], bank.system())
-        fitted = fit_csi_sr(D, train["s"][:, None], train["codes"][:, None], shift[0, :_TRAINING, None])
+        error = reconstruction_error(D, train["s"], train["codes"])
+        fitted = fit_csi_sr({"error": error, "shift": shift[0, :_TRAINING]})
         return Given(D, s, shift, fitted.error_weight, fitted.shift_weight)
 
 
 def ours(bank: DictionaryBank, given: Given) -> Tensor:
     """Scores (N,), as the evaluation makes them: in its own dictionary each, and batch by batch of the images."""
-    score = CsiSparseScore(given.D_KFM, given.error_weight_K, given.shift_weight_K)
+    score = CsiSparseScore(given.error_weight_K, given.shift_weight_K)
     scores = []
     with torch.no_grad():
         system = bank.system()
@@ -71,7 +73,8 @@ def ours(bank: DictionaryBank, given: Given) -> Tensor:
             for s, shift in zip(s_TBKF, shift_TBKK, strict=True):
                 add_outputs(sums, {**code_outputs(bank, s, system), "shift": shift})
             means = mean_outputs(sums, len(s_TBKF))
-            scores.append(score(means["s"], means["codes"], means["shift"]))
+            error = reconstruction_error(given.D_KFM, means["s"], means["codes"])
+            scores.append(score({"error": error, "shift": means["shift"]}))
     return torch.cat(scores)
 
 

@@ -29,7 +29,8 @@ from datasets.loading import Loading
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, train_views
-from evals.features import Outputs, cocsr_outputs, draw_means
+from evals.coding import Outputs
+from evals.extract import cocsr_outputs, draw_means
 from models import BACKBONES
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform

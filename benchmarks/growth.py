@@ -33,7 +33,8 @@ from datasets.loading import Loading
 from datasets.sets import ImageSet, image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, train_views
-from evals.features import cocsr_outputs, concatenate, draw_means
+from evals.coding import TrainedDictionaries
+from evals.extract import cocsr_outputs, concatenate, draw_means
 from evals.scores import fit_csi_sr
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
@@ -71,8 +72,8 @@ def evaluation(device: torch.device, *, images: int = 200, draws: int = 1, shift
 
     def run() -> Any:
         seen = concatenate(draw_means(cocsr_outputs(net), data, spec, draws, label="growth"))
-        score = fit_csi_sr(net.sr_nets.dictionary.detach(), seen["s"], seen["codes"], seen["shift"])
-        return score(seen["s"], seen["codes"], seen["shift"])
+        seen = TrainedDictionaries(net.sr_nets)(seen)
+        return fit_csi_sr(seen)(seen)
 
     return run
 

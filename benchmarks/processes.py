@@ -26,7 +26,7 @@ from common.files import save_tensors
 from common.flags import build_parser, parse
 from datasets import DataSource, ImageSet, split_one_class
 from datasets.views import DrawSpec
-from evals.features import cocsr_outputs, draw_means
+from evals.extract import cocsr_outputs, draw_means
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet
 from program import SPECS

@@ -23,8 +23,9 @@ from common.errors import UserError
 
 # What an evaluation, or a training that starts from weights, makes of a flag that is recorded in them:
 # "fixed": the recorded value counts, and another is an error. "network": the default is the recorded value.
-# "data": likewise, while --dataset is the recorded one. "compared": a difference is reported, nothing more.
-Origin = Literal["fixed", "network", "data", "compared"]
+# "data": likewise, while --dataset is the recorded one. "place": likewise, and a difference is of no interest.
+# "compared": a difference is reported, nothing more.
+Origin = Literal["fixed", "network", "data", "place", "compared"]
 _KEY = "flag"
 
 
@@ -212,7 +213,7 @@ class Flags:
         own: dict[str, Any] = {}
         for name, there in recorded.items():
             origin = self._infos[name].origin if name in self._infos else None
-            if origin is None or (origin == "data" and not same_data):
+            if origin is None or (origin in ("data", "place") and not same_data):
                 continue
             if name not in self._given:
                 own |= {name: there} if origin != "compared" else {}
@@ -225,7 +226,11 @@ class Flags:
 
     def differences(self, recorded: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Flags read so far whose value decides what a network sees and is not the recorded one: (recorded, now)."""
-        names = [n for n, info in self._infos.items() if info.origin and n in recorded and n in self._read]
+        names = [
+            n
+            for n, info in self._infos.items()
+            if info.origin not in (None, "place") and n in recorded and n in self._read
+        ]
         return {n: (recorded[n], self._values[n]) for n in names if recorded[n] != self._values[n]}
 
     def _with(self, own: Mapping[str, Any]) -> "Flags":

@@ -393,9 +393,10 @@ def _git_commit() -> str | None:
 def recorded_flags(weights: Path) -> dict[str, Any]:
     """The flags that the training of `weights` depended on: as the file has them, else as args.json beside it does.
 
-    Empty for weights of the published programs.
+    Empty for weights of the published programs. weights: a file of weights, or any in a run folder that has an
+    args.json.
     """
-    facts = read_facts(weights)
+    facts = read_facts(weights) if weights.is_file() else {}
     if "flags" in facts:
         return facts["flags"]
     try:

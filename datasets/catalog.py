@@ -49,7 +49,7 @@ class DataSource(Spec, group="data"):
     is about, and its range goes for all that the command reads. None: each data set has its own.
     """
 
-    data_path: str = path_flag("../Data/", "folder of the data sets", origin="data")
+    data_path: str = path_flag("../Data/", "folder of the data sets", origin="place")
     download_data: bool = flag(False, "download (or unpack) the data set into --data_path")
     superclasses: str = flag(
         "published",
@@ -61,9 +61,9 @@ class DataSource(Spec, group="data"):
         None, "pixels on a side (default: what the data set or the model is for)", type=int, at_least=8, origin="data"
     )
     num_worker: int = flag(4, "threads or processes that decode pictures", at_least=0)
-    skip_bad_images: bool = flag(False, "leave out pictures that cannot be read, and count them", origin="data")
+    skip_bad_images: bool = flag(False, "leave out pictures that cannot be read, and count them", origin="place")
     image_cache: str | None = path_flag(None, "imagenet: folder to keep decoded training pictures in, built once")
-    max_megapixels: float = flag(100.0, "larger pictures are refused", above=0, origin="data")
+    max_megapixels: float = flag(100.0, "larger pictures are refused", above=0, origin="place")
     value_range: Sequence[float] | None = flag(
         None,
         "16-bit and float pictures: values that become black and white (default: found from training pictures)",

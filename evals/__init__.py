@@ -1,63 +1,143 @@
-"""Evaluation. `EVALS` and `TSNES` are the tables of modes; scores are in `evals.scores`."""
+"""Evaluation. `EVALS` and `TSNES` are the tables of modes; scores are in `evals.scores`, extractors in `evals.extract`.
 
-from collections.abc import Callable
+Data goes one way: load (`trained`) -> views and outputs (`extract`) -> scores -> results (`detect`, `classify`,
+`embed`) -> writer (`report`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from common.dist import World
-from common.flags import Flags
-from evals.accuracy import run_accuracy
-from evals.embed import run_tsne
-from evals.evidence import CONTRASTIVE, LABELLED, MULTI_SR, ROT_TRANS, SPARSE, Evidence
-from evals.report import run_detection
+from common.dist import SINGLE, World
+from common.flags import Flags, flags_of
+from common.run import recorded_flags
+from evals import classify, detect, embed
+from evals.extract import CONTRASTIVE, FITTED_SPARSE, LABELLED, PLAIN_ROT_TRANS, ROT_TRANS, SPARSE, Extractor
+from evals.report import Write, write_classification, write_detection, write_picture
+from evals.result import Result
+from evals.scores import SCORES, chosen_scores
+from evals.trained import Trained, load_trained, weights_of
 
 
 @dataclass(frozen=True)
-class EvalMode:
-    """One row. run: carries it out. evidence: what it looks at. trained_by: modes of training that make its weights."""
+class Eval:
+    """One row.
 
-    run: Callable[[Flags, World], None]
-    evidence: Evidence
+    measure: trained network -> results. It reads its flags and loads its data when it is called.
+    write: prints and writes one of them.
+    extractor: which network is loaded. needs: flags -> names of the outputs that are read.
+    trained_by: training modes whose weights fit. default_for: those whose runs are evaluated by this row where no
+    --mode is given. scores: what --ood_score chooses from, the default first.
+    """
+
+    measure: Callable[[Trained], Iterator[Result]]
+    write: Write
+    extractor: Extractor
+    needs: Callable[[Flags], frozenset[str]]
     trained_by: tuple[str, ...]
+    default_for: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+
+    def views(self, flags: Flags) -> int:
+        """K, how many views of an image a draw has."""
+        return len(self.extractor.shifts(flags, self.needs(flags)))
+
+    def inherited(self, flags: Flags) -> Flags:
+        """The flags, those that were not given as the weights of --load_path have recorded them."""
+        path = weights_of(flags, self.extractor.files)
+        own = {name for spec in self.extractor.own for name in flags_of(spec)}
+        recorded = {name: value for name, value in recorded_flags(path).items() if name not in own}
+        return flags.inherited(recorded, path, flag="load_path")
+
+    def load(self, flags: Flags, world: World = SINGLE) -> Trained:
+        """The network of --load_path. Raises: UserError as `load_trained`, and for a score that is not offered."""
+        names = chosen_scores(flags, self.scores) if self.scores else []
+        own = [SCORES[name].trained_by or self.trained_by for name in names]
+        return load_trained(
+            flags,
+            world,
+            files=self.extractor.files,
+            read=partial(self.extractor.load, shifts=self.views(flags)),
+            trained_by=[mode for mode in self.trained_by if all(mode in modes for modes in own)],
+            scores=names,
+        )
 
 
 # A stage-2 file holds the stage-1 network; linear heads leave it as it was.
 _CONTRASTIVE = ("simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI", "sup_linear", "sup_CSI_linear", "cocsr_dict")
 _LABELLED = ("sup_linear", "sup_CSI_linear")
+_CSI = ("CSI", "simclr", "knn", "ocsvm")
+_CSI_SR = ("CSI_sr", "simclr_sr")
 
 
-def _row(run: Callable[..., None], looks_at: Evidence, trained_by: tuple[str, ...], **settings: Any) -> EvalMode:
-    return EvalMode(partial(run, trained_by=trained_by, **settings), looks_at, trained_by)
+def _detection(
+    extractor: Extractor,
+    scores: tuple[str, ...],
+    trained_by: tuple[str, ...],
+    partner: str = "neighbour",
+    default_for: tuple[str, ...] = (),
+) -> Eval:
+    def needs(flags: Flags) -> frozenset[str]:
+        return frozenset[str]().union(*(SCORES[name].scorer.needs for name in chosen_scores(flags, scores)))
+
+    measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
+    return Eval(measure, write_detection, extractor, needs, trained_by, default_for, scores)
 
 
-def _detection(evidence: Evidence, trained_by: tuple[str, ...], *, reference: bool = False) -> EvalMode:
-    return _row(run_detection, evidence, trained_by, evidence=evidence, reference=reference)
+def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
+    measure = partial(classify.classify, predict=classify.marginalized_logits if marginal else classify.linear_logits)
+    needs = frozenset({"joint" if marginal else "linear"})
+    return Eval(measure, write_classification, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
 def _picture(
-    evidence: Evidence, trained_by: tuple[str, ...], output: str | None, *, reference: bool = False
-) -> EvalMode:
-    return _row(run_tsne, evidence, trained_by, evidence=evidence, output=output, reference=reference)
+    extractor: Extractor,
+    trained_by: tuple[str, ...],
+    output: str | None = None,
+    *,
+    layers: Mapping[str, str] = embed.LAYERS,
+    partner: str = "neighbour",
+    default_for: tuple[str, ...] = (),
+) -> Eval:
+    def needs(flags: Flags) -> frozenset[str]:
+        return frozenset(embed.shown_outputs(flags, output, layers).values())
+
+    measure = partial(embed.embed, extractor=extractor, output=output, layers=layers, partner=partner)
+    return Eval(measure, write_picture, extractor, needs, trained_by, default_for)
 
 
-EVALS: dict[str, EvalMode] = {
-    "ood_pre": _detection(CONTRASTIVE, _CONTRASTIVE),
-    "ood_pre_refmix": _detection(CONTRASTIVE, _CONTRASTIVE, reference=True),
-    "ood_pre_cocsr": _detection(SPARSE, ("cocsr_dict",)),
-    "ood_pre_cocsr_refmix": _detection(SPARSE, ("cocsr_dict",), reference=True),
-    "ood_pre_multi_sr": _detection(MULTI_SR, _CONTRASTIVE),
-    "ood_pre_multi_sr_refmix": _detection(MULTI_SR, _CONTRASTIVE, reference=True),
-    "ood": _detection(LABELLED, _LABELLED),
-    "rot_trans": _detection(ROT_TRANS, ("rot_trans",)),
-    "test_acc": _row(run_accuracy, LABELLED, _LABELLED, marginalized=False),
-    "test_marginalized_acc": _row(run_accuracy, LABELLED, ("sup_CSI_linear",), marginalized=True),
+EVALS: dict[str, Eval] = {
+    "ood_pre": _detection(CONTRASTIVE, _CSI, _CONTRASTIVE, default_for=("simclr", "simclr_CSI")),
+    "ood_pre_refmix": _detection(CONTRASTIVE, _CSI, _CONTRASTIVE, "reference"),
+    "ood_pre_cocsr": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), default_for=("cocsr_dict",)),
+    "ood_pre_cocsr_refmix": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), "reference"),
+    "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
+    "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
+    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), _LABELLED),
+    "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
+    "test_acc": _classification(False, _LABELLED, ("sup_linear",)),
+    "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
 }
 
-TSNES: dict[str, EvalMode] = {
-    "ood_pre_tsne": _picture(CONTRASTIVE, _CONTRASTIVE, None),
+TSNES: dict[str, Eval] = {
+    "ood_pre_tsne": _picture(
+        CONTRASTIVE, _CONTRASTIVE, default_for=tuple(mode for mode in _CONTRASTIVE if mode != "cocsr_dict")
+    ),
     "ood_pre_tsne_shi": _picture(CONTRASTIVE, _CONTRASTIVE, "shift"),
     "ood_pre_tsne_sr": _picture(SPARSE, ("cocsr_dict",), "codes"),
-    "ood_pre_tsne_dict": _picture(SPARSE, ("cocsr_dict",), "s"),
-    "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", reference=True),
+    "ood_pre_tsne_dict": _picture(SPARSE, ("cocsr_dict",), "s", default_for=("cocsr_dict",)),
+    "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
+    "rot_trans_tsne": _picture(
+        PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
+    ),
 }
+
+
+def mode_of_run(evals: Mapping[str, Eval], load_path: str | None) -> str | None:
+    """The row for the weights, or the run folder, of --load_path; None where their training mode is not known."""
+    if not load_path:
+        return None
+    place = Path(load_path)
+    mode = recorded_flags(place / "args.json" if place.is_dir() else place).get("mode")
+    return next((name for name, row in evals.items() if mode in row.default_for), None)

@@ -1,38 +1,66 @@
-"""From flags to an evaluation: what the evaluation scripts do."""
+"""From flags to written results: what the evaluation scripts do."""
 
+import contextlib
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
+from common.errors import UserError
 from common.files import disk_errors
-from common.flags import Spec, build_parser, parse, print_dry_run
-from evals import EvalMode
+from common.flags import Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
+from evals import Eval, mode_of_run
 
 
 def launch(
     argv: Sequence[str] | None,
     *,
     script: str,
-    modes: Mapping[str, EvalMode],
+    modes: Mapping[str, Eval],
     specs: Iterable[type[Spec]],
     default_mode: str,
 ) -> None:
-    """Carry out the evaluation mode that the flags name, or with --dry_run say what it would be."""
+    """Carry out the evaluation that the flags name, or with --dry_run print what it would be.
+
+    default_mode: where no --mode is given and the training mode of --load_path is not known.
+    """
     with report_once():
         flags = parse(argv, build_parser(script, modes, default_mode, specs))
+        load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
+        flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
+        row = modes[flags.of(RunSpec, only=["mode"]).mode]
+        only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
+        # A dry run may name weights that are yet to be trained.
+        with contextlib.suppress(UserError) if only_look else contextlib.nullcontext():
+            flags = row.inherited(flags)
+    if only_look:
+        if World.of(os.environ).is_main:
+            _dry_run(flags, script, row)
+        return
     reuse_host_memory()
-    mode = modes[flags.mode]
-    if not flags.dry_run:
-        remedy = f"lower --ood_batch_size {flags.ood_batch_size}"
-        place = Path(flags.out or flags.load_path or flags.log_root)
-        with processes(flags.device) as world, memory_errors(remedy), disk_errors(place):
-            mode.run(flags, world)
-        return
-    if not World.of(os.environ).is_main:
-        return
-    shifts = len(mode.evidence.shifts(flags, flags.ood_score or [flags.mode]))
+    place = Path(flags.out or flags.load_path or flags.log_root)
+    remedy = f"lower --ood_batch_size {flags.ood_batch_size}"
+    with processes(flags.device) as world, memory_errors(remedy), disk_errors(place):
+        evaluate(flags, row, world)
+
+
+def evaluate(flags: Flags, row: Eval, world: World) -> None:
+    """Load, measure, write. Every rank measures; the main rank writes."""
+    begun = time.monotonic()
+    with world.raise_together():
+        trained = row.load(flags, world)
+    results = row.measure(trained)
+    for line in flags.unread_notes():
+        print(line)
+    for result in results:
+        if world.is_main:
+            row.write(result, trained, begun)
+
+
+def _dry_run(flags: Flags, script: str, row: Eval) -> None:
+    shifts = row.views(flags)
     place = Path(flags.load_path or flags.log_root)
     folder = place.parent if place.suffix in (".model", ".cocsr_model", ".safetensors") else place
     print_dry_run(flags, script=script, run_dir=folder, shifts=shifts, views_per_step=shifts * flags.ood_batch_size)

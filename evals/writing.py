@@ -7,22 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from common.files import remove_leftovers
-from common.flags import Flags, file_name
+from common.flags import file_name
 
-# Flags that are read and that no number of a result depends on, or that a result has entries of its own for.
-_NO_SETTINGS = frozenset(
-    "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
-    " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict".split()
-)
 # What has to be the same for one result to take the place of another.
 _SAME = ("dataset", "class_name", "seed", "settings", "data")
-
-
-def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """The flags that numbers depend on, of those read so far. without: more that do not count."""
-    values = flags.as_dict()
-    return {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
 
 
 def place_for(folder: Path, stem: str, ending: str, facts: Mapping[str, Any], read: Callable[[Path], Any]) -> Path:

@@ -137,6 +137,16 @@ def kind_of(state: State) -> str:
     return max(fitting, key=lambda kind: len(NETS[kind].markers))
 
 
+def recorded_sizes(net: nn.Module) -> dict[str, int]:
+    """The whole-number sizes that a file of this network fixes, under their flags' names; none for other networks."""
+    state = net.state_dict()
+    try:
+        sizes = NETS[kind_of(state)].read_sizes(state)
+    except ValueError:
+        return {}
+    return {name: value for name, value in sizes.items() if isinstance(value, int)}
+
+
 def build_net(kind: str, model: str, *, seed: int, **sizes: Any) -> Any:
     """A network with fresh weights that depend on `seed` alone, of the class that the row `kind` of `NETS` builds.
 

@@ -10,33 +10,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from common.errors import UserError, command
 from common.files import write_json
 from common.flags import build_parser, parse
 from common.run import describe_program
 from datasets import DataSource, ImageSet, split_one_class
-from evals.baselines import nearest_neighbour, one_class_svm
-from evals.detection import detect
-from evals.subject import identity
-from evals.writing import place_for, read_json, settings_of
+from evals.metrics import detection_metrics
+from evals.result import nested
+from evals.scores import NearestScore, OneClassSvmScore
+from evals.trained import identity, settings_of
+from evals.writing import place_for, read_json
 from program import SPECS
 
-BASELINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "ocsvm": one_class_svm,
-    "nearest": nearest_neighbour,
+# Training pixels (N, F), test pixels (M, F) -> scores (M,).
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ocsvm": lambda train, test: OneClassSvmScore.of(train).of_vectors(test),
+    "nearest": lambda train, test: NearestScore.of(train).of_vectors(test),
 }
 
 
-def pixels(images: ImageSet) -> np.ndarray:
-    """(N, 3 H W) floats in [0, 1]."""
-    return images.images.flatten(1).numpy().astype(np.float32) / 255
+def pixels(images: ImageSet) -> Tensor:
+    """(N, F) floats in [0, 1]."""
+    return images.images.flatten(1).float() / 255
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    tables = SPECS
-    flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", tables))
+    flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", SPECS))
     if flags.one_class_idx is None:
         raise UserError("--one_class_idx: the baseline needs a normal class")
     split = split_one_class(flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, 32)
@@ -55,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
     for name, score in BASELINES.items():
         begun = time.monotonic()
-        values = score(pixels(train), pixels(test_set))
+        values = score(pixels(train), pixels(test_set)).numpy()
         others = {f"one_class_{c}": values[labels == c] for c in np.unique(labels) if c != normal}
-        found = detect(values[labels == normal], others)
+        found = detection_metrics(values[labels == normal], others)
         result = {
             "mode": "pixels",
             "score": name,
@@ -71,13 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "device": "cpu",
             "settings": {**settings_of(flags, frozenset({"model"})), "image_size": split.source.image_size},
             "data": {flags.dataset: identity(test_set), "training": identity(train)},
-            **found.as_result(),
+            **nested(found),
+            "n_in": int((labels == normal).sum()),
+            "n_out": sum(map(len, others.values())),
             "seconds": round(time.monotonic() - begun, 2),
             "flags": {"data_path": flags.data_path},
             **describe_program(),
         }
         write_json(place_for(folder, f"result_pixels_{name}", ".json", result, read_json), result)
-        print(f"{name} on pixels: mean AUROC {100 * found.mean:.1f}, pooled {100 * found.pooled:.1f}", flush=True)
+        print(f"{name} on pixels: mean AUROC {100 * found['mean']:.1f}, pooled {100 * found['pooled']:.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import write_json, write_text
-from evals.detection import mean_aurocs, resampled
+from evals.metrics import LEVELS, mean_aurocs, resampled
 from scripts.results import comma_separated, markdown
-
-_LEVELS = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Cell:
     def of(cls, by_seed: Sequence[float], samples: np.ndarray) -> "Cell":
         """samples: bootstrap samples of the mean over seeds."""
         std = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
-        low, high = np.percentile(samples, _LEVELS).tolist()
+        low, high = np.percentile(samples, LEVELS).tolist()
         return cls(float(np.mean(by_seed)), std, low, high, len(by_seed))
 
     def text(self, seeds: int) -> str:
@@ -179,7 +177,7 @@ def write_tables(
     each = [
         {
             **{name: getattr(entry, name) for name in ("method", "one_class_idx", "seed", "mean", "device")},
-            "interval": np.percentile(summary.samples[entry], _LEVELS).tolist(),
+            "interval": np.percentile(summary.samples[entry], LEVELS).tolist(),
         }
         for entry in entries
     ]

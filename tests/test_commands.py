@@ -14,7 +14,7 @@ import eval as evaluate
 import train
 import train_cocsr
 import tsne
-from evals.detection import auroc
+from evals.metrics import auroc
 from models.sparse.admm import RidgeSystem
 from tests.conftest import ROOT, SHIFT, TINY
 from tests.datasets.test_folder import fill
@@ -223,13 +223,27 @@ def test_weights_from_published_programs_load_for_stage_2_and_evaluation(stage1,
     assert run_eval("--mode", "ood_pre_cocsr", "--load_path", tmp_path / "bare.cocsr_model", *SPARSE) == 0
 
 
-def test_the_files_own_settings_count_and_differences_are_told(stage2, capsys):
+def test_given_flags_win_where_they_can_and_are_errors_where_the_file_decides(stage2, capsys):
     args = ["--mode", "ood_pre_cocsr", "--load_path", stage2, "--ood_samples", 1]
-    assert run_eval(*args, "--sr_lambda", "0.5", "--sr_dict_size", 512, "--sr_rho", 3, "--simclr_dim", 128) == 0
+    assert run_eval(*args, "--sr_lambda", "0.5", "--sr_rho", 3, "--mix_alpha", 0.3) == 0
     told = capsys.readouterr().out
-    for expected in ("--sr_lambda 0.5", "--sr_dict_size 512", "--sr_rho 3.0", "--simclr_dim 128"):
-        assert f"note: {expected}:" in told
-    assert "trained with --invert_sr_feature_norm True, evaluated with False" in told
+    for expected in ("--sr_lambda 0.001, evaluated with 0.5", "--sr_rho 1.0, evaluated with 3.0", "--mix_alpha 0.2,"):
+        assert f"trained with {expected}" in told
+    for flag, value in (("--sr_dict_size", 512), ("--simclr_dim", 128), ("--model", "resnet18")):
+        refused(capsys, run_eval(*args, flag, value), flag)
+    # What was not given is the file's: --invert_sr_feature_norm, say.
+    assert "invert" not in told
+
+
+def test_weights_without_a_record_decide_and_what_differs_is_reported(stage2, tmp_path, capsys):
+    from common.files import load_state_dict
+
+    file = tmp_path / "last.cocsr_model"
+    torch.save(load_state_dict(stage2 / file.name, flag="load_path"), file)
+    args = ["--mode", "ood_pre_cocsr", "--load_path", file, "--ood_samples", 1, "--invert_sr_feature_norm"]
+    assert run_eval(*args, "--sr_dict_size", 512, "--simclr_dim", 128) == 0
+    told = capsys.readouterr().out
+    assert "note: --sr_dict_size 512:" in told and "note: --simclr_dim 128:" in told
 
 
 def test_a_run_goes_on_from_another_with_the_flags_of_its_own(stage1, tmp_path, capsys):
@@ -280,11 +294,11 @@ def test_unlabelled_training_needs_no_test_images(tmp_path, capsys):
     assert row["test/probe_error"] in (0.0, 0.5, 1.0)
 
 
-def test_weights_that_are_no_numbers_are_told(stage1, tmp_path, capsys):
+def test_weights_that_are_non_finite_are_reported(stage1, tmp_path, capsys):
     state = torch.load(stage1 / "last.model", weights_only=True)
     state["conv1.weight"] *= torch.nan
     torch.save(state, tmp_path / "last.model")
-    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "no numbers")
+    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "non-finite scores")
     assert not list(tmp_path.glob("result_*"))
 
 

@@ -120,7 +120,7 @@ def test_an_interrupt_in_the_first_seconds_ends_in_one_line(after, tmp_path):
 
 
 EVALUATES = """
-import os, signal, sys, evals.features as features, {script} as script
+import os, signal, sys, evals.extract as features, {script} as script
 real, seen = features.set_views, []
 def set_views(*args):
     seen.append(args)

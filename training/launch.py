@@ -21,7 +21,7 @@ from datasets import DataSource, Split, split_one_class
 from datasets.one_class import SplitSpec
 from datasets.pictures import loading_errors
 from models import ModelSpec, backbone_spec
-from models.checkpoint import find_weights
+from models.checkpoint import find_weights, recorded_sizes
 from training import Mode, run_name
 from training.keeper import Observer
 from training.loop import fit
@@ -165,7 +165,10 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
 def _facts(flags: Flags, split: Split, recipe: Recipe) -> dict[str, object]:
     """What weights say of their origin."""
     mode, model = flags.of(RunSpec, only=["mode"]).mode, flags.of(ModelSpec, only=["model"]).model
-    return {"mode": mode, "model": model, "data": split.facts(recipe.data), "flags": flags.recorded()}
+    # Sizes that came with weights to start from are not in the flags.
+    sizes = {name: size for name, size in recorded_sizes(recipe.model).items() if name in flags.as_dict()}
+    recorded = flags.recorded() | sizes
+    return {"mode": mode, "model": model, "data": split.facts(recipe.data), "flags": recorded}
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -9,7 +9,7 @@ import torch
 import tsne
 from common.errors import RunStopped
 from evals import embed
-from evals.subject import Subject
+from evals.extract import Extraction
 from tests.conftest import SHIFT, TINY
 
 
@@ -20,9 +20,9 @@ def drawn(stage2, tmp_path, monkeypatch):
     def draw(mode: str, *more: str) -> tuple[list[dict[str, np.ndarray]], dict, dict]:
         pictures, outputs = [], []
         shutil.copytree(stage2, tmp_path / "run", dirs_exist_ok=True)
-        monkeypatch.setattr(embed, "draw_tsne", lambda groups, path, *, title, facts: pictures.append(groups))
-        real = Subject.outputs
-        monkeypatch.setattr(Subject, "outputs", lambda *args: outputs.append(real(*args)) or outputs[-1])
+        monkeypatch.setattr(embed, "project", lambda groups, title: pictures.append(groups) or {})
+        real = Extraction.outputs
+        monkeypatch.setattr(Extraction, "outputs", lambda *args: outputs.append(real(*args)) or outputs[-1])
         args = [*TINY, *SHIFT, "--invert_sr_feature_norm", "--mode", mode, "--load_path", str(tmp_path / "run")]
         assert tsne.main([*args, "--device", "cpu", *more]) == 0
         train, test = outputs
@@ -40,7 +40,7 @@ def test_groups_are_normal_and_anomalous_images_under_each_shift(drawn):
     assert len(pictures) == 5
     for k, groups in enumerate(pictures):
         assert list(groups) == ["anomalous test", "normal training", "normal test"]
-        expected = [test["h"][~normal, 0, k], train["h"][:, 0, k], test["h"][normal, 0, k]]
+        expected = [test["h"][~normal, k], train["h"][:, k], test["h"][normal, k]]
         assert [len(x) for x in expected] == [538, 122, 61]
         assert all(
             np.array_equal(groups[name], x) for name, x in zip(groups, map(torch.Tensor.numpy, expected), strict=True)
@@ -64,9 +64,8 @@ def test_no_more_points_than_are_asked_for_the_same_by_seed(drawn):
     assert not np.array_equal(first["anomalous test"], other["anomalous test"])
 
 
-def test_points_that_are_all_equal_end_in_one_line(tmp_path):
+def test_points_that_are_all_equal_end_in_one_line():
     """scikit-learn's t-SNE ends the interpreter by a segmentation fault."""
     groups = {"normal test": np.zeros((6, 4)), "normal training": np.zeros((3, 4))}
-    with pytest.raises(RunStopped, match="all 9 points are equal.*--sr_lambda"):
-        embed.draw_tsne(groups, tmp_path / "a.png", title="shift 0", facts={})
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(RunStopped, match="shift 0: all 9 points are equal.*--sr_lambda"):
+        embed.project(groups, "shift 0")

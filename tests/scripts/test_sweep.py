@@ -13,7 +13,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from common.errors import UserError
-from evals.detection import mean_aurocs, resampled
+from evals.metrics import mean_aurocs, resampled
 from scripts import jobs
 from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, steps_of

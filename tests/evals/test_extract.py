@@ -4,8 +4,8 @@ from datasets.augment import AlignedSpec
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
-from evals import features
-from evals.features import cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
+from evals import extract
+from evals.extract import cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import admm_lasso
@@ -36,8 +36,8 @@ def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
         for t in range(4):
             ((_, views),) = draw_views(data, spec(7), t)
             draws.append(net(views).z.unflatten(0, (7, 5)))
-    assert found["z"].shape == (7, 1, 5, 6) and found["shift"].shape == (7, 1, 5, 5)
-    torch.testing.assert_close(found["z"][:, 0], torch.stack(draws).mean(0), atol=1e-5, rtol=1e-5)
+    assert found["z"].shape == (7, 5, 6) and found["shift"].shape == (7, 5, 5)
+    torch.testing.assert_close(found["z"], torch.stack(draws).mean(0), atol=1e-5, rtol=1e-5)
     for name in found:
         torch.testing.assert_close(found[name], whole[name], atol=1e-5, rtol=1e-5)
 
@@ -45,7 +45,7 @@ def test_means_equal_a_loop_over_draws_and_do_not_depend_on_the_batch_size():
 def test_many_draws_come_in_groups_with_the_same_means(monkeypatch):
     net, data = network(), images()
     whole = concatenate(draw_means(net_outputs(net), data, spec(3), 5, label="test"))
-    monkeypatch.setattr(features, "_TOGETHER", 2)
+    monkeypatch.setattr(extract, "_TOGETHER", 2)
     found = concatenate(draw_means(net_outputs(net), data, spec(3), 5, label="test"))
     for name in found:
         torch.testing.assert_close(found[name], whole[name], atol=1e-6, rtol=1e-6)
@@ -55,10 +55,10 @@ def test_each_feature_is_coded_in_its_own_shifts_dictionary():
     bank = DictionaryBank(5, 64, 9, CodingSpec(0.01, 1.0, 40), torch.Generator().manual_seed(0))
     model, data = CocsrNet(network(), bank, FeatureTransform()).eval(), images()
     found = concatenate(draw_means(cocsr_outputs(model), data, spec(3), 1, label="test"))
-    s = found["s"][:, 0]
+    s = found["s"]
     for k in range(5):
         alone = admm_lasso(bank.dictionary[k : k + 1], s[:, k].T, lam=0.01).codes[0].T
-        torch.testing.assert_close(found["codes"][:, 0, k], alone.detach(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found["codes"][:, k], alone.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_references_are_training_images_chosen_by_the_seed():
@@ -73,5 +73,5 @@ def test_references_take_the_place_of_neighbours_in_the_mixed_view_only():
     net, data, pool = network(), images(), torch.rand(4, 3, 8, 8)
     found = concatenate(draw_means(net_outputs(net), data, spec(2), 2, label="test", references=pool))
     plain = concatenate(draw_means(net_outputs(net), data, spec(2), 2, label="test"))
-    torch.testing.assert_close(found["z"][:, 0, :4], plain["z"][:, 0, :4], atol=1e-6, rtol=1e-5)
-    assert (found["z"][:, 0, 4] - plain["z"][:, 0, 4]).abs().amax(1).min() > 1e-4
+    torch.testing.assert_close(found["z"][:, :4], plain["z"][:, :4], atol=1e-6, rtol=1e-5)
+    assert (found["z"][:, 4] - plain["z"][:, 4]).abs().amax(1).min() > 1e-4

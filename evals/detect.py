@@ -1,0 +1,165 @@
+"""Detection: every test image is scored, and scores of normal images are compared with those of others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from common.errors import UserError
+from datasets import DataSource, ImageSet
+from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
+from evals.coding import Coder, Outputs
+from evals.extract import Extraction, Extractor, reference_pool
+from evals.metrics import detection_metrics
+from evals.result import Result
+from evals.scores import SCORES, Scorer, chosen_scores
+from evals.specs import ReferenceSpec
+from evals.trained import Trained, identity, settings_of
+
+# Of the outputs, the optimality gap of codes.
+_GAP = "gap"
+
+
+def detect(
+    trained: Trained, *, extractor: Extractor, scores: Sequence[str], partner: str = "neighbour"
+) -> Iterator[Result]:
+    """One result for each score of --ood_score: AUROC and others against every class and every set of --ood_dataset.
+
+    scores: that can be made of the extractor's outputs, the default first. partner: what test images mix with under a
+    mixing shift, their `neighbour` or a `reference` training image.
+    Flags are read and test images loaded before the first result is asked for. All ranks get all results.
+    Raises: UserError for a score that is not offered, data sets that are not found (all of them at once), nothing to
+    compare, and non-finite scores.
+    """
+    flags = trained.flags
+    with trained.world.raise_together():
+        names = chosen_scores(flags, scores)
+        options: dict[str, Any] = {name: flags.of(SCORES[name].options) for name in names}
+        needs = frozenset[str]().union(*(SCORES[name].scorer.needs for name in names), {_GAP})
+        extraction = Extraction.of(extractor, trained, needs)
+        references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
+        tests = _test_sets(trained)
+        train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
+    flags_of = {name: {f.name for f in fields(options[name])} for name in names}
+
+    def results() -> Iterator[Result]:
+        nonlocal train
+        fitted, known, data, pool = extraction, Outputs(), {}, None
+        if train is not None:
+            fitted, known = extraction.fit(train)
+            data = {"training": identity(train)}
+            pool = reference_pool(train, references, flags.seed) if references else None
+        train = None
+        data |= {title: identity(images) for title, images in tests.items()}
+        scorers = {name: SCORES[name].fit(known, options[name]) for name in names}
+        del known
+        found = {title: _score(fitted, scorers, images, title, pool) for title, images in tests.items()}
+        gap = _relative_gap(fitted.coder, found)
+        for name in names:
+            foreign = frozenset(chain.from_iterable(flags_of.values())) - flags_of[name]
+            facts = {"data": data, "settings": settings_of(flags, foreign)}
+            yield _result(trained, name, tests, {title: columns[name] for title, columns in found.items()}, gap, facts)
+
+    return results()
+
+
+def _score(
+    extraction: Extraction, scorers: dict[str, Scorer], images: ImageSet, title: str, references: Tensor | None
+) -> dict[str, np.ndarray]:
+    """Each score of all images (N,), and the mean optimality gaps of their codes where they have any.
+
+    Batch by batch: of an image nothing stays but its scores, which all ranks get.
+    """
+    own: list[dict[str, np.ndarray]] = []
+    for outputs in extraction.blocks(images, f"{title} test images", references):
+        own.append({name: scorer(outputs).numpy() for name, scorer in scorers.items()})
+        if _GAP in outputs:
+            own[-1][_GAP] = outputs[_GAP].mean((1, 2)).numpy()
+    parts = list(chain.from_iterable(extraction.world.all_gather_object(own)))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _relative_gap(coder: Coder, found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    """The mean optimality gap of codes relative to their lambda, where there are any."""
+    if coder.lam is None:
+        return {}
+    return {_GAP: float(np.concatenate([columns[_GAP] for columns in found.values()]).mean()) / coder.lam}
+
+
+def _result(
+    trained: Trained,
+    name: str,
+    tests: dict[str, ImageSet],
+    scores: dict[str, np.ndarray],
+    gap: dict[str, float],
+    facts: dict[str, Any],
+) -> Result:
+    """The result of one score, whose values are `scores`, by set."""
+    if not all(np.isfinite(values).all() for values in scores.values()):
+        raise UserError(f"--load_path: {trained.title} gives non-finite scores; its weights are corrupt")
+    own, *others = tests
+    labels = tests[own].labels.cpu()
+    normal = trained.split.normal(labels).numpy()
+    classes = _by_class(labels.numpy(), scores[own], normal)
+    metrics = detection_metrics(scores[own][normal], classes, {title: scores[title] for title in others})
+    n_out = sum(map(len, classes.values())) or sum(len(scores[title]) for title in others)
+    class_names = {own: trained.split.class_names}
+    per_image = {title: _columns(tests[title], values, class_names.get(title, [])) for title, values in scores.items()}
+    return Result(name, metrics | gap, per_image, {**facts, "n_in": int(normal.sum()), "n_out": n_out})
+
+
+def _by_class(labels: np.ndarray, values: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of the anomalous test images by class, under their published names."""
+    return {f"one_class_{label}": values[labels == label] for label in np.unique(labels[~normal]).tolist()}
+
+
+def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -> dict[str, np.ndarray]:
+    """index, label, score, for folders path, and the name of the class where there are any."""
+    labels = images.labels.cpu().numpy()
+    columns = {"index": images.indices.cpu().numpy(), "label": labels, "score": scores}
+    if images.paths:
+        columns["path"] = np.array(images.paths, dtype=object)
+    if class_names:
+        columns["class"] = np.array([class_names[label] for label in labels.tolist()], dtype=object)
+    return columns
+
+
+def _test_sets(trained: Trained) -> dict[str, ImageSet]:
+    """The test images of the data set, and after them those they are compared with, by name."""
+    flags, split = trained.flags, trained.split
+    test = split.test()
+    normal = split.normal(test.labels)
+    others = _other_sets(trained, lambda: test.where(normal))
+    if normal.all() and not others:
+        raise UserError(
+            "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
+            " if the data set has several classes, or other data sets"
+        )
+    if not normal.any():
+        raise UserError(f"--data_path: no test image of the normal class, {split.normal_title}")
+    return {name: data.to(trained.device) for name, data in {flags.dataset: test, **others}.items()}
+
+
+def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
+    """The sets of --ood_dataset, or those that all classes of the data set together are compared with, by name.
+
+    normal: the normal test images. Raises: UserError that names all that are not found.
+    """
+    flags = trained.flags
+    usual = MULTI_CLASS.get(flags.dataset, ()) if flags.one_class_idx is None else ()
+    names = list(dict.fromkeys(flags.of(OutlierSpec, only=("ood_dataset",)).ood_dataset or usual))
+    if flags.dataset in names:
+        names.remove(flags.dataset)
+        print(f"note: --ood_dataset {flags.dataset} is the normal data set itself; left out")
+    if not names:
+        return {}
+    used = {flag for name in names for flag in outlier_flags(name)}
+    source = flags.of(DataSource, only=used - {"data_path"})
+    place = (flags.ood_data_path or flags.data_path) if "data_path" in used else ""
+    main = trained.split.source
+    source = replace(source, data_path=place, image_size=main.image_size, normal=main.normal)
+    lag = flags.of(TestBatchSpec).test_batch_size if INTERP in names else 1
+    return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}

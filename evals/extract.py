@@ -1,0 +1,354 @@
+"""From images to draw-averaged outputs of a network. `Extractor` rows are at the end.
+
+Letters: N images, b of a batch, T draws, K shifts, C classes, F features, P projection, M atoms.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import chain
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.device import Amp, autocast
+from common.dist import SINGLE, World
+from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec
+from common.progress import progress
+from common.seed import generator
+from datasets import ImageSet, ShiftSpec
+from datasets.augment import AlignedSpec
+from datasets.shifts import Shift, rotations_and_translations
+from datasets.views import DrawSpec, PassSpec, batches_of, draw_set, set_views
+from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
+from evals.specs import AverageSpec, FittedSpec
+from evals.trained import Trained, evaluation_mode
+from models import ModelSpec
+from models.checkpoint import State, load_net
+from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.sparse.dictionary import SparseSpec, ToleranceSpec
+
+# What a network makes of views (b, K, 3, H, W): outputs (b, K, .).
+Reader = Callable[[Tensor], Outputs]
+
+# Draws of all images whose numbers, some 36 bytes a view each, are held at a time.
+_TOGETHER = 32
+
+
+def net_outputs(net: FeatureNet | RotTransNet) -> Reader:
+    """h (b, K, F), z (b, K, P), shift (b, K, K) of a stage-1 network.
+
+    Or the logits of Rot+Trans: rotation (b, K, 4), vertical and horizontal (b, K, 3).
+    """
+
+    def outputs(views: Tensor) -> Outputs:
+        named = net(views.flatten(0, 1))._asdict()
+        return {name: value.unflatten(0, views.shape[:2]) for name, value in named.items()}
+
+    return outputs
+
+
+def feature_outputs(net: RotTransNet) -> Reader:
+    """h (b, K, F) of any network with a backbone."""
+    return lambda views: {"h": net.features(views.flatten(0, 1)).unflatten(0, views.shape[:2])}
+
+
+def class_outputs(net: FeatureNet) -> Reader:
+    """Logits linear (b, K, C) of the class, joint (b, K, 4 C) of class + C * rotation."""
+
+    def outputs(views: Tensor) -> Outputs:
+        h = net.features(views.flatten(0, 1))
+        logits = {"linear": net.linear(h), "joint": net.joint_distribution_layer(h)}
+        return {name: value.float().unflatten(0, views.shape[:2]) for name, value in logits.items()}
+
+    return outputs
+
+
+def cocsr_outputs(net: CocsrNet) -> Reader:
+    """s (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
+
+    Each feature is coded in the dictionary of its own shift only. The dictionaries are taken as they are now.
+    """
+    system = net.sr_nets.system()
+
+    def outputs(views: Tensor) -> Outputs:
+        features = net(views.flatten(0, 1))
+        s, shift = (x.unflatten(0, views.shape[:2]) for x in (features.s, features.shift))
+        return {**code_outputs(net.sr_nets, s, system), "shift": shift}
+
+    return outputs
+
+
+def add_outputs(sums: Outputs, outputs: Outputs) -> None:
+    """Add the outputs (b, K, .) of one more draw of the same images to `sums`, which starts empty."""
+    for name, value in outputs.items():
+        sums[name] = sums[name].add_(value) if name in sums else value.clone()
+
+
+def mean_outputs(sums: Outputs, draws: int) -> Outputs:
+    """The means (b, K, .) over so many draws; changes sums."""
+    return {name: value.div_(draws) for name, value in sums.items()}
+
+
+@torch.no_grad()
+def draw_means(
+    outputs: Reader,
+    images: ImageSet,
+    spec: DrawSpec,
+    draws: int,
+    *,
+    label: str,
+    references: Tensor | None = None,
+    world: World = SINGLE,
+) -> Iterator[Outputs]:
+    """Every output averaged over `draws` draws, batch by batch of the images: (b, K, .) each, on their device.
+
+    references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
+    its neighbour by index. The draws of a batch come together, so that what they give is held for one batch only; past
+    `_TOGETHER` draws, whose numbers then take more than that, sums are held for all images instead.
+    world: of several ranks each takes some of the batches.
+    """
+    parts = world.shard_list(batches_of(images, spec))
+    sums: list[Outputs] = [{} for _ in parts]
+    rounds = [(first, i) for first in range(0, draws, _TOGETHER) for i in range(len(parts))]
+    for first, i in progress(rounds, total=len(rounds), label=label):
+        if i == 0:
+            last = min(first + _TOGETHER, draws)
+            looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(first, last)]
+        for draw, reference in looks:
+            views = set_views(images, spec, draw, parts[i], reference)
+            add_outputs(sums[i], outputs(views.unflatten(0, (-1, len(spec.shifts)))))
+        if last == draws:
+            found, sums[i] = sums[i], {}
+            yield mean_outputs(found, draws)
+
+
+def concatenate(blocks: Iterable[Outputs]) -> Outputs:
+    """One set of outputs (N, ...) of those of its batches."""
+    parts = list(blocks)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def select(outputs: Outputs, needs: Collection[str], device: torch.device | str) -> Outputs:
+    """The outputs that are needed, on `device`."""
+    return {name: value.to(device) for name, value in outputs.items() if name in needs}
+
+
+def _reference(references: Tensor | None, seed: int, t: int) -> Tensor | None:
+    if references is None:
+        return None
+    choice = int(torch.randint(len(references), (), generator=generator(seed, "reference", t)))
+    return references[choice : choice + 1]
+
+
+def reference_pool(train: ImageSet, size: int, seed: int) -> Tensor:
+    """`size` training images (or all there are), chosen by the seed: (R, 3, H, W) in [0, 1]."""
+    order = torch.randperm(len(train), generator=generator(seed, "reference pool"))
+    return train.batch(order[:size].to(train.device))
+
+
+FitCoder = Callable[[Outputs, World], Coder]
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """One row: what is read off a network, and under which views of an image.
+
+    files: names of checkpoints in a run folder, the preferred first.
+    shifts: (flags, names of the outputs that are needed) -> the K transformations that every image is viewed under.
+    load: (flags, state dict, its file, shifts=K) -> network.
+    network: the part of a network that `read` takes. read: that part -> reader.
+    coder: that part -> what averaged outputs go through. fit_coder: flags -> (averaged outputs of the training images,
+    world) -> a coder that is fitted to them, which takes the place of the former.
+    plain: views are shifted, and neither flipped nor augmented; there is one draw.
+    own: specs of flags that are the evaluation's to say, whatever the weights have recorded.
+    """
+
+    files: tuple[str, ...]
+    shifts: Callable[[Flags, Collection[str]], list[Shift]]
+    load: Callable[..., nn.Module]
+    network: Callable[[Any], nn.Module]
+    read: Callable[[Any], Reader]
+    coder: Callable[[Any], Coder] = lambda net: Coder()
+    fit_coder: Callable[[Flags], FitCoder] | None = None
+    plain: bool = False
+    own: tuple[type[Spec], ...] = ()
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """An extractor at work: images -> draw-averaged outputs (N, K, .) in float32.
+
+    fit_coder: makes the coder of the training images' outputs; None where it is there already. needs: names of the
+    outputs that are handed on.
+    """
+
+    net: nn.Module
+    read: Reader
+    coder: Coder
+    fit_coder: FitCoder | None
+    draws: DrawSpec
+    samples: int
+    needs: frozenset[str]
+    world: World = SINGLE
+
+    @classmethod
+    def of(cls, extractor: Extractor, trained: Trained, needs: Collection[str]) -> "Extraction":
+        """Of a trained network, as its flags say: reads all of them."""
+        flags = trained.flags
+        shifts = extractor.shifts(flags, needs)
+        aligned = None if extractor.plain else flags.of(AlignedSpec)
+        # Many shifts make many views of an image; no result depends on how many images come at a time.
+        batch_size = max(1, flags.of(PassSpec).ood_batch_size // max(1, len(shifts) // 8))
+        seed = flags.of(RunSpec, only=["seed"]).seed
+        draws = DrawSpec(shifts, aligned, seed, batch_size=batch_size)
+        samples = 1 if extractor.plain else flags.of(AverageSpec).ood_samples
+        net = extractor.network(trained.net)
+        amp = autocast(flags.of(DeviceSpec, only=["amp"]).amp, trained.device)
+        read = _in_float32(cache(partial(extractor.read, net)), amp)
+        fit_coder = extractor.fit_coder and extractor.fit_coder(flags)
+        return cls(net, read, extractor.coder(net), fit_coder, draws, samples, frozenset(needs), trained.world)
+
+    def blocks(self, images: ImageSet, label: str, references: Tensor | None = None) -> Iterator[Outputs]:
+        """Outputs of a batch at a time, on the CPU. Of several ranks each has some of the batches, in order."""
+        for block in self._means(images, label, references):
+            yield select(self.coder(block), self.needs, "cpu")
+
+    def outputs(self, images: ImageSet, label: str, references: Tensor | None = None) -> Outputs:
+        """Outputs of all images, on the CPU, in all ranks."""
+        return self._gather(self.blocks(images, label, references), "cpu")
+
+    def fit(self, train: ImageSet) -> tuple["Extraction", Outputs]:
+        """The extraction with its coder, and outputs of the training images, which mix with their neighbours."""
+        label = "training images"
+        if self.fit_coder is None:
+            return self, self.outputs(train, label)
+        means = self._gather(self._means(train, label), train.device)
+        fitted = replace(self, coder=self.fit_coder(means, self.world), fit_coder=None)
+        return fitted, select(fitted.coder(means), self.needs, "cpu")
+
+    def _means(self, images: ImageSet, label: str, references: Tensor | None = None) -> Iterator[Outputs]:
+        with evaluation_mode(self.net):
+            yield from draw_means(
+                self.read, images, self.draws, self.samples, label=label, references=references, world=self.world
+            )
+
+    def _gather(self, blocks: Iterator[Outputs], device: torch.device | str) -> Outputs:
+        if self.world.size == 1:
+            return concatenate(blocks)
+        parts = self.world.all_gather_object([{n: x.cpu() for n, x in block.items()} for block in blocks])
+        found = concatenate(chain.from_iterable(parts))
+        return {name: value.to(device) for name, value in found.items()}
+
+
+def _in_float32(make: Callable[[], Reader], amp: Amp) -> Reader:
+    """The reader that `make` makes when it is first called, under `amp`, with outputs in float32."""
+
+    def read(views: Tensor) -> Outputs:
+        with amp():
+            return {name: value.float() for name, value in make()(views).items()}
+
+    return read
+
+
+def _trained_shifts(flags: Flags, needs: Collection[str]) -> list[Shift]:
+    return ShiftSpec.of(flags).functions(flags.of(AlignedSpec))
+
+
+def _label_shifts(flags: Flags, needs: Collection[str]) -> list[Shift]:
+    """The four rotations where something is marginalised over them, else the image as it is."""
+    return ShiftSpec("rotation" if "joint" in needs else "none").functions()
+
+
+def _common(flags: Flags, path: Path) -> dict[str, Any]:
+    """What every kind of network is loaded with."""
+    model, strict = flags.of(ModelSpec, only=["model"]).model, not flags.of(WeightsSpec, only=["no_strict"]).no_strict
+    return {"model": model, "path": path, "flag": "load_path", "strict": strict}
+
+
+def _asked(flags: Flags, spec: type[Spec], *names: str) -> dict[str, Any]:
+    """The flags of `names` that were given; the others are the file's to say."""
+    given = [name for name in names if flags.given(name)]
+    found = flags.of(spec, only=given)
+    return {name: getattr(found, name) for name in given}
+
+
+def _load_stage1(flags: Flags, state: State, path: Path, shifts: int | None) -> nn.Module:
+    # A stage-2 file holds the whole stage-1 network.
+    inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
+    asked = _asked(flags, ModelSpec, "simclr_dim")
+    return load_net("feature", inner, n_shifts=shifts, **asked, **_common(flags, path))
+
+
+def _load_labelled(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    """However many shifts the network was trained with: its shift head is not read."""
+    return _load_stage1(flags, state, path, None)
+
+
+def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    """The dictionaries are coded with the file's lambda and rho, or with those that were given."""
+    transform, tol = flags.of(FeatureTransform), flags.of(ToleranceSpec).sr_tol
+    steps = flags.of(SparseSpec, only=["sr_admm_stage"]).sr_admm_stage
+    asked = _asked(flags, ModelSpec, "simclr_dim") | _asked(flags, SparseSpec, "sr_dict_size")
+    net: CocsrNet = load_net(
+        "cocsr", state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **asked, **_common(flags, path)
+    )
+    coding = net.sr_nets.coding
+    given = _asked(flags, SparseSpec, "sr_lambda", "sr_rho")
+    # A file has them as float32: the same number, rounded, is not another one.
+    own = {"lam": (given.get("sr_lambda"), coding.lam), "rho": (given.get("sr_rho"), coding.rho)}
+    other = {n: x for n, (x, there) in own.items() if x is not None and not isclose(x, there, rel_tol=1e-6)}
+    net.sr_nets.coding = replace(coding, **other)
+    return net
+
+
+def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    return load_net("rot_trans", state, **_common(flags, path))
+
+
+def _fit_dictionaries(flags: Flags) -> FitCoder:
+    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_rho"))
+    transform, rounds = flags.of(FeatureTransform), flags.of(FittedSpec).sr_fit_steps
+    fit = partial(
+        FittedDictionaries.fit,
+        transform=transform,
+        spec=sparse,
+        rounds=rounds,
+        seed=flags.of(RunSpec, only=["seed"]).seed,
+    )
+    return lambda train, world: fit(train, world=world)
+
+
+def _feature_net(net: FeatureNet | CocsrNet) -> nn.Module:
+    return net.feature_net if isinstance(net, CocsrNet) else net
+
+
+def _itself(net: nn.Module) -> nn.Module:
+    return net
+
+
+_STAGE1_FILES = ("last.model", "last.cocsr_model")
+
+CONTRASTIVE = Extractor(_STAGE1_FILES, _trained_shifts, _load_stage1, _feature_net, net_outputs)
+SPARSE = Extractor(
+    ("last.cocsr_model",),
+    _trained_shifts,
+    _load_stage2,
+    _itself,
+    cocsr_outputs,
+    coder=lambda net: TrainedDictionaries(net.sr_nets),
+)
+FITTED_SPARSE = replace(CONTRASTIVE, fit_coder=_fit_dictionaries, own=(SparseSpec,))
+LABELLED = Extractor(("last.model",), _label_shifts, _load_labelled, _itself, class_outputs, plain=True)
+ROT_TRANS = Extractor(
+    ("last.model",),
+    lambda flags, needs: rotations_and_translations(),
+    _load_rot_trans,
+    _itself,
+    net_outputs,
+    plain=True,
+)
+PLAIN_ROT_TRANS = replace(ROT_TRANS, shifts=lambda flags, needs: ShiftSpec("none").functions(), read=feature_outputs)

@@ -1,0 +1,167 @@
+"""A trained network with its configuration: what every evaluation starts from."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.device import pick_device
+from common.dist import SINGLE, World
+from common.errors import UserError
+from common.files import load_state_dict, read_facts
+from common.flags import DeviceSpec, Flags, RunSpec, WeightsSpec
+from common.run import epoch_of, recorded_flags
+from datasets import DataSource, ImageSet, Split, split_one_class
+from datasets.one_class import SplitSpec
+from evals.specs import PlaceSpec
+from models import ModelSpec, backbone_spec
+from models.checkpoint import State, find_weights
+
+# Two names of one thing.
+_UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
+# Flags that are read and that no number of a result depends on, or that a result has entries of its own for.
+_NO_SETTINGS = frozenset(
+    "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
+    " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
+    " ood_batch_size print_score save_score skip_bad_images no_strict".split()
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network, the flags it is evaluated under, the data it is evaluated on, and where.
+
+    path: its file; None for a network that is in memory only. epoch: how long it was trained, where that is known.
+    facts: what the file says of the images it was trained on.
+    """
+
+    net: nn.Module
+    flags: Flags
+    split: Split
+    device: torch.device
+    world: World = SINGLE
+    path: Path | None = None
+    epoch: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, net: nn.Module, flags: Flags, split: Split, world: World = SINGLE, *, epoch: int | None = None
+    ) -> "Trained":
+        """A network in memory, in the middle of its training, say. No evaluation changes its mode or its weights."""
+        return cls(net, flags, split, next(net.parameters()).device, world, epoch=epoch)
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return "the network" if self.path is None else str(self.path)
+
+    def train_images(self) -> ImageSet:
+        """The normal training images; a line reports where they are others than the network was trained on."""
+        train = self.split.train().to(self.device)
+        here = self.split.facts(train)
+        there = {name: self.facts.get(name) or value for name, value in here.items()}
+        if there["dataset"] == here["dataset"] and there != here:
+            what = f"{there['images']} there, {here['images']} here" if there["images"] != here["images"] else "content"
+            print(f"note: scores are fitted to other images than {self.title} was trained on ({what})")
+        return train
+
+
+@contextlib.contextmanager
+def evaluation_mode(net: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards each of its modules is in the mode it was in, even after an error."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def load_trained(
+    flags: Flags,
+    world: World = SINGLE,
+    *,
+    files: Sequence[str],
+    read: Callable[[Flags, State, Path], nn.Module],
+    trained_by: Sequence[str],
+    scores: Sequence[str] = (),
+) -> Trained:
+    """Read the checkpoint of --load_path and look the data up as the flags say.
+
+    files: names of checkpoints in a run folder, the preferred first. read: (flags, state dict, its file) -> network.
+    trained_by: training modes whose weights fit. scores: names that are wanted, for the message.
+    Raises: UserError for a checkpoint that is not found, corrupt, or of another mode, model or number of shifts, and
+    for data that is not found.
+    """
+    device = pick_device(flags.of(DeviceSpec).device, world.local_rank if world.size > 1 else None)
+    path = weights_of(flags, files)
+    net = read(flags, load_state_dict(path, flag="load_path"), path)
+    trained = recorded_flags(path)
+    if trained.get("mode", trained_by[0]) not in trained_by:
+        mode = " ".join([flags.of(RunSpec, only=["mode"]).mode, *scores])
+        raise UserError(
+            f"--load_path: {path} was trained by --mode {trained['mode']};"
+            f" --mode {mode} is for weights of {', '.join(trained_by)}"
+        )
+    out = flags.of(PlaceSpec).out
+    _check_writable(Path(out) if out else path.parent)
+    backbone, which = backbone_spec(flags.of(ModelSpec, only=["model"]).model), flags.of(SplitSpec)
+    source = DataSource.of(flags, which.dataset)
+    split = split_one_class(which.dataset, source, which.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)
+    facts = read_facts(path).get("data", {})
+    split.check_trained(facts, path, flag="load_path")
+    _report_training(flags, path, trained, known_class=bool(facts))
+    return Trained(net.to(device), flags, split, device, world, path, _epoch(path), facts)
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises: UserError now, and not after the work, where results cannot be written."""
+    place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out: results cannot be written to {folder}; give a folder that is writable")
+
+
+def weights_of(flags: Flags, files: Sequence[str]) -> Path:
+    """The file of --load_path, or of a run folder the first of `files`. Raises: UserError where there is none."""
+    load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
+    if not load_path:
+        raise UserError(f"--load_path: which weights to evaluate? Give a run folder or its {files[0]}")
+    return find_weights(load_path, tuple(files), flag="load_path")
+
+
+def _report_training(flags: Flags, path: Path, trained: Mapping[str, Any], *, known_class: bool) -> None:
+    """Report which flags differ from those of training. known_class: the normal class has been compared already."""
+    now = flags.as_dict()
+    both = trained.keys() & set(flags.used())
+    for name, (there, here) in flags.differences(trained).items():
+        if name not in _UNIT and not (known_class and name in ("one_class_idx", "dataset")):
+            print(f"note: {path} was trained with --{name} {there}, evaluated with {here}")
+    if _UNIT <= both and any(trained[name] for name in _UNIT) != any(now[name] for name in _UNIT):
+        was = "with" if any(trained[name] for name in _UNIT) else "without"
+        print(f"note: {path} was trained {was} --normalize_sr_dict_feature, evaluated not so")
+
+
+def _epoch(path: Path) -> int | None:
+    try:
+        return epoch_of(path, flag="load_path")
+    except UserError as error:
+        print(f"note: the epoch is not known ({error})")
+        return None
+
+
+def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """The flags that numbers depend on, of those read so far. without: more that do not count."""
+    values = flags.as_dict()
+    return {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
+
+
+def identity(images: ImageSet) -> dict[str, Any]:
+    """What distinguishes a set of images from others, for results."""
+    return {"images": len(images), "fingerprint": images.fingerprint}
