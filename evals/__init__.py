@@ -67,6 +67,8 @@ class Eval:
 # A stage-2 file holds the stage-1 network; linear heads leave it as it was.
 _CONTRASTIVE = ("simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI", "sup_linear", "sup_CSI_linear", "cocsr_dict")
 _LABELLED = ("sup_linear", "sup_CSI_linear")
+# Their linear head is a probe on detached features, trained beside the contrastive loss.
+_PROBED = ("sup_simclr", "sup_simclr_CSI")
 _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
@@ -116,7 +118,7 @@ EVALS: dict[str, Eval] = {
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
     "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), _LABELLED),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
-    "test_acc": _classification(False, _LABELLED, ("sup_linear",)),
+    "test_acc": _classification(False, (*_PROBED, *_LABELLED), (*_PROBED, "sup_linear")),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
 }
 

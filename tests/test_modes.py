@@ -92,6 +92,35 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
     assert script(mode).main(args) == 0 and "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", [*STAGE1, *STAGE2])
+def test_evaluation_and_t_sne_need_nothing_but_the_run(mode, trained, tmp_path, monkeypatch, capsys):
+    """From another folder, and under other defaults than those of training."""
+    folder = shutil.copytree(trained(mode)[1], tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main(["--load_path", str(folder)]) == 0
+    (found,) = [*folder.glob("result_*.json"), *folder.glob("accuracy_*.json")]
+    result = json.loads(found.read_text())
+    assert result["mode"] == next(name for name, row in EVALS.items() if mode in row.default_for)
+    assert (result["dataset"], result["flags"]["image_size"]) == ("folder", 8)
+    if mode in ("simclr_CSI", "cocsr_dict"):
+        assert (result["flags"]["shift_trans_type"], result["flags"]["mix_alpha"]) == ("rot_bmix", 0.2)
+    assert tsne.main(["--load_path", str(folder)]) == 0 and list(folder.glob("*.png"))
+    assert "trained with" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", STARTS)
+def test_what_starts_from_a_run_needs_nothing_else_and_becomes_what_all_flags_make(mode, trained, tmp_path):
+    args, folder = trained(mode)
+    start, flag = trained(STARTS[mode][0])[1], STARTS[mode][1]
+    own = ["--mode", mode, flag, str(start), "--batch_size", "16", *EXTRA.get(mode, ["--epochs", "1"])]
+    assert script(mode).main([*own, "--log_root", str(tmp_path)]) == 0
+    (again,) = tmp_path.iterdir()
+    (one,), (two,) = folder.glob("last.*model"), again.glob("last.*model")
+    assert again.name == folder.name
+    a, b = (torch.load(file, weights_only=True) for file in (one, two))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 @pytest.mark.parametrize("given, expected", [([], 0.07), (["--temperature", "0.3"], 0.3)])
 def test_labelled_modes_have_a_temperature_of_their_own(given, expected, pictures, tmp_path, monkeypatch):
     import training.modes.simclr as simclr

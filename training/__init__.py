@@ -109,23 +109,29 @@ def _contrastive(
     )
 
 
-def _linear(shifts: Callable[[Flags], ShiftSpec]) -> Mode:
-    specs = (*_ALL, *_VIEWS, RateSpec)
-    return Mode(
-        partial(sup_linear.build, shifts=shifts), specs, _labelled, shifts, start=Start("load_path", ("last.model",))
-    )
+def _linear(shifts: Callable[[Flags], ShiftSpec], defaults: Mapping[str, Any] = {}) -> Mode:
+    build, specs = partial(sup_linear.build, shifts=shifts), (*_ALL, *_VIEWS, RateSpec)
+    start = Start("load_path", ("last.model",))
+    return Mode(build, specs, _labelled, shifts, defaults=defaults, start=start)
 
 
 _TEMPERATURE = {"temperature": 0.07}
+_ROTATION = {"shift_trans_type": "rotation"}
 
 STAGE1: dict[str, Mode] = {
     "simclr": _contrastive(no_shifts, _unlabelled),
     "simclr_CSI": _contrastive(several_shifts, _shifted),
     "sup_simclr": _contrastive(no_shifts, _labelled, labelled=True, defaults=_TEMPERATURE),
-    "sup_simclr_CSI": _contrastive(rotations, _labelled, labelled=True, defaults=_TEMPERATURE),
+    "sup_simclr_CSI": _contrastive(rotations, _labelled, labelled=True, defaults=_TEMPERATURE | _ROTATION),
     "sup_linear": _linear(no_shifts),
-    "sup_CSI_linear": _linear(rotations),
-    "rot_trans": Mode(rot_trans.build, (*_ALL, AlignedSpec, MicroBatchSpec, OptimSpec), _unlabelled, rotations),
+    "sup_CSI_linear": _linear(rotations, _ROTATION),
+    "rot_trans": Mode(
+        rot_trans.build,
+        (*_ALL, *_VIEWS, OptimSpec),
+        _unlabelled,
+        rotations,
+        defaults=_ROTATION,
+    ),
 }
 
 STAGE2: dict[str, Mode] = {

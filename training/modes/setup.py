@@ -70,8 +70,9 @@ def rotations(flags: Flags) -> ShiftSpec:
 
     Raises: UserError where --shift_trans_type asks for others.
     """
-    asked = flags.of(ShiftSpec, only=["shift_trans_type"]).shift_trans_type if flags.given("shift_trans_type") else ""
-    if asked not in ("", "rotation"):
+    # Read whether it was given or is the mode's default: weights record it.
+    asked = flags.of(ShiftSpec, only=["shift_trans_type"]).shift_trans_type
+    if flags.given("shift_trans_type") and asked != "rotation":
         raise UserError(f"--shift_trans_type: --mode {mode_of(flags)} is made of the four rotations; leave it out")
     return ShiftSpec("rotation")
 
