@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from common.dist import SINGLE, World
 from common.seed import generator
@@ -98,22 +98,29 @@ class ImageSet:
         first: number of batches to skip. world: each of several ranks gets the images at `Shard.indices` only.
         """
         for step, index in enumerate(parts[first:], first):
-            shape = (loading.views, len(index))
-            local: Tensor | slice = slice(None)
-            if world.size > 1:
-                shard = world.shard(len(index))
-                index, local = index[shard.indices(index.device)], shard.indices(self.device)
-            x = self._pixels(index)
-            views = [to_channels(x, loading.channels or self.channels)] * loading.views
-            if loading.pad:
-                gen = generator(seed, "pad-and-crop", epoch, step, device=self.device)
-                start = torch.randint(2 * loading.pad + 1, (*shape, 2), device=self.device, generator=gen)[:, local]
-                views = [pad_and_crop(x, loading.pad, at) for x, at in zip(views, start, strict=True)]
-            if loading.flip:
-                gen = generator(seed, "flip", epoch, step, device=self.device)
-                flip = (torch.rand(shape, device=self.device, generator=gen) < 0.5)[:, local]
-                views = [hflip(x, flip_B) for x, flip_B in zip(views, flip, strict=True)]
-            yield torch.stack(views)
+            yield self._load(index, loading, (seed, epoch, step), world)
+
+    def _load(self, index: Tensor, loading: Loading, which: tuple[int, int, int], world: World) -> Tensor:
+        """One batch; which: seed, epoch and step."""
+        shape = (loading.views, len(index))
+        local: Tensor | slice = slice(None)
+        if world.size > 1:
+            shard = world.shard(len(index))
+            index, local = index[shard.indices(index.device)], shard.indices(self.device)
+        x = self._pixels(index)
+        views = [to_channels(x, loading.channels or self.channels)] * loading.views
+        if loading.pad:
+            gen = self._generator("pad-and-crop", which)
+            start = torch.randint(2 * loading.pad + 1, (*shape, 2), device=self.device, generator=gen)[:, local]
+            views = [pad_and_crop(x, loading.pad, start_B) for x, start_B in zip(views, start, strict=True)]
+        if loading.flip:
+            flip = torch.rand(shape, device=self.device, generator=self._generator("flip", which))[:, local] < 0.5
+            views = [hflip(x, flip_B) for x, flip_B in zip(views, flip, strict=True)]
+        return torch.stack(views)
+
+    def _generator(self, purpose: str, which: tuple[int, int, int]) -> Generator:
+        seed, epoch, step = which
+        return generator(seed, purpose, epoch, step, device=self.device)
 
     def where(self, keep: Tensor) -> "ImageSet":
         """The images where `keep` (N,) is true; all of them have the fingerprint of this set."""
