@@ -55,6 +55,8 @@ class FlagInfo:
 
     def check(self, name: str, value: Any) -> None:
         """Raises: UserError that names the flag where a number, or one of several, is out of range or no number."""
+        if (self.above, self.at_least, self.at_most) == (-math.inf, -math.inf, math.inf):
+            return
         for number in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(number, (int, float)) or isinstance(number, bool):
                 continue

@@ -1,8 +1,8 @@
 """Aligned (SimCLR) augmentation of image batches on their device: draw the parameters, then apply them.
 
-Letters: V views. Images are (V, 3, H, W) floats in [0, 1], colours are computed on their three planes. Drawing and
-applying are apart so that the draws of a whole data set can be made once and sliced by index: no view depends on the
-batch it is computed in.
+Images are (B, 3, H, W) floats in [0, 1]; here B counts the views of a batch. Colours are computed on the three planes.
+Parameters are drawn apart from their use, so that those of a whole data set can be drawn once and indexed: no view
+depends on the batch it is computed in. Dimension letters: see `datasets`.
 Source: SimCLR (Chen et al. 2020), as CSI (Tack et al. 2020) runs it on the device.
 """
 
@@ -20,7 +20,7 @@ from common.flags import Spec, flag
 
 _TRIES = 10
 
-# Red, green and blue, (V, H, W) each: `torch.compile` fuses what is done to planes, not what picks them out of images.
+# Red, green and blue, (B, H, W) each: `torch.compile` fuses operations on planes, not the slicing of planes.
 Planes = tuple[Tensor, Tensor, Tensor]
 
 
@@ -55,24 +55,24 @@ class AlignedSpec(Spec, group="shifts and augmentation"):
 
 @dataclass(frozen=True)
 class AlignedDraw:
-    """Drawn parameters of V views; `draw[index]` takes some of them."""
+    """Drawn parameters of B views; `draw[index]` takes some of them."""
 
-    jitter: Tensor  # (V,) bool: whether colours change at all
-    hsv_first: Tensor  # (V,) bool: HSV jitter before contrast
-    contrast: Tensor  # (V,) factor about the image's mean
-    hue: Tensor  # (V,) times 255 / 360 is added to a hue in [0, 1)
-    saturation: Tensor  # (V,) factor
-    value: Tensor  # (V,) factor
-    gray: Tensor  # (V,) bool
-    box: Tensor | None  # (V, 4): width, height, centre x, centre y of the crop in half images; None: whole images
+    jitter: Tensor  # (B,) bool: whether colours change at all
+    hsv_first: Tensor  # (B,) bool: HSV jitter before contrast
+    contrast: Tensor  # (B,) factor about the image's mean
+    hue: Tensor  # (B,) times 255 / 360 is added to a hue in [0, 1)
+    saturation: Tensor  # (B,) factor
+    value: Tensor  # (B,) factor
+    gray: Tensor  # (B,) bool
+    box: Tensor | None  # (B, 4): width, height, centre x, centre y of the crop in half images; None: whole images
 
     def __getitem__(self, index: Tensor) -> "AlignedDraw":
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         chosen: dict[str, Any] = {name: None if value is None else value[index] for name, value in values.items()}
         return AlignedDraw(**chosen)
 
-    def spare(self, colours: Tensor, crop: Tensor) -> "AlignedDraw":
-        """The same draw, but views where `colours` (V,) is true keep their colours and those of `crop` their frame."""
+    def disable(self, colours: Tensor, crop: Tensor) -> "AlignedDraw":
+        """The same draw without colour changes where `colours` (B,) is true, and without crop where `crop` is true."""
         box = self.box
         if box is not None:
             box = torch.where(crop[:, None], _whole(box), box)
@@ -80,16 +80,19 @@ class AlignedDraw:
 
 
 def _whole(box: Tensor) -> Tensor:
-    """The box (4,) of a whole image, made where it is wanted: a copy from the host would wait for the device."""
+    """The box (4,) of a whole image, made on its device: a transfer from the host would make the host wait."""
     return (torch.arange(4, device=box.device) < 2).to(box.dtype)
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Uniform in [0, 1): what the parameters of V views are made of, so that what is drawn depends on no strength."""
+    """Uniform numbers in [0, 1) from which `draw_of` makes the parameters of B views.
 
-    colours: Tensor  # (7, V)
-    tries: Tensor | None  # (4, V, tries), of `draw_tries`; None: nothing is cropped
+    They are drawn first, so that no draw depends on the strength of the augmentation.
+    """
+
+    colours: Tensor  # (7, B)
+    tries: Tensor | None  # (4, B, tries), of `draw_tries`; None: nothing is cropped
 
     def __getitem__(self, index: Tensor) -> "Numbers":
         return Numbers(self.colours[:, index], None if self.tries is None else self.tries[:, index])
@@ -102,7 +105,7 @@ def draw_numbers(n: int, spec: AlignedSpec, generator: Generator) -> Numbers:
 
 
 def draw_of(numbers: Numbers, size: tuple[int, int], spec: AlignedSpec) -> AlignedDraw:
-    """The parameters of V views of (H, W) = `size` that the numbers stand for."""
+    """The parameters of B views of (H, W) = `size` that follow from the numbers."""
     s = spec.color_jitter_strength
     low, high = max(0.0, 1 - 0.4 * s), 1 + 0.4 * s
     jitter, hsv_first, contrast, hue, saturation, value, gray = numbers.colours
@@ -124,7 +127,7 @@ def draw_aligned(n: int, size: tuple[int, int], spec: AlignedSpec, generator: Ge
 
 
 def draw_tries(n: int, generator: Generator) -> Tensor:
-    """What `crop_boxes` makes n boxes of, whatever the size of the images: (4, n, tries) uniform in [0, 1)."""
+    """Uniform numbers in [0, 1) for `crop_boxes`, (4, n, tries); they do not depend on the size of the images."""
     return torch.rand(4, n, _TRIES, device=generator.device, generator=generator)
 
 
@@ -159,7 +162,7 @@ def crop_boxes(tries: Tensor, size: tuple[int, int], spec: AlignedSpec) -> Tenso
 
 
 def aligned(x: Tensor, draw: AlignedDraw) -> Tensor:
-    """Jitter, grey and crop the views (V, 3, H, W) by their draws. Flips come before the shift, hence not here.
+    """Jitter, grey and crop the views (B, 3, H, W) by their draws. Flips come before the shift, so they are not here.
 
     Raises: ValueError for other than three channels.
     """
@@ -170,12 +173,12 @@ def aligned(x: Tensor, draw: AlignedDraw) -> Tensor:
 
 
 def crop_only(x: Tensor, draw: AlignedDraw) -> Tensor:
-    """The crop of `aligned` on its own."""
+    """The crop of `aligned` alone."""
     return x if draw.box is None else crop(x, draw.box)
 
 
 def hflip(x: Tensor, flip: Tensor) -> Tensor:
-    """Mirror the images where `flip` (V,) is true."""
+    """Mirror the images where `flip` (B,) is true."""
     return torch.where(flip.view(-1, 1, 1, 1), x.flip(-1), x)
 
 
@@ -193,9 +196,9 @@ def jitter(x: Planes, draw: AlignedDraw) -> Planes:
 
 
 def _choose(chosen: Tensor, yes: Planes, no: Planes) -> Planes:
-    """`yes` of the images where `chosen` (V,) is true, bit for bit, and `no` of the others.
+    """Exactly `yes` for the images where `chosen` (B,) is true, and `no` for the others.
 
-    By factors of 0 and 1: on a CPU half the time of `torch.where`, which takes its condition pixel by pixel.
+    Multiplying by 0 and 1 takes half the time of `torch.where` on a CPU, which reads its condition pixel by pixel.
     """
     weight = _per_plane(chosen.to(yes[0].dtype))
     red, green, blue = ((a * weight).add_(b * (1 - weight)) for a, b in zip(yes, no, strict=True))
@@ -203,7 +206,7 @@ def _choose(chosen: Tensor, yes: Planes, no: Planes) -> Planes:
 
 
 def contrast(x: Planes, factor: Tensor) -> Planes:
-    """Scale each image about the mean of each of its planes by `factor` (V,); clamped to [0, 1]."""
+    """Scale each image about the mean of each of its planes by `factor` (B,); clamped to [0, 1]."""
     scale = _per_plane(factor)
     # Not `lerp`, which a CPU computes pixel by pixel where a weight stands for an image.
     red, green, blue = (
@@ -213,10 +216,10 @@ def contrast(x: Planes, factor: Tensor) -> Planes:
 
 
 def rgb_to_hsv(x: Tensor) -> Tensor:
-    """(V, 3, H, W) RGB in [0, 1] to hue in [0, 1), saturation and value in [0, 1].
+    """(B, 3, H, W) RGB in [0, 1] to hue in [0, 1), saturation and value in [0, 1].
 
-    The hue is the angle in the colour circle, as published, not in the hexagon that `hsv_to_rgb` inverts: there and
-    back moves a hue by up to 1.1 degrees.
+    The hue is the angle in the colour circle, as in the published code, while `hsv_to_rgb` inverts the hexagonal hue:
+    a round trip moves a hue by up to 1.1 degrees.
     """
     r, g, b = x.unbind(1)
     value = x.amax(1)
@@ -233,7 +236,7 @@ def hsv_to_rgb(hsv: Tensor) -> Tensor:
 
 
 def _from_hexagon(hue6: Tensor, chroma: Tensor, value: Tensor) -> Planes:
-    """RGB of hue6 in [0, 6), chroma and value, (V, H, W) each.
+    """RGB of hue6 in [0, 6), chroma and value, (B, H, W) each.
 
     Red is v - c + c clamp(|h - 3| - 1, 0, 1), green and blue v - c + c clamp(2 - |h - 2|, 0, 1) and the same with 4:
     the hexagonal wave of `hsv_to_rgb`, written so that it takes few passes over memory.
@@ -248,7 +251,7 @@ def _from_hexagon(hue6: Tensor, chroma: Tensor, value: Tensor) -> Planes:
 
 
 def hsv_jitter(x: Planes, hue: Tensor, saturation: Tensor, value: Tensor) -> Planes:
-    """Add `hue` * 255 / 360 to the hue, scale saturation and value, each (V,); clamped to [0, 1].
+    """Add `hue` * 255 / 360 to the hue, scale saturation and value, each (B,); clamped to [0, 1].
 
     The same as `hsv_to_rgb` of changed `rgb_to_hsv`, without the planes in between: half the time on a CPU, where the
     remainder by `floor` takes a sixth of the time of `remainder`.
@@ -266,14 +269,14 @@ def hsv_jitter(x: Planes, hue: Tensor, saturation: Tensor, value: Tensor) -> Pla
 
 
 def gray(x: Planes, chosen: Tensor) -> Planes:
-    """Replace the images where `chosen` (V,) is true by their luminance in three equal planes."""
+    """Replace the images where `chosen` (B,) is true by their luminance in three equal planes."""
     r, g, b = x
     luminance = (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
     return _choose(chosen, (luminance, luminance, luminance), x)
 
 
 def crop(x: Tensor, box: Tensor) -> Tensor:
-    """Crop each image to its box (V, 4), which lies within it, and resize to full size by bilinear sampling."""
+    """Crop each image to its box (B, 4), which must lie within it, and resize to full size by bilinear sampling."""
     if x.device.type == "cpu":
         return _crop_by_rows(x, box)
     theta = x.new_zeros(len(x), 2, 3)
@@ -286,8 +289,8 @@ def crop(x: Tensor, box: Tensor) -> Tensor:
 def _crop_by_rows(x: Tensor, box: Tensor) -> Tensor:
     """`crop`, first along the width, then along the height: a fourth of the time of `grid_sample` on a CPU.
 
-    The pixels along the direction at hand become rows of a table, of which each new row is a weighted sum of two. The
-    result lies in memory channels last, as networks want it.
+    Pixels along one direction become rows of a table, and each new row is a weighted sum of two of them. The result has
+    channels-last memory format, as the networks.
     """
     views, channels, height, width = x.shape
     columns = x.permute(0, 3, 1, 2).reshape(views, width, channels * height)
@@ -297,7 +300,7 @@ def _crop_by_rows(x: Tensor, box: Tensor) -> Tensor:
 
 
 def _resample(x: Tensor, scale: Tensor, centre: Tensor) -> Tensor:
-    """Rows of x (V, n, .) at n places spread over `scale` of its length about `centre` in half lengths, (V,) each."""
+    """Rows of x (B, n, .) at n places spread over `scale` of its length about `centre` in half lengths, (B,) each."""
     views, n, _ = x.shape
     place = torch.arange(1, 2 * n, 2, device=x.device) / n - 1
     place = (((place * scale[:, None] + centre[:, None] + 1) * n - 1) / 2).clamp(0, n - 1)

@@ -1,6 +1,6 @@
-"""The data sets the project knows. `DATASETS` is the table.
+"""The table of data sets, `DATASETS`.
 
-Most are read into memory (`datasets.sets`); the training pictures of ImageNet-30 are decoded as they are needed
+Most are read into memory (`datasets.sets`); the training pictures of ImageNet-30 are decoded during training
 (`datasets.pictures`).
 """
 
@@ -44,9 +44,10 @@ _IMAGENET30 = Layout("one_class_train", "one_class_test")
 class DataSource(Spec, group="data"):
     """Where and how to read a data set; field names but `normal` are flag names. image_size None: the set's own.
 
-    image_cache: folder for decoded pixels of sets that are decoded while training; None: decode each time.
-    max_megapixels, value_range, normal: see `Reader`; normal reads the training pictures of the data set that a command
-    is about, and its range goes for all that the command reads. None: each data set has its own.
+    image_cache: folder for decoded pixels of sets that are decoded during training; None: decode each time.
+    max_megapixels, value_range: see `Reader`.
+    normal: reads the training pictures of the data set that a command is about; all that the command reads then has the
+    same range of values. None: each data set has its own range.
     """
 
     data_path: str = path_flag("../Data/", "folder of the data sets", origin="place")
@@ -80,13 +81,13 @@ class DataSource(Spec, group="data"):
 
     @classmethod
     def of(cls, flags: Flags, dataset: str, *, training: bool = False) -> "DataSource":
-        """From the flags; only those that reading `dataset` depends on, for training or for evaluation, are read."""
+        """From the flags; reads only those that loading `dataset` for training, or for evaluation, depends on."""
         spec = DATASETS[dataset]
         source = flags.of(cls, only=[flag for flag in spec.flags if training or flag != "image_cache"])
         return replace(source, normal=spec.reader and spec.reader(source))
 
     def reader(self, paths: Callable[[], Sequence[Path]]) -> Reader:
-        """How to read pictures; their range is that of `paths` where `normal` has none."""
+        """How to read pictures. The range of values is that of `normal`, or found from `paths` if that has none."""
         limits = {"value_range": self.value_range, "max_megapixels": self.max_megapixels}
         return Reader(paths, before=self.normal, threads=self.num_worker, **limits)  # type: ignore[arg-type]
 
@@ -98,12 +99,13 @@ class DatasetSpec:
     load: (source, split "train" or "test", label to keep or None for all) -> ImageSet; sets that are grey by nature
     have one channel, all others three.
     classes: source -> names of the classes, in label order.
-    flags: what of a `DataSource` it depends on.
-    n_train_classes: source -> how many of the classes can be normal; the linear head has one output for each.
-    stream: (source, crop, label) -> training pictures that are decoded, cropped and flipped while training runs.
+    flags: the fields of a `DataSource` that it depends on.
+    n_train_classes: source -> the number of classes of the training split, the outputs of a linear head; None: all.
+    stream: (source, crop, label) -> training pictures that are decoded, cropped and flipped during training; None:
+    training uses `load`.
     reader: source -> the Reader of the training pictures, for sets of files.
-    groups: coarse classes, name -> labels, by --superclasses, where one-class training takes those instead (CIFAR-100).
-    image_size: pixels on a side where the flag does not say otherwise; None: the model's.
+    image_size: default pixels on a side; None: the model's.
+    groups: coarse classes, name -> labels, for each value of --superclasses; one-class training uses them (CIFAR-100).
     """
 
     load: Callable[[DataSource, str, int | None], ImageSet]
@@ -119,7 +121,7 @@ class DatasetSpec:
 def resize(images: Tensor, size: int | None) -> Tensor:
     """(N, channels, H, W) uint8 images to (N, channels, size, size), bilinear."""
     if size is not None and images.shape[2:] != (size, size):
-        # In blocks: floats of a whole set would take four times its memory at the new size.
+        # In blocks: floats of the whole set would take four times its memory at the new size.
         shrinks = size < images.shape[2]
         blocks = [
             F.interpolate(block.float(), (size, size), mode="bilinear", antialias=shrinks, align_corners=False)
@@ -137,10 +139,10 @@ def _resized(images: Tensor, labels: np.ndarray | list[int], size: int | None, l
     data = image_set(images, labels)
     if label is not None:
         data = data.where(data.labels == label)
-    # In blocks: bytes of a whole set would take its memory once more.
+    # In blocks: bytes of the whole set would take its memory once more.
     parts = [data.labels, *data.images.split(1024)]
-    mark = combined(part.contiguous().numpy().tobytes() for part in parts)
-    return replace(data, images=resize(data.images, size), fingerprint=mark)
+    found = combined(part.contiguous().numpy().tobytes() for part in parts)
+    return replace(data, images=resize(data.images, size), fingerprint=found)
 
 
 def _digits(source: DataSource, split: str, label: int | None) -> ImageSet:
@@ -155,7 +157,7 @@ def _digits(source: DataSource, split: str, label: int | None) -> ImageSet:
 
 
 def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str, int | None], ImageSet]:
-    """A loader of torchvision's data set `name`; by_split: it takes split=, not train=."""
+    """A loader of the data set `name` of torchvision; by_split: its argument is split=, not train=."""
 
     def load(source: DataSource, split: str, label: int | None) -> ImageSet:
         import torchvision.datasets
@@ -184,7 +186,7 @@ def _torchvision(name: str, by_split: bool = False) -> Callable[[DataSource, str
 
 
 def _mnist(name: str) -> Callable[[DataSource, str, int | None], ImageSet]:
-    """A loader of MNIST or a set of its format: the packed files where they lie, else through torchvision."""
+    """A loader of MNIST or a set in its format: reads the compressed files in place, or else uses torchvision."""
     through_torchvision = _torchvision(name)
 
     def load(source: DataSource, split: str, label: int | None) -> ImageSet:
@@ -192,7 +194,7 @@ def _mnist(name: str) -> Callable[[DataSource, str, int | None], ImageSet]:
         files = [stem.with_name(f"{stem.name}-{kind}-ubyte.gz") for kind in ("images-idx3", "labels-idx1")]
         if not all(file.is_file() for file in files):
             return through_torchvision(source, split, label)
-        # torchvision takes packed files only with its own checksums and unpacks them beside; data may be read-only.
+        # torchvision accepts only files with known checksums, and unpacks them into the folder, which may be read-only.
         images, labels = (_read_idx(file) for file in files)
         if images.ndim != 3 or labels.shape != images.shape[:1]:
             raise UserError(f"--data_path: {files[0]} and {files[1].name} do not belong together")
@@ -202,14 +204,14 @@ def _mnist(name: str) -> Callable[[DataSource, str, int | None], ImageSet]:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """A packed file of unsigned bytes in MNIST's format: two zeros, type 8, the number of axes, their sizes, data."""
+    """Read a compressed file of unsigned bytes in MNIST's format: two zeros, type 8, number of axes, sizes, data."""
     try:
         with gzip.open(path) as file:
             data = file.read()
         axes = np.frombuffer(data, ">i4", data[3], offset=4)
         return np.frombuffer(data, np.uint8, offset=4 + 4 * len(axes)).reshape(axes).copy()
     except (OSError, EOFError, ValueError, IndexError, zlib.error):
-        raise UserError(f"--data_path: {path} is damaged; remove it and add --download_data") from None
+        raise UserError(f"--data_path: {path} is corrupt; remove it and add --download_data") from None
 
 
 def _names(*names: str) -> Callable[[DataSource], list[str]]:
@@ -217,18 +219,18 @@ def _names(*names: str) -> Callable[[DataSource], list[str]]:
 
 
 def pictures_in_memory(pictures: list[Picture], source: DataSource, short_side: int | None = None) -> ImageSet:
-    """Pictures as an ImageSet: the middle of each at `source.image_size`, its short side resized to `short_side`."""
+    """Pictures as an ImageSet: centre crops of `source.image_size` pixels, the short side resized to `short_side`."""
     reader = source.reader(lambda: [picture.path for picture in pictures])
     size, skip_bad = source.image_size or 32, source.skip_bad_images
-    images, good, mark = read_pictures(
+    images, good, found = read_pictures(
         pictures, reader, size=size, short_side=short_side, threads=source.num_worker, skip_bad=skip_bad
     )
     labels, paths = [pictures[n].label for n in good], [str(pictures[n].path) for n in good]
-    return replace(image_set(images, labels, paths), fingerprint=mark)
+    return replace(image_set(images, labels, paths), fingerprint=found)
 
 
 def _of_training(source: DataSource, root: Path, layout: Layout = _FOLDER) -> Reader:
-    """Reads pictures in the range of the training split."""
+    """A reader with the range of values of the training split."""
     return source.normal or source.reader(partial(training_paths, root, layout))
 
 
@@ -243,7 +245,7 @@ def _imagenet_root(source: DataSource) -> Path:
 
 
 def imagenet_short_side(side: int) -> int:
-    """What the short side of a picture is resized to before a crop of `side` pixels: 256 before 224."""
+    """The length to which the short side is resized before a crop of `side` pixels: 256 for 224."""
     return round(side * 8 / 7)
 
 
@@ -259,22 +261,22 @@ def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -
     pictures = find_pictures(root, "train", label=label, layout=_IMAGENET30)
     reader = _of_training(source, root, _IMAGENET30)
     if any(picture.path.suffix.lower() not in (".jpg", ".jpeg") for picture in pictures):
-        reader.find_range()  # Else each process that decodes would look for it.
+        reader.find_range()  # Otherwise each process that decodes would find it again.
     side, workers, skip_bad = source.image_size or 224, source.num_worker, source.skip_bad_images
     short_side = imagenet_short_side(side)
     paths = [picture.path for picture in pictures]
     pixels: Pixels
     if source.image_cache is not None:
         decoded, cache = Decoded(paths, short_side, reader), Path(source.image_cache)
-        pixels, good, found = open_cache(decoded, cache, workers=workers, skip_bad=skip_bad)
-        mark = fingerprint([pictures[n] for n in good], found)
+        pixels, good, of_files = open_cache(decoded, cache, workers=workers, skip_bad=skip_bad)
+        found = fingerprint([pictures[n] for n in good], of_files)
     else:
-        good, mark = list(range(len(paths))), ""
-        if skip_bad:  # No way to tell but to decode them all once.
-            _, good, mark = read_pictures(pictures, reader, size=1, threads=workers, skip_bad=True)
+        good, found = list(range(len(paths))), ""
+        if skip_bad:  # Only decoding shows which can be read.
+            _, good, found = read_pictures(pictures, reader, size=1, threads=workers, skip_bad=True)
         pixels = Decoded([paths[n] for n in good], short_side, reader)
-        mark = mark or fingerprint(pictures, digests(paths, workers))
-    return PictureSet(pixels, torch.tensor([pictures[n].label for n in good]), crop, side, workers, fingerprint=mark)
+        found = found or fingerprint(pictures, digests(paths, workers))
+    return PictureSet(pixels, torch.tensor([pictures[n].label for n in good]), crop, side, workers, fingerprint=found)
 
 
 _TEN = _names(*"0123456789")
@@ -320,7 +322,7 @@ _STANDARD = {
 def _as_published(labels: tuple[int, ...]) -> tuple[int, ...]:
     """A superclass in the tables of CSI and its successors, where the labels 25 to 38 are one too high, and 39 is 25.
 
-    As if `keyboard` (39) stood in the alphabet as `computer_keyboard`. Kept, since published figures are of it.
+    They sort `keyboard` (39) as `computer_keyboard`. It is kept because published results were made with it.
     """
     return tuple(sorted(25 if n == 39 else n + 1 if 25 <= n < 39 else n for n in labels))
 

@@ -1,6 +1,7 @@
-"""One picture file, read as a person would expect to see it: upright, three channels of 8 bits.
+"""Read a picture file as a viewer would show it: upright, three channels of 8 bits.
 
-Pictures of more than 8 bits per sample need a range of values: the same for all pictures of a command (`Reader`).
+Pictures with more than 8 bits per sample are scaled from a range of values, the same for all pictures of a command
+(`Reader`).
 """
 
 import logging
@@ -21,23 +22,23 @@ from common.errors import UserError
 from common.progress import progress
 from datasets.listing import common_folder, printable
 
-# The limit is --max_megapixels. Pillow's own would refuse what a higher one allows.
+# The limit is --max_megapixels; Pillow's own limit would apply even where that is higher.
 Image.MAX_IMAGE_PIXELS = None
-# Pillow warns of odd metadata, which the pixels do not depend on; what cannot be read is an error.
+# Pillow warns of odd metadata, on which the pixels do not depend; unreadable pictures are errors.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 _FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "AVIF")
 _PLAIN_MODES = frozenset("1 L LA La P PA RGB RGBA RGBa RGBX CMYK YCbCr LAB HSV".split())
-# Where a range may end; it begins at 0.
+# Possible upper ends of a range; the lower end is 0.
 _TOPS = {"integers": (255, 1023, 4095, 16383, 65535), "floats": (1, 255, 65535)}
-# Longer pictures are cut to this many times their short side, or resizing one line of pixels would fill the memory.
+# Longer pictures are cropped to this many times their short side: resizing a picture one pixel high would fill memory.
 _LONGEST = 32
 _FINDING = threading.RLock()
 
 
 def check_reading(max_megapixels: float, value_range: Sequence[float] | None) -> None:
-    """Raises: UserError for values of these flags that make no sense."""
+    """Raises: UserError for invalid values of these flags."""
     if not max_megapixels > 0:
         raise UserError(f"--max_megapixels must be > 0, got {max_megapixels}")
     if value_range is not None and not (value_range[0] < value_range[1] and np.isfinite(value_range).all()):
@@ -50,7 +51,7 @@ def unreadable(path: Path, error: object, flag: str = "--data_path") -> UserErro
 
 
 def reason(path: Path, error: Exception) -> str:
-    """Why a picture cannot be read, with the remedy where there is one."""
+    """Why a picture cannot be read, with the remedy if there is one."""
     if not isinstance(error, UnidentifiedImageError):
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
     with open(path, "rb") as file:
@@ -66,17 +67,19 @@ def reason(path: Path, error: Exception) -> str:
     if head.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL is not readable here: convert it to PNG or JPEG"
     if head.startswith((b"II*\0", b"MM\0*")):
-        return "a TIFF of a layout that is not readable here, or damaged: convert it to grey or RGB of 8 or 16 bits"
-    return "no picture of a kind that can be read, or its header is damaged"
+        return "a TIFF of a layout that is not readable here, or corrupt: convert it to grey or RGB of 8 or 16 bits"
+    return "no picture of a kind that can be read, or its header is corrupt"
 
 
 class Reader:
     """How the pictures of a set are read.
 
-    paths: the pictures that the range of values is found from, once, when the first one occurs that needs it: the
-    smallest of the usual ranges that holds the largest value. Integers and floats have one each. before: whose range
-    goes first, where it has one (that of the training split). value_range: lowest and highest value instead; what lies
-    beyond them is clipped. max_megapixels: larger pictures are refused. threads: that look for the range.
+    The range of values is found once, when a picture first needs it: the smallest usual range that holds the largest
+    value of `paths`. Integers and floats have one range each.
+    paths: returns the pictures from which the range is found.
+    before: a reader whose range takes precedence, if it has one (that of the training split).
+    value_range: lowest and highest value, in place of the range that would be found; others are clipped.
+    max_megapixels: larger pictures are an error. threads: used to find the range.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Reader:
             if picture.format == "TIFF":
                 tags = picture.tag_v2  # type: ignore[attr-defined]
                 if not {273, 324, 513} & tags.keys():  # libtiff would print all that it dislikes
-                    raise ValueError("its header is damaged: it does not say where the pixels are")
+                    raise ValueError("its header is corrupt: it does not say where the pixels are")
                 if 0 in tags.get(338, ()):  # extra samples that are no alpha, which Pillow would drop
                     bands = tags.get(277, 1)
                     raise ValueError(f"{bands} bands, of which not all are colour or alpha: convert it to RGB or grey")
@@ -112,8 +115,8 @@ class Reader:
     def rgb(self, path: Path, draft: int | None = None) -> Image.Image:
         """The picture upright, three channels of 8 bits.
 
-        draft: a short side that will do; large JPEGs are decoded at the smallest eighth that has it.
-        Raises: what Pillow does for damaged files, ValueError for pictures that have no natural look.
+        draft: a short side that suffices; large JPEGs are decoded at the smallest multiple of 1/8 that has it.
+        Raises: the errors of Pillow for corrupt files; ValueError for pictures without a defined appearance.
         """
         with self.open(path) as picture:
             if draft is not None:
@@ -121,7 +124,7 @@ class Reader:
             return self.to_rgb(ImageOps.exif_transpose(picture), path.name)
 
     def to_rgb(self, picture: Image.Image, name: str = "") -> Image.Image:
-        """16-bit and float ones are scaled to 8 bits, transparent ones laid on white, palettes and grey expanded."""
+        """16-bit and float pictures are scaled to 8 bits, transparent ones get a white background, all become RGB."""
         if kind := _kind(picture):
             values = np.asarray(picture)
             low, high = self._range(kind, values, name)
@@ -138,17 +141,17 @@ class Reader:
         return picture.convert("RGB")
 
     def report_remarks(self, place: Path) -> None:
-        """Print which of the pictures read so far do not fit their range well."""
+        """Print which of the pictures read so far do not fit the range of values well."""
         for remark, names in self._remarks.items():
             some = ", ".join(map(printable, sorted(names)[:5])) + (", ..." if len(names) > 5 else "")
             print(f"note: {printable(place)}: {len(names)} with {remark} ({some}); --value_range LOW HIGH sets another")
 
     def settings(self) -> list[Any]:
-        """What the pixels depend on besides the files, as far as it is known."""
+        """What the pixels depend on besides the files, as far as it is known by now."""
         return [self.max_megapixels, self.value_range, self._tops]
 
     def find_range(self) -> dict[str, float]:
-        """The largest value of the range of integers and of floats, of those that occur in `paths`."""
+        """The upper end of the range for each kind of value, integers or floats, that occurs in `paths`."""
         with _FINDING:
             if self._tops is None:
                 paths = self.paths()
@@ -166,12 +169,12 @@ class Reader:
             return self._tops
 
     def _largest(self, path: Path) -> tuple[str, float] | None:
-        """Kind and largest value of a picture that needs a range; None for others and for what is refused."""
+        """Kind and largest value of a picture that needs a range; None for others and for unreadable ones."""
         try:
             with self.open(path) as picture:
                 if kind := _kind(picture):
                     return kind, _extremes(np.asarray(picture), kind)[1]
-        except Exception:  # told when it is read
+        except Exception:  # reported when it is read
             pass
         return None
 
@@ -193,18 +196,18 @@ class Reader:
 
 @cache
 def _formats() -> tuple[str, ...]:
-    """Only what the endings promise: a file that holds another kind (EPS, say) starts no interpreter."""
+    """The formats of the known file endings only: a renamed EPS file, say, must not start an interpreter."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _kind(picture: Image.Image) -> str | None:
-    """Of pictures with more than 8 bits per sample in one band."""
+    """ "floats" or "integers" for a picture with more than 8 bits per sample; None for others."""
     return "floats" if picture.mode == "F" else "integers" if picture.mode.startswith("I") else None
 
 
 def _extremes(values: np.ndarray, kind: str | None) -> tuple[float, float]:
-    """Least and largest value. Raises: ValueError for NaN and infinity; outside the usual ranges of `kind`."""
+    """Smallest and largest value. Raises: ValueError for NaN, infinity, or outside the usual ranges of `kind`."""
     least, most = float(values.min()), float(values.max())
     if not np.isfinite([least, most]).all():
         raise ValueError("it holds NaN or infinity")
@@ -214,9 +217,9 @@ def _extremes(values: np.ndarray, kind: str | None) -> tuple[float, float]:
 
 
 def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """uint8, low at 0 and high at 255."""
+    """Scale linearly to uint8, low to 0 and high to 255."""
     scaled = np.empty(values.shape, np.uint8)
-    # By lines: in float64 a picture of 100 megapixels would take 800 MB.
+    # Line by line: in float64 a picture of 100 megapixels would take 800 MB.
     for line, out in zip(values, scaled, strict=True):
         out[:] = ((line.astype(np.float64).clip(low, high) - low) * 255 / (high - low)).round()
     return scaled
@@ -225,7 +228,7 @@ def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 def read_upright(path: Path, short_side: int, reader: Reader | None = None) -> Image.Image:
     """One picture, upright and RGB, its short side resized to `short_side` with an anti-aliasing filter.
 
-    Of pictures more than 32 times as long as wide it is the middle. reader: how; None: by what the picture itself says.
+    Pictures more than 32 times as long as wide are cropped to their middle. reader: None: one for this picture alone.
     """
     upright = (reader or Reader()).rgb(path, draft=2 * short_side)
     width, height = upright.size
@@ -240,16 +243,16 @@ def read_upright(path: Path, short_side: int, reader: Reader | None = None) -> I
 
 
 def centre(pixels: np.ndarray, size: int) -> np.ndarray:
-    """The middle (3, size, size) of (H, W, 3) pixels."""
+    """The centre crop (3, size, size) of (H, W, 3) pixels."""
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size].transpose(2, 0, 1)
 
 
 def read_picture(path: Path, size: int, short_side: int | None = None, reader: Reader | None = None) -> np.ndarray:
-    """The middle of one picture, (3, size, size) uint8, its short side resized to `short_side`, or to `size`."""
+    """The centre crop of one picture, (3, size, size) uint8, its short side resized to `short_side`, or to `size`."""
     return centre(np.asarray(read_upright(path, short_side or size, reader)), size)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Three channels of 8 bits, as a person would expect to see the picture; its own values give the range."""
+    """Three channels of 8 bits, as a viewer would show the picture; the range of values is found from it alone."""
     return Reader().to_rgb(picture)

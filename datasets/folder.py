@@ -1,4 +1,4 @@
-"""Pictures in folders: `<root>/{train,test}/<class>/*`, and what is read of them."""
+"""Pictures in folders, `<root>/{train,test}/<class>/*`: finding, reading and fingerprints."""
 
 import hashlib
 import os
@@ -19,9 +19,9 @@ from datasets.listing import ENDINGS, LeftOut, class_folders, common_folder, pic
 from datasets.listing import list_pictures as list_pictures
 from datasets.sets import combined
 
-# Of larger files the two ends and the size tell whether they are the same.
+# Larger files are identified by their size and their two ends.
 _WHOLE, _END = 64 * 1024, 8 * 1024
-# How many pictures that cannot be read are named one by one.
+# At most so many unreadable pictures are named.
 _NAMED = 100
 
 
@@ -34,9 +34,9 @@ class Layout:
 
 
 class Picture(NamedTuple):
-    """A file, and what it is in its set: label, class name ("" in a set without classes), path below the class folder.
+    """A file of a set: path, label, class name ("" in a set without classes), path below the class folder.
 
-    The last two are for the fingerprint.
+    The last two are part of the fingerprint.
     """
 
     path: Path
@@ -69,7 +69,7 @@ def n_train_classes(root: Path, layout: Layout = Layout()) -> int:
 
 
 def find_pictures(root: Path, split: str, *, label: int | None = None, layout: Layout = Layout()) -> list[Picture]:
-    """The pictures of a split ("train" or "test"), or of its class `label`. Says what was left out.
+    """The pictures of a split ("train" or "test"), or of its class `label`. Prints what was left out.
 
     Raises: UserError where there is none.
     """
@@ -97,7 +97,7 @@ def training_paths(root: Path, layout: Layout = Layout()) -> list[Path]:
 
 
 def digest(path: Path) -> bytes:
-    """What tells the content of a file from others': its size and SHA-256, of larger files that of the two ends."""
+    """A digest of a file: its size and the SHA-256 of its content; of larger files, of the first and last 8 KiB."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(_END if size > _WHOLE else -1)
@@ -108,7 +108,7 @@ def digest(path: Path) -> bytes:
 
 
 def digests(paths: Sequence[Path], threads: int) -> list[bytes]:
-    """`digest` of each file; empty for one that cannot be read, which whoever decodes it will tell."""
+    """`digest` of each file; empty for one that cannot be read, since decoding it raises the error."""
 
     def one(path: Path) -> bytes:
         try:
@@ -121,7 +121,7 @@ def digests(paths: Sequence[Path], threads: int) -> list[bytes]:
 
 
 def fingerprint(pictures: Sequence[Picture], digests: Sequence[bytes]) -> str:
-    """What tells these pictures from others, wherever they lie; digests: `digest` of each file."""
+    """A fingerprint of names and contents that does not depend on the folder; digests: `digest` of each file."""
     return combined(
         part
         for picture, found in zip(pictures, digests, strict=True)
@@ -138,10 +138,10 @@ def read_pictures(
     threads: int,
     skip_bad: bool,
 ) -> tuple[np.ndarray, list[int], str]:
-    """The middles of the pictures, (N, 3, size, size) uint8, the places of those it could read, their fingerprint.
+    """Centre crops (N, 3, size, size), uint8, of the readable pictures; their places; their fingerprint.
 
-    short_side: what that of each is resized to; None: `size`.
-    Raises: UserError for a picture that cannot be read, unless `skip_bad`; where none can be.
+    short_side: the length to which the short side is resized first; None: `size`.
+    Raises: UserError for a picture that cannot be read, unless `skip_bad`; if none can be read.
     """
     paths = [picture.path for picture in pictures]
     images = np.empty((len(paths), 3, size, size), np.uint8)
@@ -152,9 +152,9 @@ def read_pictures(
         try:
             found[n] = digest(paths[n])
             images[n] = read_picture(paths[n], size, short_side, reader)
-        except UserError:  # it is not this picture
+        except UserError:  # of another cause than this picture
             raise
-        except Exception as error:  # Pillow raises many kinds for damaged files
+        except Exception as error:  # Pillow raises many types for corrupt files
             why = reason(paths[n], error)
             if not skip_bad:
                 raise unreadable(paths[n], why) from None
@@ -169,12 +169,11 @@ def read_pictures(
     report_skipped({paths[n]: bad[n] for n in sorted(bad)}, len(paths), folder)
     reader.report_remarks(folder)
     good = [n for n in range(len(paths)) if n not in bad]
-    mark = fingerprint([pictures[n] for n in good], [found[n] for n in good])
-    return images[good] if bad else images, good, mark
+    return images[good] if bad else images, good, fingerprint([pictures[n] for n in good], [found[n] for n in good])
 
 
 def report_skipped(bad: dict[Path, str], count: int, folder: Path) -> None:
-    """Say which of `count` pictures were left out, and why. Raises: UserError where all were."""
+    """Print which of `count` pictures were skipped, and why. Raises: UserError where all were."""
     for path, why in list(bad.items())[:_NAMED]:
         print(f"--skip_bad_images: cannot read {printable(path)} ({why})")
     if len(bad) == count:

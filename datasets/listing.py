@@ -1,10 +1,10 @@
-"""Which files count as pictures: one rule for classes, for what lies in them, for outlier sets and `scripts.prepare`.
+"""Which files are pictures: one rule for class folders, their content, outlier sets and `scripts.prepare`.
 
-- Names that begin with . or __ are other programs' (`._x.jpg`, `.ipynb_checkpoints`, `__MACOSX`) and are left out.
-- Of the other files the ending decides.
-- Links are followed, except those to a folder that they lie in. Broken ones are left out.
+- Names that begin with . or __ belong to other programs (`._x.jpg`, `.ipynb_checkpoints`, `__MACOSX`): left out.
+- The extension decides about other files.
+- Links are followed, except to a folder that contains them. Broken links are left out.
 
-One line says how many were left out, and why.
+One printed line reports how many were left out, and why.
 """
 
 import os
@@ -15,9 +15,9 @@ from pathlib import Path
 from common.errors import UserError
 
 ENDINGS = frozenset(".jpg .jpeg .jfif .png .bmp .webp .tif .tiff .gif .avif .avifs .mpo".split())
-# Pictures, but Pillow does not read them.
+# Pictures in formats that Pillow does not support.
 UNREADABLE = frozenset(".heic .heif .jxl".split())
-# What `scripts.prepare` leaves beside the pictures that it makes.
+# A file that `scripts.prepare` writes beside the pictures that it makes.
 PREPARED = "prepared.json"
 
 _FILES, _FOLDERS, _ENDINGS, _BROKEN, _LOOPS = "hidden file", "hidden folder", "ending", "broken link", "loop"
@@ -28,7 +28,7 @@ Identity = tuple[int, int]
 
 
 class LeftOut:
-    """What a listing left out: how many, by reason."""
+    """The number of files that a listing left out, by reason."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -79,9 +79,9 @@ def common_folder(paths: Sequence[Path]) -> Path:
 
 
 def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:
-    """All pictures below `folder`, sorted; none where there is no such folder. Says what it left out.
+    """All pictures below `folder`, sorted; none if it does not exist. Prints what was left out.
 
-    flag: named where a folder may not be listed. Raises: UserError then.
+    flag: the flag that an error names. Raises: UserError for a folder without permission to list it.
     """
     left_out = LeftOut()
     found = pictures_below(folder, left_out, flag)
@@ -90,22 +90,22 @@ def list_pictures(folder: Path, flag: str = "--data_path") -> list[Path]:
 
 
 def pictures_below(folder: Path, left_out: LeftOut, flag: str = "--data_path") -> list[Path]:
-    """As `list_pictures`, adding to `left_out` instead of saying it."""
+    """As `list_pictures`, but counts in `left_out` instead of printing."""
     return sorted(_walk(folder, _around(folder), left_out, flag)) if _is_folder(folder, flag) else []
 
 
 def class_folders(folder: Path, left_out: LeftOut | None = None) -> list[str]:
-    """Names of the class folders in `folder`, sorted; none where there is no such folder."""
+    """Names of the class folders in `folder`, sorted; none if it does not exist."""
     if not _is_folder(folder, "--data_path"):
         return []
     left_out = left_out or LeftOut()
-    folders, files = _look(folder, _around(folder), left_out, "--data_path")
+    folders, files = _scan(folder, _around(folder), left_out, "--data_path")
     left_out.counts[_OUTSIDE] += len(files)
     return sorted(path.name for path in folders)
 
 
 def _is_folder(path: Path, flag: str) -> bool:
-    """Raises: UserError where one may not know."""
+    """Raises: UserError where permission to find out is missing."""
     try:
         return path.is_dir()
     except PermissionError as error:
@@ -118,7 +118,7 @@ def _closed(path: Path, error: OSError, flag: str) -> UserError:
 
 
 def _around(folder: Path) -> frozenset[Identity]:
-    """The folder and those that it lies in, by name and in truth."""
+    """The folder and its parents, with and without links resolved."""
     return frozenset(map(_identity, (folder, *folder.absolute().parents, *folder.resolve().parents)))
 
 
@@ -128,16 +128,16 @@ def _identity(path: Path) -> Identity:
 
 
 def _walk(folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str) -> Iterator[Path]:
-    folders, files = _look(folder, around, left_out, flag)
+    folders, files = _scan(folder, around, left_out, flag)
     yield from files
     for inner, identity in folders.items():
         yield from _walk(inner, around | {identity}, left_out, flag)
 
 
-def _look(
+def _scan(
     folder: Path, around: frozenset[Identity], left_out: LeftOut, flag: str
 ) -> tuple[dict[Path, Identity], list[Path]]:
-    """Folders and pictures in `folder` that count, in no order. around: where links may not lead."""
+    """Folders and pictures in `folder`, unordered. around: folders to which links are not followed."""
     folders: dict[Path, Identity] = {}
     files: list[Path] = []
     try:

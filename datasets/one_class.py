@@ -34,10 +34,11 @@ class SplitSpec(Spec, group="data"):
 
 @dataclass(frozen=True)
 class Split:
-    """A data set under a choice of the normal class.
+    """A data set with a choice of the normal class.
 
-    n_classes: outputs of the linear head (fine classes). class_names: of the classes one chooses from, then of those
-    that only the test split has. one_class_idx None: all training classes are normal.
+    one_class_idx: the normal class; None: all training classes are normal.
+    n_classes: fine classes of the training split, the outputs of a linear head.
+    class_names: of the classes that can be normal, then of those that only the test split has.
     """
 
     dataset: str
@@ -49,16 +50,16 @@ class Split:
 
     @property
     def class_name(self) -> str | None:
-        """Of the normal class; None where all are."""
+        """The name of the normal class; None where all are normal."""
         return None if self.one_class_idx is None else self.class_names[self.one_class_idx]
 
     @property
     def normal_title(self) -> str:
-        """What is normal, for people: `class 8 (ship)` or `all classes`."""
+        """A description of what is normal: `class 8 (ship)` or `all classes`."""
         return "all classes" if self.one_class_idx is None else f"class {self.one_class_idx} ({self.class_name})"
 
     def facts(self, data: ImageSet | PictureSet) -> dict[str, Any]:
-        """What identifies the training images `data`, in JSON's types: a run and its weights keep it."""
+        """What identifies the training images `data`, in types that JSON has; stored with a run and its weights."""
         names = self.class_names[: self.n_classes] if self._groups is None else self.class_names
         return {
             "dataset": self.dataset,
@@ -69,10 +70,10 @@ class Split:
         }
 
     def check_trained(self, trained: Mapping[str, Any], path: Path, *, flag: str) -> None:
-        """Compare what is normal here with the `facts` of the images that weights were trained on; none known: fits.
+        """Compare with the `facts` of the images that weights were trained on; empty facts are accepted.
 
-        A line reports another data set, and one class against all classes. Raises: UserError where the data set is the
-        same and the normal class, or the set of classes, is another.
+        Prints a note where the data set differs, and where one has a single normal class and the other all classes.
+        Raises: UserError where the data set is the same and the normal class, or the set of classes, differs.
         """
         if not trained:
             return
@@ -96,7 +97,7 @@ class Split:
 
     @property
     def _groups(self) -> tuple[tuple[int, ...], ...] | None:
-        """Labels of each coarse class, where those are what one chooses from."""
+        """The labels of each coarse class, where the normal class is a coarse one; else None."""
         if self.spec.groups is None or self.one_class_idx is None:
             return None
         return tuple(self.spec.groups[self.source.superclasses].values())
@@ -127,12 +128,12 @@ class Split:
     def test(self, channels: int | None = 3) -> ImageSet:
         """All test images; `normal(labels)` says which are normal.
 
-        channels: as of `train`; None looks at these images only, so ask for those that the training images have.
+        channels: as of `train`, but None depends on the test images; pass the number that the network takes.
         """
         return self._relabelled(self.spec.load(self.source, "test", None)).with_channels(channels)
 
     def normal(self, labels: Tensor) -> Tensor:
-        """(N,) bool."""
+        """Which of the labels (N,) are normal, (N,) bool."""
         return labels < self.n_classes if self.one_class_idx is None else labels == self.one_class_idx
 
     def _relabelled(self, data: ImageSet) -> ImageSet:
@@ -144,7 +145,7 @@ class Split:
         return replace(data, labels=group_of[data.labels])
 
 
-# Bytes of class names in a checkpoint; beyond, their digest.
+# Characters of class names in a checkpoint; longer lists are stored as a digest.
 _LONGEST = 30_000
 _NO_IMAGES = image_set(torch.empty(0, 3, 0, 0, dtype=torch.uint8), [])
 
@@ -154,7 +155,7 @@ def _digest(names: list[str]) -> str:
 
 
 def _listed(names: list[str] | str) -> str:
-    """The first of many names."""
+    """The names; of many, the first ones and how many there are."""
     if isinstance(names, str):
         return names
     return ", ".join(names[:_SHOWN]) + (f", ... {len(names)} in all" if len(names) > _SHOWN else "")
@@ -166,11 +167,11 @@ _SHOWN = 12
 def split_one_class(
     dataset: str, source: DataSource, one_class: int | str | None, model_size: int, *, fixed: bool = False
 ) -> Split:
-    """Look the data set up and check the class.
+    """Find the data set in the table and check the choice of the normal class.
 
     one_class: number or name of the normal class; None: all are normal.
-    model_size: pixels the model is for, where nothing else says; fixed: it takes no other.
-    Raises: UserError for a class out of range, a folder that holds no classes, or a size that the model does not take.
+    model_size: pixels on a side that the model takes by default; fixed: it takes no other size.
+    Raises: UserError for an unknown class, a folder without classes, or a size that the model does not take.
     """
     spec = DATASETS[dataset]
     if fixed and source.image_size not in (None, model_size):

@@ -1,4 +1,4 @@
-"""Sets that are only ever told apart from a normal one: pictures in folders, `interp`, and `folder:<path>`."""
+"""Outlier sets, which are only evaluated: data sets of `DATASETS`, pictures in folders, `interp`, `folder:<path>`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -66,7 +66,7 @@ PICTURE_SETS: dict[str, tuple[str, int | None]] = {
 INTERP = "interp"
 OUTLIERS = (*PICTURE_SETS, INTERP)
 
-# What all classes of a data set together are told apart from where --ood_dataset does not say.
+# Default of --ood_dataset where all classes of a data set are normal.
 MULTI_CLASS = {
     "cifar10": ("svhn", "lsun_resize", "imagenet_resize", "lsun_fix", "imagenet_fix", "cifar100", INTERP),
     "imagenet": ("cub", "stanford_dogs", "flowers102", "places365", "food_101", "caltech_256", "dtd", "pets"),
@@ -76,11 +76,11 @@ MULTI_CLASS = {
 def find_outliers(
     names: Sequence[str], source: DataSource, normal: Callable[[], ImageSet], *, lag: int, channels: int = 3
 ) -> dict[str, Callable[[], ImageSet]]:
-    """Loaders of the named sets, by name, in the size of `source.image_size`.
+    """Loaders of the named sets, by name; images have `source.image_size` pixels on a side.
 
-    normal: the normal test images, of which `interp` is made; lag: how far apart the two are that it mixes.
-    channels: those of the normal images, 1 or 3.
-    Raises: UserError that names every set that is missing, before a picture is decoded.
+    normal: loads the normal test images, of which `interp` is made; lag: see `interpolated`.
+    channels: 1 or 3, as the normal images have.
+    Raises: UserError that names every missing set, before a picture is decoded.
     """
     loaders: dict[str, Callable[[], ImageSet]] = {}
     missing = []
@@ -91,14 +91,14 @@ def find_outliers(
             missing.append(f"{name} ({str(error).removeprefix('--data_path: ')})")
     if missing:
         raise UserError(
-            f"--ood_dataset: not to be had: {'; '.join(missing)}. Put them there, say where with --ood_data_path, or"
+            f"--ood_dataset: not found: {'; '.join(missing)}. Put them there, say where with --ood_data_path, or"
             " choose others with --ood_dataset"
         )
     return loaders
 
 
 def outlier_flags(name: str) -> tuple[str, ...]:
-    """What of a `DataSource` the set depends on, besides the size of the images."""
+    """The fields of a `DataSource` that the set depends on, besides the size of the images."""
     if name == INTERP:
         return ()
     if name in DATASETS:
@@ -128,25 +128,25 @@ def _find(
     if not paths:
         raise UserError(f"no pictures in {printable(folder)}")
     if count is not None and len(paths) > count:
-        # The same pictures whatever the seed of the run, so that runs compare.
+        # The same pictures for every seed of the run, so that runs are comparable.
         chosen = torch.randperm(len(paths), generator=generator(0, "outliers"))[:count].sort().values
         paths = [paths[n] for n in chosen.tolist()]
-    # Large pictures are framed as those of ImageNet-30 are; the small sets come in their size.
+    # Large pictures are cropped as those of ImageNet-30; the small sets are used in their size.
     short_side = imagenet_short_side(source.image_size) if count is not None and source.image_size else None
     pictures = [Picture(path, 0, "", str(path.relative_to(folder))) for path in paths]
     return lambda: pictures_in_memory(pictures, source, short_side).with_channels(channels)
 
 
 def interpolated(images: ImageSet, lag: int) -> ImageSet:
-    """The mean of each image and the one `lag` before it; the first `lag` stay as they are.
+    """The mean of each image and the one `lag` places before it; the first `lag` images are unchanged.
 
-    Held in half precision, which has every half of a sum of two bytes exactly.
+    Held in half precision, which represents every such mean exactly.
     """
     earlier = torch.arange(len(images)) - lag
     partner = torch.where(earlier < 0, torch.arange(len(images)), earlier)
     pixels = images.images.half()
-    mark = derived(images.fingerprint, f"{INTERP} {lag}".encode())
-    return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=mark)
+    found = derived(images.fingerprint, f"{INTERP} {lag}".encode())
+    return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=found)
 
 
 def outlier_names() -> set[str]:

@@ -1,10 +1,10 @@
-"""Pictures that are decoded while training runs: worker processes crop and flip them; the decoded pixels can be kept.
+"""Pictures that are decoded during training by worker processes, which also crop and flip them.
 
-For sets too large, or pictures too different in shape, to lie in memory in one size (ImageNet-30). Decoding is what
-such a run waits for; the cache, uint8 pixels in one file on disk, does it once. `python -m benchmarks.decoding` tells
-what that saves.
+For sets that are too large to be held in memory, or whose pictures differ in shape (ImageNet-30). Such a run waits for
+decoding. The cache keeps decoded pixels in one file on disk; `python -m benchmarks.decoding` measures what that saves.
 
-Letters: N pictures, B of a batch, C copies, S pixels on a side. Pixels are (H, W, 3) uint8, each picture in its size.
+Pixels of a picture are (height, width, 3) uint8, each in its own size; H = W = side are those of a crop. Dimension
+letters: see `datasets`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Decoded:
         """Pixels, or why the picture cannot be read."""
         try:
             return np.asarray(read_upright(self.paths[n], self.short_side, self.reader))
-        except Exception as error:  # Pillow raises many kinds for damaged files
+        except Exception as error:  # Pillow raises many types for corrupt files
             return reason(self.paths[n], error)
 
 
@@ -99,11 +99,11 @@ class Cached:
 def open_cache(
     decoded: Decoded, folder: Path, *, workers: int, skip_bad: bool
 ) -> tuple[Cached, list[int], list[bytes]]:
-    """The cache of these pictures in `folder`, built now if it is not there, the places of those that it holds, and
-    the `digest` of each of their files.
+    """The cache of these pictures in `folder`, the places of those that it holds, and the `digest` of each of their
+    files. It is built if it does not exist.
 
-    Its name follows from the pictures' paths, sizes and dates and from how they are read, so that changed pictures get
-    another one.
+    Its name follows from the pictures' paths, sizes and dates and from how they are read: changed pictures get a new
+    cache.
     Raises: UserError for a picture that cannot be read, unless `skip_bad`, and where the cache cannot be written.
     """
     paths = decoded.paths
@@ -165,12 +165,12 @@ _SMALL = (
     "--num_worker: processes that load pictures need more shared memory than /dev/shm has; give --num_worker 0, or make"
     " it larger (docker run --shm-size 2g)"
 )
-# Batches that torch's loader lets a process prepare.
+# Batches that torch's loader prefetches in each process.
 _AHEAD = 2
 
 
 def _check_shared_memory(batch_bytes: int, workers: int) -> None:
-    """Raises: RunStopped where the batches under way do not fit /dev/shm: torch would wait for ever, or be killed."""
+    """Raises: RunStopped where the prefetched batches do not fit /dev/shm: torch would hang or be killed."""
     with contextlib.suppress(OSError):
         if workers and shutil.disk_usage("/dev/shm").free < (_AHEAD * workers + 1) * batch_bytes:
             raise RunStopped(_SMALL)
@@ -178,9 +178,9 @@ def _check_shared_memory(batch_bytes: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def loading_errors() -> Iterator[None]:
-    """Turn the end of a process that loads pictures, and a /dev/shm too small for its batches, into RunStopped.
+    """Turn the death of a process that loads pictures, and a /dev/shm too small for its batches, into RunStopped.
 
-    Around all that goes on meanwhile: torch raises the first wherever the process that waits for pictures is.
+    Use it around the whole run: torch raises the first from a signal handler, wherever the main process is.
     """
     try:
         yield
@@ -194,7 +194,7 @@ def loading_errors() -> Iterator[None]:
 
 
 class _OrError(Dataset):
-    """Items of a sequence, or the text of the UserError that one raised: exceptions travel badly between processes."""
+    """Items of a sequence, or the text of the UserError that one raised: exceptions may not survive pickling."""
 
     def __init__(self, items: Any):
         self.items = items
@@ -210,7 +210,7 @@ class _OrError(Dataset):
 
 
 class _OrReason(_OrError):
-    """Decoded pictures, or why one cannot be read."""
+    """Decoded pictures, or the reason why one cannot be read."""
 
     def __getitem__(self, n: int) -> Any:
         return self.items.read(n)
@@ -218,7 +218,10 @@ class _OrReason(_OrError):
 
 @dataclass(frozen=True)
 class _Crops:
-    """Copies of each picture under drawn crops and flips: (C, 3, S, S) uint8. tries (4, N, C, T), flips (N, C)."""
+    """Views of each picture under drawn crops and flips, (V, 3, H, W) uint8.
+
+    tries (4, N, V, tries): of `draw_tries`. flips (N, V).
+    """
 
     pixels: Pixels
     tries: Tensor
@@ -233,21 +236,21 @@ class _Crops:
         pixels = torch.tensor(self.pixels[n]).permute(2, 0, 1)[None]
         height, width = pixels.shape[2:]
         boxes = crop_boxes(self.tries[:, n], (height, width), self.spec)
-        # From shares and half images to whole pixels; offsets are whole or half ones, up to rounding.
+        # From shares and half images to whole pixels; offsets are multiples of half a pixel, up to rounding.
         pixels_per_share = torch.tensor([width, height])
         size = (boxes[:, :2] * pixels_per_share).round().int()
         start = ((boxes[:, 2:] + 1 - boxes[:, :2]) / 2 * pixels_per_share + 0.1).floor().int()
-        copies = []
+        views = []
         for (w, h), (left, top), flip in zip(size.tolist(), start.tolist(), self.flips[n].tolist(), strict=True):
             crop = pixels[:, :, top : top + h, left : left + w]
             # On bytes: 2.5 times as fast as Pillow, and within one level of it.
             crop = F.interpolate(crop, (self.side, self.side), mode="bilinear", antialias=True, align_corners=False)
-            copies.append(crop.flip(-1) if flip else crop)
-        return torch.cat(copies)
+            views.append(crop.flip(-1) if flip else crop)
+        return torch.cat(views)
 
 
 def _stack(items: list[Tensor | str]) -> Tensor | str:
-    """Copies first, (C, B, 3, S, S), or the text of the first error."""
+    """A batch (V, B, 3, H, W), or the text of the first error."""
     return next((item for item in items if isinstance(item, str)), None) or torch.stack(items, 1)  # type: ignore[arg-type]
 
 
@@ -256,7 +259,7 @@ def _as_it_is(item: Any) -> Any:
 
 
 def check_loading(loading: Loading) -> None:
-    """Raises: UserError for what pictures that are decoded during training cannot be loaded as."""
+    """Raises: UserError for pad-and-crop and for one channel, which pictures decoded during training do not have."""
     if loading.pad:
         raise UserError("--dataset: pictures that are decoded during training are cropped, not padded; choose another")
     if loading.channels == 1:
@@ -265,10 +268,10 @@ def check_loading(loading: Loading) -> None:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures with labels, decoded on demand. It offers what training asks of an `ImageSet`.
+    """Pictures with labels (N,), decoded on demand. For training, it has the interface of an `ImageSet`.
 
-    spec: the share of the area that a crop keeps. side: pixels of a crop. workers: processes that decode.
-    fingerprint: as of an `ImageSet`.
+    spec: how crops are drawn. side: pixels on each side of a crop. workers: processes that decode.
+    device, fingerprint: as of an `ImageSet`.
     """
 
     pixels: Pixels
@@ -294,16 +297,16 @@ class PictureSet:
 
     @property
     def cropped(self) -> bool:
-        """Whether copies come cropped: yes."""
+        """Whether `batches` crops at random: yes."""
         return True
 
     @property
     def index_device(self) -> torch.device:
-        """Where indices are wanted."""
+        """Where indices should be."""
         return torch.device("cpu")
 
     def batch(self, index: Tensor) -> Tensor:
-        """The middles of the pictures at `index` (b,) as floats in [0, 1] on `device`, (b, 3, S, S)."""
+        """The centre crops of the pictures at `index` (B,) as floats in [0, 1] on `device`, (B, 3, H, W)."""
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
         return floats(torch.from_numpy(np.stack(middles)).to(self.device, non_blocking=True))
@@ -347,7 +350,7 @@ class PictureSet:
                     raise UserError(batch)
                 yield batch.to(self.device, non_blocking=True)
         finally:
-            del found  # Its processes end with it: now, and not when the last traceback that knows it is gone.
+            del found  # Ends its processes now; a traceback that refers to it would keep them.
 
     def to(self, device: torch.device) -> "PictureSet":
         """Deliver batches on `device`."""

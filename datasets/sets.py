@@ -1,7 +1,6 @@
-"""Images held in memory as uint8, and floats made of them as late as can be.
+"""Images held in memory as uint8, on the compute device where they fit, else in host memory.
 
-Letters: N images, B of a batch, C copies. Images are (N, 3, H, W) uint8, labels (N,) int64. A set is held on the
-compute device where it fits there, else in host memory.
+They are converted to floats as late as possible. Dimension letters: see `datasets`.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from common.dist import SINGLE, World
 from common.seed import generator
@@ -23,10 +22,12 @@ _DEVICE_SHARE = 0.4
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels; `indices` are their places in the data set they were taken from.
+    """Images (N, channels, H, W), uint8, with labels (N,). Grey sets may have one channel, all others have three.
 
-    device: where batches are wanted; `images` itself may stay in host memory if it does not fit there.
-    fingerprint: 16 hex digits that tell the data from others, "" where it is not known.
+    indices (N,): the places of the images in the data set that they were taken from.
+    paths: their files, for sets of files.
+    device: where batches are delivered; `images` stays in host memory if it does not fit there.
+    fingerprint: 16 hex digits that identify the data; "" if unknown.
     """
 
     images: Tensor
@@ -41,12 +42,12 @@ class ImageSet:
 
     @property
     def index_device(self) -> torch.device:
-        """Where indices are wanted: where the images are, so that nothing waits for the device."""
+        """Where indices should be: on the device of the images, so that indexing them does not wait for a transfer."""
         return self.images.device
 
     @property
     def cropped(self) -> bool:
-        """Whether copies come cropped: no, that is the augmentation's business."""
+        """Whether `batches` crops at random: no, the augmentation does."""
         return False
 
     @property
@@ -73,13 +74,13 @@ class ImageSet:
         return replace(self, images=images)
 
     def batch(self, index: Tensor) -> Tensor:
-        """Images at `index` (b,) as floats in [0, 1] on `device`."""
+        """Images at `index` (B,) as floats in [0, 1] on `device`, (B, channels, H, W)."""
         return floats(self._pixels(index))
 
     def _pixels(self, index: Tensor) -> Tensor:
         found = self.images[index.to(self.images.device)]
         if found.device != self.device and self.device.type == "cuda":
-            found = found.pin_memory()  # Else the host would wait until the device has come so far.
+            found = found.pin_memory()  # Otherwise the host would wait for the device.
         return found.to(self.device, non_blocking=True)
 
     def batches(
@@ -98,32 +99,41 @@ class ImageSet:
         first: number of batches to skip. world: each of several ranks gets the images at `Shard.indices` only.
         """
         for step, index in enumerate(parts[first:], first):
-            shape = (loading.views, len(index))
-            local: Tensor | slice = slice(None)
-            if world.size > 1:
-                shard = world.shard(len(index))
-                index, local = index[shard.indices(index.device)], shard.indices(self.device)
-            x = self._pixels(index)
-            views = [to_channels(x, loading.channels or self.channels)] * loading.views
-            if loading.pad:
-                gen = generator(seed, "pad-and-crop", epoch, step, device=self.device)
-                start = torch.randint(2 * loading.pad + 1, (*shape, 2), device=self.device, generator=gen)[:, local]
-                views = [pad_and_crop(x, loading.pad, at) for x, at in zip(views, start, strict=True)]
-            if loading.flip:
-                gen = generator(seed, "flip", epoch, step, device=self.device)
-                flip = (torch.rand(shape, device=self.device, generator=gen) < 0.5)[:, local]
-                views = [hflip(x, flip_B) for x, flip_B in zip(views, flip, strict=True)]
-            yield torch.stack(views)
+            yield self._load(index, loading, (seed, epoch, step), world)
+
+    def _load(self, index: Tensor, loading: Loading, which: tuple[int, int, int], world: World) -> Tensor:
+        """One batch of `batches`; which: seed, epoch and step."""
+        shape = (loading.views, len(index))
+        flip = start = None
+        if loading.flip:
+            flip = torch.rand(shape, device=self.device, generator=self._generator("flip", which)) < 0.5
+        if loading.pad:
+            gen = self._generator("pad-and-crop", which)
+            start = torch.randint(2 * loading.pad + 1, (*shape, 2), device=self.device, generator=gen)
+        if world.size > 1:
+            shard = world.shard(len(index))
+            index, local = index[shard.indices(index.device)], shard.indices(self.device)
+            flip, start = (draw if draw is None else draw[:, local] for draw in (flip, start))
+        views = [to_channels(self._pixels(index), loading.channels or self.channels)] * loading.views
+        if start is not None:
+            views = [pad_and_crop(x, loading.pad, start_B) for x, start_B in zip(views, start, strict=True)]
+        if flip is not None:
+            views = [hflip(x, flip_B) for x, flip_B in zip(views, flip, strict=True)]
+        return torch.stack(views)
+
+    def _generator(self, purpose: str, which: tuple[int, int, int]) -> Generator:
+        seed, epoch, step = which
+        return generator(seed, purpose, epoch, step, device=self.device)
 
     def where(self, keep: Tensor) -> "ImageSet":
-        """The images where `keep` (N,) is true; all of them have the fingerprint of this set."""
+        """The images where `keep` (N,) is true. Where it is true everywhere, the fingerprint stays."""
         paths = self.paths and tuple(p for p, kept in zip(self.paths, keep.tolist(), strict=True) if kept)
-        mark = self.fingerprint if keep.all() else derived(self.fingerprint, bytes(keep.tolist()))
+        fingerprint = self.fingerprint if keep.all() else derived(self.fingerprint, bytes(keep.tolist()))
         images, labels, indices = self.images[keep], self.labels[keep], self.indices[keep]
-        return replace(self, images=images, labels=labels, indices=indices, paths=paths, fingerprint=mark)
+        return replace(self, images=images, labels=labels, indices=indices, paths=paths, fingerprint=fingerprint)
 
     def to(self, device: torch.device) -> "ImageSet":
-        """Hold the set on `device` if it fits there, else leave it in host memory."""
+        """The set with batches on `device`; the images are moved there if they fit, else they stay in host memory."""
         images = self.images
         if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             images = images.to(device)
@@ -139,12 +149,12 @@ def combined(parts: Iterable[bytes]) -> str:
 
 
 def derived(fingerprint: str, change: bytes) -> str:
-    """The fingerprint of what a change makes of a set; "" stays so."""
+    """The fingerprint of a set after a change to it; "" for an unknown set."""
     return fingerprint and combined([fingerprint.encode(), change])
 
 
 def floats(pixels: Tensor) -> Tensor:
-    """Of bytes, of any shape, floats in [0, 1]."""
+    """Pixels of 0..255, of any shape, as floats in [0, 1]."""
     return pixels.float() / 255
 
 

@@ -1,8 +1,8 @@
-"""Shifting transformations: each image gets all K of them, and the network learns to tell them apart.
+"""Shifting transformations: each image gets all K of them, and the network learns to classify them.
 
-A shift combines two pictures (B, 3, H, W) into one: the image and its mix partner (the batch neighbour, a reference
-image: the caller's choice), or two random looks at the image itself. Most shifts ignore the second. Source: CSI (Tack
-et al. 2020), ADMM-SRNet (Chiou et al. 2023).
+A shift combines two images (B, channels, H, W) into one: an image and its mix partner (the next one in the batch or a
+reference image: the caller's choice), or two random sub-views of the image itself. Most shifts ignore the second.
+Source: CSI (Tack et al. 2020), ADMM-SRNet (Chiou et al. 2023).
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from datasets.augment import AlignedDraw, AlignedSpec, aligned, crop_only
 
 
 @dataclass(frozen=True)
-class Looks:
-    """Two random looks at an image, drawn by `spec` and made by `make`."""
+class SubViews:
+    """Two random sub-views of an image, crops or augmented versions of it: drawn by `spec`, made by `make`."""
 
     spec: AlignedSpec
     make: Callable[[Tensor, AlignedDraw], Tensor]
@@ -26,15 +26,16 @@ class Looks:
 
 @dataclass(frozen=True)
 class Shift:
-    """One transformation. combine: (x, other) -> x', all (B, 3, H, W).
+    """One transformation. combine: (x, other) -> x', all (B, channels, H, W).
 
-    partner: whether `other`, its mix partner, matters. looks: x and other are these two looks at the image instead.
-    colours, crop: whether the aligned augmentation that follows still changes colours, and crops.
+    partner: whether the result depends on `other`, the mix partner.
+    sub_views: None, or the two sub-views of the image that `combine` gets in place of x and other.
+    colours, crop: whether the aligned augmentation after the shift changes colours, and crops.
     """
 
     combine: Callable[[Tensor, Tensor], Tensor]
     partner: bool = False
-    looks: Looks | None = None
+    sub_views: SubViews | None = None
     colours: bool = True
     crop: bool = True
 
@@ -47,8 +48,9 @@ _REFUSED = {"flipmix": _FLIPMIX, "rot_flipmix": _FLIPMIX}
 class ShiftSpec(Spec, group="shifts and augmentation"):
     """Which shifts; field names are flag names.
 
-    mix_alpha in [0, 1]: the other picture's weight in a mix. cropmix_resize_factor, cropmix_resize_fix: share of the
-    area in the crops that `rot_cropmix` mixes, as in `AlignedSpec`. cropmix_crop_aug: crop the mixed image once more.
+    mix_alpha in [0, 1]: the weight of the other image in a mix.
+    cropmix_resize_factor, cropmix_resize_fix: as in `AlignedSpec`, of the crops that `rot_cropmix` mixes.
+    cropmix_crop_aug: whether the augmentation crops the mixed image again.
     """
 
     shift_trans_type: str = flag(
@@ -61,12 +63,12 @@ class ShiftSpec(Spec, group="shifts and augmentation"):
 
     @classmethod
     def of(cls, flags: Flags) -> "ShiftSpec":
-        """From the flags; only those that the type of shift depends on are read."""
+        """From the flags; reads only those that the type of shift depends on."""
         name = flags.of(cls, only=("shift_trans_type",)).shift_trans_type
         return flags.of(cls, only=("shift_trans_type", *SHIFTS[name].flags))
 
     def functions(self, spec: AlignedSpec | None = None) -> list[Shift]:
-        """The K shifts in label order. spec: the aligned augmentation that they go with."""
+        """The K shifts in label order. spec: the aligned augmentation, which the sub-views of `rot_augmix` use too."""
         return SHIFTS[self.shift_trans_type].make(self, spec or AlignedSpec())
 
     @property
@@ -76,7 +78,7 @@ class ShiftSpec(Spec, group="shifts and augmentation"):
 
     @property
     def mixes_neighbours(self) -> bool:
-        """Whether some shift needs a partner, so that one image alone cannot be shifted."""
+        """Whether a shift needs a mix partner, so that a single image cannot be shifted."""
         return any(shift.partner for shift in self.functions())
 
 
@@ -86,7 +88,7 @@ def rotate(x: Tensor, other: Tensor, *, quarters: int) -> Tensor:
 
 
 def translate(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
-    """Move the content of each image by `down` and `right` (B,) whole pixels; what comes in mirrors the border."""
+    """Translate each image by `down` and `right` (B,) whole pixels; the border is filled by reflection."""
 
     def sources(size: int, offset: Tensor) -> Tensor:
         index = (torch.arange(size, device=x.device) - offset[:, None]).abs()
@@ -131,11 +133,11 @@ def _self_mixes(s: ShiftSpec) -> list[Shift]:
 
 def _crop_mix(s: ShiftSpec) -> list[Shift]:
     crops = AlignedSpec(0.0, s.cropmix_resize_factor, s.cropmix_resize_fix)
-    return [Shift(partial(mix, alpha=s.mix_alpha), looks=Looks(crops, crop_only), crop=s.cropmix_crop_aug)]
+    return [Shift(partial(mix, alpha=s.mix_alpha), sub_views=SubViews(crops, crop_only), crop=s.cropmix_crop_aug)]
 
 
 def _augment_mix(s: ShiftSpec, spec: AlignedSpec) -> list[Shift]:
-    return [Shift(partial(mix, alpha=s.mix_alpha), looks=Looks(spec, aligned), colours=False, crop=False)]
+    return [Shift(partial(mix, alpha=s.mix_alpha), sub_views=SubViews(spec, aligned), colours=False, crop=False)]
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ SHIFTS: dict[str, ShiftRow] = {
 
 
 def rotate_and_translate(x: Tensor, vertical: Tensor, horizontal: Tensor, *, quarters: int) -> Tensor:
-    """Rotate, then move by a quarter of the image (8 of 32 pixels) times index - 1; indices (B,) in 0..2."""
+    """Rotate, then translate by a quarter of the image (8 of 32 pixels) times index - 1; indices (B,) in 0..2."""
     step = x.shape[2] // 4
     return translate(torch.rot90(x, quarters, (2, 3)), (vertical - 1) * step, (horizontal - 1) * step)
 

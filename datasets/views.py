@@ -1,6 +1,7 @@
 """Views: what the network sees of an image, in training and in evaluation.
 
-Letters: N images of a set, B of a batch, C copies, K shifts. Images come in as floats in [0, 1].
+In training, `train_views` takes the loaded images of a batch (uint8). In evaluation, `draw_views` takes whole sets.
+Views are floats in [0, 1]. Dimension letters: see `datasets`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,90 +18,94 @@ from datasets.pictures import PictureSet
 from datasets.sets import ImageSet, floats
 from datasets.shifts import Shift
 
-LookDraws = tuple[AlignedDraw, AlignedDraw] | None
-LookNumbers = tuple[Numbers, Numbers] | None
+# Of the two sub-views that a shift mixes; None for shifts without.
+SubViewDraws = tuple[AlignedDraw, AlignedDraw] | None
+SubViewNumbers = tuple[Numbers, Numbers] | None
 
 
 def render_views(
-    copies: Tensor,
+    images: Tensor,
     shifts: Sequence[Shift],
-    looks: Sequence[Sequence[LookNumbers]],
+    sub_views: Sequence[Sequence[SubViewNumbers]],
     numbers: Numbers,
     spec: AlignedSpec,
     batch: int,
 ) -> Tensor:
-    """Copies (C, B, 3, H, W), uint8, by what was drawn: for the looks of each copy under each shift, and for all
-    C * K * B views.
+    """Images (V, B, 3, H, W), uint8, under all K shifts, then augmented: (V * K * B, 3, H, W), floats.
 
-    batch: B. Each image is mixed with the next one, and the last with the first, or with one more that is there for it.
-    It draws nothing and calls on no device, so that `torch.compile` makes a few fused passes of it.
+    sub_views: drawn numbers for each view and shift. numbers: those of the augmentation, for all V * K * B views.
+    batch: B. The mix partner of an image is the next one; of the last, the first, or image B where there is one more.
+    It neither draws nor reads values on the host, so `torch.compile` fuses it into a few passes.
     """
-    size = (copies.shape[3], copies.shape[4])
-    views = []
-    for x, looks_of_copy in zip(floats(copies), looks, strict=True):
-        own, partner = (x, x.roll(-1, 0)) if len(x) == batch else (x[:-1], x[1:])
-        for shift, look in zip(shifts, looks_of_copy, strict=True):
-            views.append(apply_shift(shift, own, partner, _look_draws(shift, look, size)))
-    which = shift_labels(len(shifts), batch, len(copies), copies.device)
-    return aligned(torch.cat(views), _spared(draw_of(numbers, size, spec), shifts, which))
+    size = (images.shape[3], images.shape[4])
+    rendered = []
+    for view, of_shifts in zip(floats(images), sub_views, strict=True):
+        x, partner = (view, view.roll(-1, 0)) if len(view) == batch else (view[:-1], view[1:])
+        for shift, drawn in zip(shifts, of_shifts, strict=True):
+            rendered.append(apply_shift(shift, x, partner, _sub_view_draws(shift, drawn, size)))
+    labels = shift_labels(len(shifts), batch, len(images), images.device)
+    return aligned(torch.cat(rendered), _disabled(draw_of(numbers, size, spec), shifts, labels))
 
 
 def train_views(
-    copies: Tensor,
+    images: Tensor,
     shifts: Sequence[Shift],
     spec: AlignedSpec,
     generator: Generator,
     render: Callable[..., Tensor] = render_views,
     shard: Shard | None = None,
 ) -> Tensor:
-    """Copies of each image (C, B, 3, H, W), uint8, under all K shifts, then augmented: (C * K * B, 3, H, W), floats.
+    """Images (V, B, 3, H, W), uint8, under all K shifts, then augmented: (V * K * B, 3, H, W), floats.
 
-    Order: [copy 1: shift 0 of all B images, shift 1, ...; copy 2: the same]. The mix partner of image i is image
-    (i + 1) mod B of the same copy. Stage 1 takes two copies, stage 2 one. render: `render_views`, or that compiled.
-    shard: copies are of the images at its `indices` in a larger batch, for all of which parameters are drawn; the
-    views are those of its p images.
+    Order: [view 0: shift 0 of all B images, shift 1, ...; view 1: the same]. The mix partner of image i is the same
+    view of image (i + 1) mod B. render: `render_views`, or that compiled.
+    shard: `images` has those at its `indices` in a larger batch. Parameters are drawn for the whole batch, so that they
+    do not depend on the number of ranks; the views are those of the shard.
     """
-    rows = len(copies) * len(shifts)
-    shard = shard or Shard(copies.shape[1])
-    looks = [[_look_numbers(shift, shard.batch, generator) for shift in shifts] for _ in copies]
+    rows = len(images) * len(shifts)
+    shard = shard or Shard(images.shape[1])
+    sub_views = [[_sub_view_numbers(shift, shard.batch, generator) for shift in shifts] for _ in images]
     numbers = draw_numbers(rows * shard.batch, spec, generator)
     if shard.world.size > 1:
-        own = shard.indices(copies.device)[: shard.size]
-        looks = [[look and (look[0][own], look[1][own]) for look in of_copy] for of_copy in looks]
-        numbers = numbers[shard.rows(rows, copies.device)]
-    return render(copies, shifts, looks, numbers, spec, shard.size)
+        local = shard.indices(images.device)[: shard.size]
+        sub_views = [[drawn and (drawn[0][local], drawn[1][local]) for drawn in of_view] for of_view in sub_views]
+        numbers = numbers[shard.rows(rows, images.device)]
+    return render(images, shifts, sub_views, numbers, spec, shard.size)
 
 
-def shift_labels(shifts: int, batch: int, copies: int, device: torch.device) -> Tensor:
-    """Which shift each row of `train_views` bears, (copies * K * B,) int64."""
-    return torch.arange(shifts, device=device).repeat_interleave(batch).repeat(copies)
+def shift_labels(shifts: int, batch: int, views: int, device: torch.device) -> Tensor:
+    """The shift of each row of `train_views`, (V * K * B,) int64."""
+    return torch.arange(shifts, device=device).repeat_interleave(batch).repeat(views)
 
 
-def apply_shift(shift: Shift, x: Tensor, partner: Tensor, looks: LookDraws) -> Tensor:
-    """x, partner (b, 3, H, W); looks: the draws of the b images, where the shift looks twice at an image."""
-    if shift.looks is None or looks is None:
+def apply_shift(shift: Shift, x: Tensor, partner: Tensor, sub_views: SubViewDraws) -> Tensor:
+    """One shift of images x (B, channels, H, W) with their mix partners.
+
+    sub_views: drawn parameters of the B images, where the shift mixes two sub-views of an image.
+    """
+    if shift.sub_views is None or sub_views is None:
         return shift.combine(x, partner)
-    return shift.combine(*(shift.looks.make(x, draw) for draw in looks))
+    return shift.combine(*(shift.sub_views.make(x, draw) for draw in sub_views))
 
 
-def _look_numbers(shift: Shift, n: int, generator: Generator) -> LookNumbers:
-    if shift.looks is None:
+def _sub_view_numbers(shift: Shift, n: int, generator: Generator) -> SubViewNumbers:
+    if shift.sub_views is None:
         return None
-    return draw_numbers(n, shift.looks.spec, generator), draw_numbers(n, shift.looks.spec, generator)
+    return draw_numbers(n, shift.sub_views.spec, generator), draw_numbers(n, shift.sub_views.spec, generator)
 
 
-def _look_draws(shift: Shift, numbers: LookNumbers, size: tuple[int, int]) -> LookDraws:
-    if shift.looks is None or numbers is None:
+def _sub_view_draws(shift: Shift, numbers: SubViewNumbers, size: tuple[int, int]) -> SubViewDraws:
+    if shift.sub_views is None or numbers is None:
         return None
-    return draw_of(numbers[0], size, shift.looks.spec), draw_of(numbers[1], size, shift.looks.spec)
+    return draw_of(numbers[0], size, shift.sub_views.spec), draw_of(numbers[1], size, shift.sub_views.spec)
 
 
-def _spared(draw: AlignedDraw, shifts: Sequence[Shift], which: Tensor) -> AlignedDraw:
-    """Leave out of the augmentation what the shift of each view, `which` (V,), asks to be spared."""
+def _disabled(draw: AlignedDraw, shifts: Sequence[Shift], labels: Tensor) -> AlignedDraw:
+    """The draw without what the shift of each row, `labels` (rows,), switches off in the augmentation after it."""
     if all(shift.colours and shift.crop for shift in shifts):
         return draw
-    kept = torch.tensor([[not s.colours, not s.crop] for s in shifts]).to(which.device, non_blocking=True)[which]
-    return draw.spare(kept[:, 0], kept[:, 1])
+    off = torch.tensor([[not s.colours, not s.crop] for s in shifts]).to(labels.device, non_blocking=True)[labels]
+    return draw.disable(off[:, 0], off[:, 1])
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,10 @@ class PassSpec(Spec, group="evaluation"):
 
 @dataclass(frozen=True)
 class DrawSpec:
-    """How to look at a whole set once, without training: one draw of every image.
+    """How draws of a whole set are made for evaluation.
 
-    aligned: None for plain views: shifted, neither flipped nor augmented.
-    seed, purpose: name the random draws; draw t of image i of N is a value of (seed, purpose, t, i, N), whatever the
-    batches.
+    aligned: the augmentation after the shifts. None: plain views, neither flipped nor augmented.
+    seed, purpose: draw t of image i of N is a function of (seed, purpose, t, i, N), whatever the batches.
     batch_size: images per batch; no result depends on it.
     """
 
@@ -130,11 +134,11 @@ class DrawSpec:
 def draw_views(
     images: ImageSet | PictureSet, spec: DrawSpec, t: int, reference: Tensor | None = None, world: World = SINGLE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draw t of every image: yields (index (b,), views (b * K, 3, H, W), image-major) until all N are seen.
+    """Draw t of all N images: yields (index (B,), views (B * K, channels, H, W), image-major), batch by batch.
 
-    Each shift gets its own flip with probability 0.5 before it (none at all for K = 1), then the aligned augmentation.
-    The mix partner of image i is image (i + 1) mod N of the set, or `reference` (1, 3, H, W) for all. world: of several
-    processes each takes some of the batches.
+    For each shift, an image is flipped with probability 0.5 (never for K = 1), shifted, and augmented. The mix partner
+    of image i is image (i + 1) mod N of the set, or `reference` (1, channels, H, W) for all. world: each of several
+    ranks yields some of the batches.
     """
     draw = draw_set(images, spec, t)
     for index in world.shard_list(batches_of(images, spec)):
@@ -142,16 +146,16 @@ def draw_views(
 
 
 def batches_of(images: ImageSet | PictureSet, spec: DrawSpec) -> list[Tensor]:
-    """All indices of the images, batch by batch."""
+    """The indices 0..N-1, batch by batch."""
     return list(torch.arange(len(images), device=images.device).split(spec.batch_size))
 
 
 @dataclass(frozen=True)
 class SetDraw:
-    """What is drawn for one look at a whole set: about 35 bytes a view."""
+    """The drawn parameters of one draw of a whole set: about 35 bytes for each view."""
 
-    flip: Tensor  # (N + 1, K) bool; the last row are the flips of the reference
-    looks: Sequence[LookDraws]  # by shift, of all N images
+    flip: Tensor  # (N + 1, K) bool; the last row is for the reference
+    sub_views: Sequence[SubViewDraws]  # for each shift, of all N images
     aligned: AlignedDraw | None  # of all N * K views, image-major
 
 
@@ -164,15 +168,15 @@ def draw_set(images: ImageSet | PictureSet, spec: DrawSpec, t: int) -> SetDraw:
     draw = None
     if spec.aligned is not None:
         draw = draw_aligned(n * k_shifts, images.size, spec.aligned, gen)
-        draw = _spared(draw, spec.shifts, torch.arange(k_shifts, device=images.device).repeat(n))
-    looks = [_look_draws(shift, _look_numbers(shift, n, gen), images.size) for shift in spec.shifts]
-    return SetDraw(flip_NK, looks, draw)
+        draw = _disabled(draw, spec.shifts, torch.arange(k_shifts, device=images.device).repeat(n))
+    sub_views = [_sub_view_draws(shift, _sub_view_numbers(shift, n, gen), images.size) for shift in spec.shifts]
+    return SetDraw(flip_NK, sub_views, draw)
 
 
 def set_views(
     images: ImageSet | PictureSet, spec: DrawSpec, draw: SetDraw, index: Tensor, reference: Tensor | None = None
 ) -> Tensor:
-    """The views (b * K, 3, H, W) of the images at `index` (b,) by their draw, as `draw_views` says."""
+    """The views (B * K, channels, H, W) that `draw_views` yields for the images at `index` (B,)."""
     n, k_shifts = len(images), len(spec.shifts)
     x = images.batch(index)
     if reference is None:
@@ -182,11 +186,11 @@ def set_views(
         partner_index = torch.full_like(index, n)
         partner = reference.expand_as(x)
     views = []
-    for k, (shift, look) in enumerate(zip(spec.shifts, draw.looks, strict=True)):
-        own, other = hflip(x, draw.flip[index, k]), hflip(partner, draw.flip[partner_index, k])
-        views.append(apply_shift(shift, own, other, look and (look[0][index], look[1][index])))
-    both = torch.stack(views, 1).flatten(0, 1)
+    for k, (shift, drawn) in enumerate(zip(spec.shifts, draw.sub_views, strict=True)):
+        flipped, other = hflip(x, draw.flip[index, k]), hflip(partner, draw.flip[partner_index, k])
+        views.append(apply_shift(shift, flipped, other, drawn and (drawn[0][index], drawn[1][index])))
+    shifted = torch.stack(views, 1).flatten(0, 1)
     if draw.aligned is None:
-        return both
+        return shifted
     rows = index[:, None] * k_shifts + torch.arange(k_shifts, device=index.device)
-    return aligned(both, draw.aligned[rows.flatten()])
+    return aligned(shifted, draw.aligned[rows.flatten()])

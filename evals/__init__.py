@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from common.dist import SINGLE, World
+from common.files import readable
 from common.flags import Flags, flags_of
 from common.run import recorded_flags
 from evals import classify, detect, embed
@@ -141,5 +142,6 @@ def mode_of_run(evals: Mapping[str, Eval], load_path: str | None) -> str | None:
     if not load_path:
         return None
     place = Path(load_path)
-    mode = recorded_flags(place / "args.json" if place.is_dir() else place).get("mode")
+    with readable(place, "load_path"):
+        mode = recorded_flags(place / "args.json" if place.is_dir() else place).get("mode")
     return next((name for name, row in evals.items() if mode in row.default_for), None)

@@ -28,6 +28,7 @@ def launch(
     """
     with report_once():
         flags = parse(argv, build_parser(script, modes, default_mode, specs))
+        World.of(os.environ)  # What is wrong with the launcher comes first.
         load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
         flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
         row = modes[flags.of(RunSpec, only=["mode"]).mode]

@@ -401,17 +401,17 @@ def test_views_on_a_gpu_are_those_of_the_same_draws_on_the_cpu(monkeypatch):
 
     spec = AlignedSpec()
     shifts = ShiftSpec("rot_bmix", 0.2).functions(spec)
-    copies = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=generator(0, "test"))
+    images = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=generator(0, "test"))
     kept = []
 
-    def render(copies, shifts, looks, numbers, spec, batch):
+    def render(images, shifts, sub_views, numbers, spec, batch):
         kept.append(numbers)
-        return views.render_views(copies, shifts, looks, numbers, spec, batch)
+        return views.render_views(images, shifts, sub_views, numbers, spec, batch)
 
-    on_gpu = train_views(copies.cuda(), shifts, spec, generator(0, "test", device="cuda"), render)
+    on_gpu = train_views(images.cuda(), shifts, spec, generator(0, "test", device="cuda"), render)
     numbers = type(kept[0])(kept[0].colours.cpu(), kept[0].tries.cpu())
-    looks = [[None for _ in shifts] for _ in copies]
-    on_cpu = views.render_views(copies, shifts, looks, numbers, spec, 8)
+    sub_views = [[None for _ in shifts] for _ in images]
+    on_cpu = views.render_views(images, shifts, sub_views, numbers, spec, 8)
     torch.testing.assert_close(on_gpu.cpu(), on_cpu, atol=1e-4, rtol=0)
 
 

@@ -50,7 +50,7 @@ def test_all_classes_need_the_published_outlier_sets_or_others_only_in_evaluatio
     before = sorted(run.iterdir())
     assert evaluate.main([*common, "--load_path", str(run)]) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and told.startswith("error: --ood_dataset: not to be had:")
+    assert told.count("\n") == 1 and told.startswith("error: --ood_dataset: not found:")
     for name in ("cub", "stanford_dogs", "flowers102", "places365", "food_101", "caltech_256", "dtd", "pets"):
         assert f"{name} (" in told
     assert sorted(run.iterdir()) == before

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 import eval as evaluate
 import train
 from common.errors import UserError
+from common.flags import Flags
 from datasets import DATASETS, DataSource, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.decode import Reader
@@ -97,11 +98,9 @@ def test_the_range_is_that_of_the_training_split_for_all_that_a_command_reads(tm
     levels(tmp_path / "d/test/good/b.png", 0, 5000)
     levels(tmp_path / "others/a.png", 0, 900)
 
-    class Flags:
-        data_path, image_size, num_worker, skip_bad_images = str(tmp_path / "d"), 8, 2, False
-        max_megapixels, value_range = 100.0, None
-
-    split = split_one_class("folder", DataSource.of(Flags, "folder"), 1, 8)
+    values = {"data_path": str(tmp_path / "d"), "image_size": 8, "num_worker": 2, "skip_bad_images": False}
+    flags = Flags(values | {"max_megapixels": 100.0, "value_range": None})
+    split = split_one_class("folder", DataSource.of(flags, "folder"), 1, 8)
     scaled = round(900 * 255 / 4095)
     assert first_row(split.train())[1] == scaled
     test = split.test()

@@ -1,4 +1,4 @@
-"""What is drawn is used, each draw for itself: flips of copies, of shifts and of partners, looks, spared views."""
+"""Independent draws: flips of views, shifts and partners, sub-views, parts of the augmentation that are off."""
 
 import pytest
 import torch
@@ -37,11 +37,11 @@ def pictures(n: int) -> PictureSet:
 
 
 @pytest.mark.parametrize("data", [ramps(64), pictures(64)], ids=["in memory", "decoded"])
-def test_training_flips_half_of_the_images_each_copy_step_and_epoch_for_itself(data):
+def test_training_flips_half_of_the_images_each_view_step_and_epoch_for_itself(data):
     everything = torch.arange(64)
 
     def flips(epoch: int = 1, seed: int = 0) -> list[Tensor]:
-        """(C, B) of each of two steps."""
+        """(V, B) of each of two steps."""
         parts = [everything[:32], everything[32:]]
         return [mirrored(images) for images in data.batches(parts, Loading(views=2), seed=seed, epoch=epoch)]
 
@@ -63,8 +63,8 @@ def test_an_epoch_that_is_resumed_goes_on_with_the_same_flips(data):
 
 
 @pytest.mark.parametrize("name", ["rot_cropmix", "rot_augmix"])
-def test_each_copy_is_looked_at_anew(name):
-    """Two copies of the same picture, each mixed of two looks of its own."""
+def test_each_view_has_sub_views_of_its_own(name):
+    """Two equal views, each a mix of two sub-views of its own."""
     shifts = ShiftSpec(name, 0.5, cropmix_resize_factor=0.3).functions(AlignedSpec(0.0, 0.3))
     one = torch.randint(0, 256, (1, 40, 3, 8, 8), dtype=torch.uint8, generator=generator(0, "x"))
     seen = train_views(one.expand(2, -1, -1, -1, -1), shifts, PLAIN, generator(0, "test")).view(2, 5, 40, 3, 8, 8)
@@ -80,7 +80,7 @@ def augmentations(monkeypatch) -> list[views.AlignedDraw]:
     return seen
 
 
-def only_the_last_is_spared(jitter: Tensor, gray: Tensor, box: Tensor, colours: bool) -> None:
+def only_the_last_is_off(jitter: Tensor, gray: Tensor, box: Tensor, colours: bool) -> None:
     """jitter, gray (views, K) and box (views, K, 4): the last shift keeps its frame, and its colours where so said."""
     whole = (box == torch.tensor([1.0, 1.0, 0.0, 0.0])).all(-1)
     assert whole[:, -1].all() and (whole.float().mean(0)[:-1] < 0.2).all()
@@ -90,21 +90,21 @@ def only_the_last_is_spared(jitter: Tensor, gray: Tensor, box: Tensor, colours: 
 
 
 @pytest.mark.parametrize("name, colours", [("rot_cropmix", False), ("rot_augmix", True)])
-def test_what_a_shift_spares_is_spared_in_its_own_views_of_training(name, colours, augmentations):
+def test_what_a_shift_switches_off_is_off_in_its_own_views_of_training(name, colours, augmentations):
     shifts = ShiftSpec(name).functions()
-    copies = torch.zeros(2, 60, 3, 8, 8, dtype=torch.uint8)
-    train_views(copies, shifts, AlignedSpec(), generator(0, "test"))
+    images = torch.zeros(2, 60, 3, 8, 8, dtype=torch.uint8)
+    train_views(images, shifts, AlignedSpec(), generator(0, "test"))
     (draw,) = augmentations
     rows = [x.unflatten(0, (2, 5, 60)).transpose(1, 2).flatten(0, 1) for x in (draw.jitter, draw.gray, draw.box)]
-    only_the_last_is_spared(*rows, colours)
+    only_the_last_is_off(*rows, colours)
 
 
 @pytest.mark.parametrize("name, colours", [("rot_cropmix", False), ("rot_augmix", True)])
-def test_what_a_shift_spares_is_spared_in_its_own_views_of_evaluation(name, colours, augmentations):
+def test_what_a_shift_switches_off_is_off_in_its_own_views_of_evaluation(name, colours, augmentations):
     spec = DrawSpec(ShiftSpec(name).functions(), AlignedSpec(), seed=0, batch_size=120)
     list(draw_views(ramps(120), spec, 0))
     (draw,) = augmentations
-    only_the_last_is_spared(*(x.unflatten(0, (120, 5)) for x in (draw.jitter, draw.gray, draw.box)), colours)
+    only_the_last_is_off(*(x.unflatten(0, (120, 5)) for x in (draw.jitter, draw.gray, draw.box)), colours)
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

@@ -58,7 +58,7 @@ DARK = ["12bit.cropped.tif", "16bit.MM.deflate.tif", "16bit.cropped.tif", "i_trn
 
 TRUNCATED, DAMAGED, LARGE = (
     "truncated",
-    "no picture of a kind that can be read, or its header is damaged",
+    "no picture of a kind that can be read, or its header is corrupt",
     "pixels, more",
 )
 REFUSED = {
@@ -67,7 +67,7 @@ REFUSED = {
     **dict.fromkeys("multipage_rgb.tif oom-225817ca0f8c663be7ab4b9e717b02c661e66834.tif".split(), "a TIFF of a layout"),
     **dict.fromkeys("bomb_header_60000x60000.png bomb_valid_20000x20000_1bit.png reallybig.bmp".split(), LARGE),
     **dict.fromkeys("decompression_bomb.gif large_valid_11000x11000_1bit.png".split(), LARGE),
-    **{"crash-2020-10-test.tif": "header is damaged", "png_decompression_dos.png": "too large"},
+    **{"crash-2020-10-test.tif": "header is corrupt", "png_decompression_dos.png": "too large"},
     **{"truncated_end_chunk.png": "Truncated", "seek_too_large.tif": "Unable to seek", "zero_byte.jpg": "empty"},
     **{"broken_data_stream.png": "unrecognized data", "xdtn0g01.png": "cannot load", "heic_named.jpg": "HEIC"},
     **{

@@ -118,7 +118,7 @@ def test_packed_files_of_mnists_format(tmp_path):
     train = split_one_class("fashion_mnist", DataSource(str(tmp_path), image_size=28), 1, 32).train()
     assert torch.equal(train.images[:, 0], torch.from_numpy(images[[0, 2]])) and train.indices.tolist() == [0, 2]
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"junk")
-    with pytest.raises(UserError, match="--data_path: .*train-images.* is damaged"):
+    with pytest.raises(UserError, match="--data_path: .*train-images.* is corrupt"):
         split_one_class("fashion_mnist", DataSource(str(tmp_path)), 1, 32).train()
 
 

@@ -92,7 +92,7 @@ def test_all_missing_sets_are_named_before_anything_is_decoded(tmp_path):
     with pytest.raises(UserError) as told:
         find(["lsun_fix", "svhn", "lsun_resize", "cub", f"folder:{tmp_path}/nothing"], tmp_path)
     text = str(told.value)
-    assert text.startswith("--ood_dataset: not to be had:")
+    assert text.startswith("--ood_dataset: not found:")
     for name in ("svhn", "lsun_resize", "cub", "folder:", "--ood_data_path"):
         assert name in text
     assert "lsun_fix" not in text

@@ -29,19 +29,19 @@ def either_flip(view: torch.Tensor, options: list[torch.Tensor]) -> bool:
     return any(torch.allclose(view, option, atol=1e-5) for option in options)
 
 
-def test_train_views_come_copy_by_copy_shift_by_shift():
+def test_train_views_come_view_by_view_shift_by_shift():
     x = images_of(gray_images(3)).batch(torch.arange(3))
     (loaded,) = images_of(x).batches([torch.arange(3)], Loading(views=2), seed=0, epoch=1)
     views = train_views(loaded, SHIFTS, PLAIN, generator(0, "test")).view(2, 5, 3, 3, 8, 8)
-    for copy in views:
-        flipped = copy[0]
+    for view in views:
+        flipped = view[0]
         for i in range(3):
             assert either_flip(flipped[i], [x[i], x[i].flip(-1)])
         # The flip comes before the shift, so the rotations are of the flipped image ...
         for q in range(4):
-            torch.testing.assert_close(copy[q], torch.rot90(flipped, q, (2, 3)), atol=1e-5, rtol=0)
-        # ... and the mix is with the neighbour of the same copy.
-        torch.testing.assert_close(copy[4], 0.8 * flipped + 0.2 * flipped.roll(-1, 0), atol=1e-5, rtol=0)
+            torch.testing.assert_close(view[q], torch.rot90(flipped, q, (2, 3)), atol=1e-5, rtol=0)
+        # ... and the mix is with the neighbour of the same view.
+        torch.testing.assert_close(view[4], 0.8 * flipped + 0.2 * flipped.roll(-1, 0), atol=1e-5, rtol=0)
 
 
 def test_labels_follow_the_views():
@@ -61,7 +61,7 @@ def test_train_views_are_a_function_of_the_generator():
 def test_processes_see_their_part_of_the_same_views(processes):
     """For any number of processes the same seed gives the same flips, shifts, partners and augmentation."""
     images = images_of(torch.rand(7, 3, 8, 8))
-    shifts = ShiftSpec("rot_augmix").functions()  # looks twice at an image
+    shifts = ShiftSpec("rot_augmix").functions()  # mixes two sub-views
     parts, k = [torch.tensor([4, 0, 6, 2, 5])], 2 * len(shifts)
 
     def views(world: World) -> torch.Tensor:
@@ -111,36 +111,36 @@ def test_without_shifts_nothing_is_flipped():
     torch.testing.assert_close(out[:, 0], images.batch(torch.arange(20)), atol=1e-5, rtol=0)
 
 
-def whole_look(draw):
+def what_is_off(draw):
     """Whether the augmentation after a shift leaves colours, and frames, of the views alone."""
-    from datasets.views import _spared
+    from datasets.views import _disabled
 
     spec = AlignedSpec()
     plain = draw_aligned(2000, (8, 8), spec, generator(0, "test"))
-    spared = _spared(plain, draw, torch.arange(2000) % len(draw))
+    found = _disabled(plain, draw, torch.arange(2000) % len(draw))
     mine = torch.arange(2000) % len(draw) == len(draw) - 1
-    assert torch.equal(spared.jitter[~mine], plain.jitter[~mine]) and torch.equal(spared.box[~mine], plain.box[~mine])
-    whole = (spared.box[mine] == torch.tensor([1.0, 1.0, 0.0, 0.0])).all()
-    return not (spared.jitter[mine] | spared.gray[mine]).any(), bool(whole)
+    assert torch.equal(found.jitter[~mine], plain.jitter[~mine]) and torch.equal(found.box[~mine], plain.box[~mine])
+    whole = (found.box[mine] == torch.tensor([1.0, 1.0, 0.0, 0.0])).all()
+    return not (found.jitter[mine] | found.gray[mine]).any(), bool(whole)
 
 
 def test_mixed_crops_are_not_cropped_again_and_mixed_augmentations_not_touched_again():
     spec = {"shift_trans_type": "rot_cropmix"}
-    assert whole_look(ShiftSpec(**spec).functions()) == (False, True)
-    assert whole_look(ShiftSpec(**spec, cropmix_crop_aug=True).functions()) == (False, False)
+    assert what_is_off(ShiftSpec(**spec).functions()) == (False, True)
+    assert what_is_off(ShiftSpec(**spec, cropmix_crop_aug=True).functions()) == (False, False)
     for crop_aug in (False, True):  # the flag is cropmix's alone
-        assert whole_look(ShiftSpec("rot_augmix", cropmix_crop_aug=crop_aug).functions()) == (True, True)
+        assert what_is_off(ShiftSpec("rot_augmix", cropmix_crop_aug=crop_aug).functions()) == (True, True)
 
 
 @pytest.mark.parametrize("name", ["rot_cropmix", "rot_augmix"])
-def test_two_looks_at_an_image_are_mixed_and_nothing_else_is(name):
+def test_two_sub_views_of_an_image_are_mixed_and_nothing_else_is(name):
     """Against the definition, written out: the mix of two crops (or augmentations) of the image itself."""
     aligned = AlignedSpec(color_jitter_strength=1.0, resize_factor=0.3)
     spec = ShiftSpec(name, 0.2, cropmix_resize_factor=0.25, cropmix_resize_fix=True)
     *rotations, mixed = spec.functions(aligned)
-    assert mixed.looks is not None and all(s.looks is None for s in rotations)
+    assert mixed.sub_views is not None and all(s.sub_views is None for s in rotations)
     x, partner = torch.rand(6, 3, 8, 8), torch.rand(6, 3, 8, 8)
-    draws = [draw_aligned(6, (8, 8), mixed.looks.spec, generator(0, "look", i)) for i in (0, 1)]
+    draws = [draw_aligned(6, (8, 8), mixed.sub_views.spec, generator(0, "look", i)) for i in (0, 1)]
     out = apply_shift(mixed, x, partner, (draws[0], draws[1]))
     if name == "rot_cropmix":
         a, b = (crop(x, draw.box) for draw in draws)
@@ -148,13 +148,13 @@ def test_two_looks_at_an_image_are_mixed_and_nothing_else_is(name):
         assert (share - 0.25).abs().max() < 0.07  # whole pixels of 8
     else:
         a, b = (aligned_views(x, draw) for draw in draws)
-        assert mixed.looks.spec == aligned
+        assert mixed.sub_views.spec == aligned
     torch.testing.assert_close(out, 0.8 * a + 0.2 * b)
     assert (out - apply_shift(mixed, x, 1 - partner, (draws[0], draws[1]))).abs().max() == 0
 
 
 @pytest.mark.parametrize("name", ["rot_cropmix", "rot_augmix"])
-def test_draws_of_mixed_looks_do_not_depend_on_the_batch_size(name):
+def test_draws_of_sub_views_do_not_depend_on_the_batch_size(name):
     images = image_set(torch.randint(0, 256, (7, 3, 8, 8), dtype=torch.uint8), torch.zeros(7))
     shifts = ShiftSpec(name, 0.2).functions()
     whole = all_draws(images, 7, shifts=shifts)
