@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 from common.errors import command
 
 if TYPE_CHECKING:
-    from training.keeper import Observer
-    from training.launch import Script
+    from training.launch import MakeObserver, Script
 
 
-def train(argv: Sequence[str] | None, script: "Script", observer: "Observer | None" = None) -> None:
-    """Carry out the run that the flags describe. A finished run is left alone, an unfinished one goes on."""
+def train(argv: Sequence[str] | None, script: "Script", observe: "MakeObserver | None" = None) -> None:
+    """Carry out the run that the flags describe. A finished run is left alone, an unfinished one goes on.
+
+    observe: makes what evaluates the network while it trains.
+    """
     from common.dist import processes
     from common.flags import DeviceSpec
     from program import SPECS
@@ -27,6 +29,7 @@ def train(argv: Sequence[str] | None, script: "Script", observer: "Observer | No
             return
         split = launch.read_split(job.flags, world)
         recipe = launch.build_recipe(job, split, world)
+        observer = observe(job, recipe, split, world) if observe else None
         launch.train(job, run, recipe, split, world, observer)
 
 

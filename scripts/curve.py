@@ -1,67 +1,105 @@
 """AUROC against epochs: `python -m scripts.curve --train "--mode simclr_CSI" --evaluate "--mode ood_pre_refmix" -- ...`
 
-Trains stage 1 with the flags after `--` and those of --train, stops it every so many minutes as SIGTERM does, evaluates
-where it stands with the former and those of --evaluate, and lets it go on, to its last epoch or --limit. Writes
-`curve.csv` and `curve.png` into the run folder; started again, it goes on with both.
+Trains stage 1 with the flags after `--` and those of --train, and evaluates the network every so many minutes, at the
+end of an epoch and in the same process, with the former and those of --evaluate. Writes `curve.csv` and `curve.png`
+into the run folder; started again, it goes on with both.
 """
 
 import argparse
 import csv
 import io
-import json
+import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from common.errors import RunStopped, UserError, command
+from common.dist import SINGLE, World
+from common.errors import Terminated, UserError, command
 from common.files import write_text, write_whole
-from scripts.jobs import ROOT, end_with_parent
+from common.flags import Flags, RunSpec, build_parser, parse
+from datasets import Split
+from evals import EVALS, Eval
+from evals.result import Result
+from evals.trained import Trained
+from program import SPECS
+from train import train
+from training import STAGE1
+from training.keeper import Observer
+from training.launch import Job, Script, read_job
+from training.optim import LengthSpec
+from training.recipe import Recipe
 
 # Of a row of the curve: what is no score.
 _FACTS = ["epoch", "minutes"]
+_SCRIPT = Script("train.py", STAGE1, "simclr", "last.model", "last.resume")
 
 Row = dict[str, float]
 
 
-def train_for(flags: Sequence[str], seconds: float) -> bool:
-    """Train for so long, or to the end; whether that was reached. Raises: RunStopped where training fails or does not
-    even begin in that time."""
-    process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, preexec_fn=end_with_parent)
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    code = process.wait()
-    if code == -signal.SIGTERM:
-        raise RunStopped(f"training did not begin within {seconds:.0f} seconds; give a longer --every")
-    if code not in (0, 143):  # 143: it has saved.
-        raise RunStopped(f"train.py ended with exit code {code}")
-    return code == 0
+def row_of(epoch: int, minutes: float, results: Iterator[Result]) -> Row:
+    """Epoch, minutes of training, and mean AUROC in percent of each score."""
+    scores = {result.name: round(100 * result.metrics["mean"], 3) for result in results}
+    return {"epoch": epoch, "minutes": round(minutes, 2), **scores}
 
 
-def run_folder(flags: Sequence[str]) -> Path:
-    """Where train.py writes to. Raises: UserError for flags that it refuses; it has told why."""
-    told = subprocess.run(
-        [sys.executable, "train.py", *flags, "--dry_run"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    if told.returncode:
-        raise UserError("train.py refuses the flags of --train and after --")
-    return ROOT / json.loads(told.stdout.splitlines()[-1])["run_dir"]
+class Curve:
+    """The curve of one run: rows on disk and in a picture, continued from what is there.
 
+    evaluate: flags of the evaluation. every, limit: minutes of training between evaluations, and in all.
+    Raises: UserError for flags that do not parse, modes without an AUROC, or a file that is no curve.
+    """
 
-def evaluate(flags: Sequence[str], folder: Path) -> Row:
-    """Epoch, and mean AUROC in percent of each score. Raises: RunStopped where eval.py fails."""
-    begun = time.time()
-    code = subprocess.run([sys.executable, "eval.py", *flags, "--load_path", str(folder)], cwd=ROOT).returncode
-    fresh = [path for path in sorted(folder.glob("result_*.json")) if path.stat().st_mtime >= begun - 1]
-    if code or not fresh:
-        raise RunStopped(f"eval.py ended with exit code {code}")
-    results = [json.loads(path.read_text()) for path in fresh]
-    return {"epoch": results[0]["epochs"], **{r["score"]: round(100 * r["mean"], 3) for r in results}}
+    def __init__(self, folder: Path, evaluate: Sequence[str], every: float, limit: float):
+        self.folder = folder
+        self.rows = read_rows(folder / "curve.csv")
+        self._every, self._limit = every, limit
+        self._minutes = self.rows[-1]["minutes"] if self.rows else 0.0
+        self._began = time.monotonic()
+        flags = parse(evaluate, build_parser("eval.py", EVALS, "ood_pre", SPECS))
+        self._row: Eval = EVALS[flags.of(RunSpec, only=["mode"]).mode]
+        self._flags: Flags = flags
+        if not self._row.scores:
+            raise UserError("--evaluate: choose a --mode that scores images")
+
+    @property
+    def reached_limit(self) -> bool:
+        return self._minutes >= self._limit
+
+    def observer(self, job: Job, recipe: Recipe, split: Split, world: World) -> Observer:
+        """What training calls."""
+        trained = Trained.of(recipe.model, self._inherited(job.flags), split, world)
+        self._began = time.monotonic()
+
+        def measure(epoch: int) -> Row:
+            self._minutes += (time.monotonic() - self._began) / 60
+            row = row_of(epoch, self._minutes, self._row.measure(replace(trained, epoch=epoch)))
+            if world.is_main:
+                self.add(row)
+            if self.reached_limit:
+                os.kill(os.getpid(), signal.SIGTERM)  # Training saves and ends, as if it were asked to from outside.
+            self._began = time.monotonic()
+            return {f"auroc/{name}": value for name, value in row.items() if name not in _FACTS}
+
+        return Observer(min(self._every, max(self._limit - self._minutes, 1e-3)), measure)
+
+    def evaluate_finished(self) -> None:
+        """Evaluate the weights in the folder, of a run that was finished before the curve was."""
+        flags = self._row.inherited(self._flags.filled({"load_path": str(self.folder)}))
+        trained = self._row.load(flags, SINGLE)
+        self.add(row_of(trained.epoch or 0, self._minutes, self._row.measure(trained)))
+
+    def _inherited(self, training: Flags) -> Flags:
+        return self._flags.inherited(training.recorded(), self.folder, flag="evaluate")
+
+    def add(self, row: Row) -> None:
+        """Write a row in place of those from its epoch on, and draw."""
+        self.rows = [*(r for r in self.rows if r["epoch"] < row["epoch"]), row]
+        write_rows(self.folder / "curve.csv", self.rows)
+        draw(self.folder / "curve.png", self.rows, self.folder.name)
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -120,22 +158,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.every > 0 or not args.limit > 0:
         raise UserError("--every and --limit must be > 0")
-    train, look = ([*args.flags, *shlex.split(own)] for own in (args.train, args.evaluate))
-    folder = run_folder(train)
-    rows = read_rows(folder / "curve.csv")
-    minutes, ended = (rows[-1]["minutes"] if rows else 0.0), False
-    while not ended and minutes < args.limit:
-        begun = time.monotonic()
-        ended = train_for(train, 60 * min(args.every, args.limit - minutes))
-        minutes += (time.monotonic() - begun) / 60
-        found = evaluate(look, folder)
-        row = {"epoch": found.pop("epoch"), "minutes": round(minutes, 2), **found}
-        rows = [*(r for r in rows if r["epoch"] < row["epoch"]), row]
-        write_rows(folder / "curve.csv", rows)
-        draw(folder / "curve.png", rows, folder.name)
-    for row in rows:
+    training, evaluation = ([*args.flags, *shlex.split(own)] for own in (args.train, args.evaluate))
+    job = read_job(training, _SCRIPT, SPECS)
+    curve = Curve(job.folder, evaluation, args.every, args.limit)
+    if not curve.reached_limit:
+        try:
+            train(training, _SCRIPT, curve.observer)
+        except Terminated:
+            if not curve.reached_limit:
+                raise
+        epochs = job.flags.of(LengthSpec).epochs
+        if not curve.reached_limit and (not curve.rows or curve.rows[-1]["epoch"] < epochs):
+            curve.evaluate_finished()
+    for row in curve.rows:
         print("  ".join(f"{name} {value:g}" for name, value in row.items()))
-    print(f"wrote {folder / 'curve.csv'} and curve.png")
+    print(f"wrote {curve.folder / 'curve.csv'} and curve.png")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ class Position(NamedTuple):
 
 
 class Observer(NamedTuple):
-    """An evaluation while training runs. minutes: between two of them. measure: epoch -> values to record, by tag; it
-    leaves the network as it was. On all ranks."""
+    """An evaluation while training runs, at the end of an epoch. minutes: between two of them; the last epoch has one,
+    too. measure: epoch -> values to record, by tag; it leaves the network as it was. On all ranks."""
 
     minutes: float
     measure: Callable[[int], dict[str, float]]

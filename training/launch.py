@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,10 @@ class Job(NamedTuple):
     flags: Flags
     mode: Mode
     folder: Path
+
+
+# (job, recipe, split, world) -> an evaluation while training runs.
+MakeObserver = Callable[[Job, Recipe, Split, World], Observer]
 
 
 def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Spec]]) -> Job:

@@ -1,71 +1,67 @@
-import contextlib
-import io
 import json
-import subprocess
-from types import SimpleNamespace
 
 import pytest
+import torch
 
 import eval as evaluate
 import train
 from scripts import curve
 from tests.conftest import SHIFT, TINY
 
-
-def test_a_curve_is_drawn_while_training_goes_on(tmp_path, monkeypatch, capfd):
-    flags = [*TINY, *SHIFT, "--log_root", str(tmp_path)]
-    look = "--mode ood_pre_refmix --ood_score CSI --ood_samples 2 --resize_factor 0.54 --resize_fix"
-    args = ["--every", "9", "--train", "--mode simclr_CSI --epochs 4", "--evaluate", look, "--", *flags]
-    assert not curve.main(args)
-    (table,) = tmp_path.glob("*/curve.csv")
-    header, row = table.read_text().splitlines()
-    result = json.loads(table.with_name("result_ood_pre_refmix_CSI.json").read_text())
-    assert header == "epoch,minutes,CSI" and row.startswith("4,")
-    assert float(row.split(",")[2]) == pytest.approx(100 * result["mean"], abs=1e-3)
-    assert table.with_name("curve.png").read_bytes().startswith(b"\x89PNG")
-    # Started again (in this process) it trains no more, and the row of the same epoch takes the place of the old one.
-    monkeypatch.setattr(curve, "subprocess", SimpleNamespace(run=in_process, PIPE=subprocess.PIPE))
-    monkeypatch.setattr(curve, "train_for", lambda flags, seconds: train.main(flags) == 0)
-    written = table.stat().st_mtime_ns
-    assert not curve.main(args)
-    assert len(table.read_text().splitlines()) == 2 and table.stat().st_mtime_ns > written
-    capfd.readouterr()
+LOOK = "--mode ood_pre_refmix --ood_score CSI knn --ood_samples 2 --resize_factor 0.54 --resize_fix"
 
 
-def in_process(words, **settings) -> subprocess.CompletedProcess:
-    """A script of the project without a process of its own."""
-    script = {"train.py": train.main, "eval.py": evaluate.main}[words[1]]
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        code = script(words[2:])
-    return subprocess.CompletedProcess(words, code, told.getvalue())
+def arguments(logs, *own: str, every: str = "9", epochs: int = 4) -> list[str]:
+    flags = ["--", *TINY, *SHIFT, "--log_root", str(logs)]
+    train = f"--mode simclr_CSI --epochs {epochs} --save_step 1"
+    return ["--every", every, *own, "--train", train, "--evaluate", LOOK, *flags]
 
 
-def test_training_is_stopped_evaluated_and_goes_on(tmp_path, monkeypatch, capsys):
-    epochs, seen = iter([3, 3, 7, 9]), []
-    ends = iter([False, False, False, True])
-    monkeypatch.setattr(curve, "run_folder", lambda flags: tmp_path)
-    monkeypatch.setattr(curve, "train_for", lambda flags, seconds: seen.append(seconds) or next(ends))
-    monkeypatch.setattr(curve, "evaluate", lambda flags, folder: {"epoch": next(epochs), "CSI": 90.0 + len(seen)})
-    assert not curve.main(["--every", "2", "--", "--mode", "simclr_CSI"])
-    rows = curve.read_rows(tmp_path / "curve.csv")
-    assert [(row["epoch"], row["CSI"]) for row in rows] == [(3, 92), (7, 93), (9, 94)]
-    assert seen == [120.0] * 4
+def test_a_network_is_evaluated_while_it_trains_and_is_not_disturbed(tmp_path, capsys):
+    assert not curve.main(arguments(tmp_path / "watched", every="1e-6"))
+    (folder,) = (tmp_path / "watched").iterdir()
+    rows = curve.read_rows(folder / "curve.csv")
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    # The same weights, bit for bit, as of a run that nobody looks at.
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--epochs", "4", "--save_step", "1"]
+    assert train.main([*args, "--log_root", str(tmp_path / "alone")]) == 0
+    (alone,) = (tmp_path / "alone").iterdir()
+    a, b = (torch.load(place / "last.model", weights_only=True) for place in (folder, alone))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    # And the numbers of eval.py, of the last epoch.
+    assert evaluate.main([*LOOK.split(), "--load_path", str(alone)]) == 0
+    for score in ("CSI", "knn"):
+        result = json.loads((alone / f"result_ood_pre_refmix_{score}.json").read_text())
+        assert rows[-1][score] == pytest.approx(100 * result["mean"], abs=1e-3)
+    recorded = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert recorded["auroc/CSI"] == rows[-1]["CSI"]
+
+
+def test_a_limit_ends_training_and_a_later_start_goes_on(tmp_path, capsys):
+    assert not curve.main(arguments(tmp_path, "--limit", "1e-4", every="1e-6"))
+    (folder,) = tmp_path.iterdir()
+    first = curve.read_rows(folder / "curve.csv")
+    assert len(first) < 4 and "asked to stop" not in capsys.readouterr().err
+    assert not curve.main(arguments(tmp_path))
+    rows = curve.read_rows(folder / "curve.csv")
+    assert rows[: len(first)] == first and rows[-1]["epoch"] == 4 and rows[-1]["minutes"] > first[-1]["minutes"]
+    # A run that is finished without a curve is evaluated as it is.
+    (folder / "curve.csv").unlink()
+    assert not curve.main(arguments(tmp_path))
+    (last,) = curve.read_rows(folder / "curve.csv")
+    assert (last["epoch"], last["CSI"]) == (4, rows[-1]["CSI"])
 
 
 def test_a_score_that_is_added_later_has_a_column_and_blanks_before(tmp_path, monkeypatch, capsys):
-    found = iter([{"CSI": 90.0}, {"CSI": 91.0, "knn": 80.0}, {"knn": 82.0}])
-    epochs = iter([3, 6, 9])
-    monkeypatch.setattr(curve, "run_folder", lambda flags: tmp_path)
-    monkeypatch.setattr(curve, "train_for", lambda flags, seconds: True)
-    monkeypatch.setattr(curve, "evaluate", lambda flags, folder: {"epoch": next(epochs), **next(found)})
-    for _ in range(3):  # each reads what the one before it has written
-        assert not curve.main(["--", "--mode", "simclr_CSI"])
+    for epoch, found in ((3, {"CSI": 90.0}), (6, {"CSI": 91.0, "knn": 80.0}), (9, {"knn": 82.0})):
+        drawing = curve.Curve(tmp_path, [], 5, 100)
+        drawing.add({"epoch": epoch, "minutes": 1.0 * epoch, **found})
     header, *rows = [line.split(",") for line in (tmp_path / "curve.csv").read_text().splitlines()]
     assert header == ["epoch", "minutes", "CSI", "knn"]
     assert [[row[0], *row[2:]] for row in rows] == [["3.0", "90.0", ""], ["6.0", "91.0", "80.0"], ["9", "", "82.0"]]
     lines = drawn(tmp_path, curve.read_rows(tmp_path / "curve.csv"), monkeypatch)
     assert lines == {"CSI": [(3, 90), (6, 91)], "knn": [(6, 80), (9, 82)]}
-    capsys.readouterr()
 
 
 def drawn(tmp_path, rows, monkeypatch) -> dict:
@@ -84,38 +80,17 @@ def drawn(tmp_path, rows, monkeypatch) -> dict:
     return found
 
 
-def test_a_file_that_is_no_curve_is_told(tmp_path, monkeypatch, capsys):
-    (tmp_path / "curve.csv").write_text("epoch,minutes\nthree,1\n")
-    monkeypatch.setattr(curve, "run_folder", lambda flags: tmp_path)
-    assert curve.main(["--", "--mode", "simclr_CSI"]) == 2
+def test_a_file_that_is_no_curve_is_reported(tmp_path, capsys):
+    folder = tmp_path / "digits_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_3"
+    folder.mkdir()
+    (folder / "curve.csv").write_text("epoch,minutes\nthree,1\n")
+    assert curve.main(arguments(tmp_path)) == 2
     errors = capsys.readouterr().err
     assert "curve.csv is no curve" in errors and errors.count("\n") == 1
 
 
-def test_flags_that_training_refuses_and_training_that_fails(tmp_path, capfd):
+def test_flags_that_training_or_evaluation_refuses(tmp_path, capsys):
     assert curve.main(["--every", "0", "--", *TINY]) == 2
-    with pytest.raises(curve.RunStopped, match="exit code 2"):
-        curve.train_for([*TINY, "--batch_size", "-1", "--log_root", str(tmp_path)], 100)
-    with pytest.raises(curve.UserError, match="--train"):
-        curve.run_folder([*TINY, "--batch_size", "-1"])
-    capfd.readouterr()
-
-
-@pytest.mark.parametrize("saves", [True, False])
-def test_a_turn_ends_with_a_signal_that_training_has_to_be_ready_for(saves, tmp_path, monkeypatch):
-    ready = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143));" if saves else ""
-    (tmp_path / "train.py").write_text(f"import signal, sys, time; {ready} time.sleep(60)")
-    monkeypatch.setattr(curve, "ROOT", tmp_path)
-    if saves:
-        assert curve.train_for([], 4) is False
-        return
-    with pytest.raises(curve.RunStopped, match="--every"):
-        curve.train_for([], 1)
-
-
-@pytest.mark.parametrize("code", [129, 130, 138])
-def test_training_that_another_has_asked_to_stop_ends_the_curve(code, tmp_path, monkeypatch):
-    (tmp_path / "train.py").write_text(f"import sys; sys.exit({code})")
-    monkeypatch.setattr(curve, "ROOT", tmp_path)
-    with pytest.raises(curve.RunStopped, match=f"exit code {code}"):
-        curve.train_for([], 30)
+    assert curve.main(["--train", "--batch_size -1", "--", *TINY]) == 2
+    assert curve.main(["--evaluate", "--mode test_acc", "--", *TINY, "--log_root", str(tmp_path)]) == 2
+    assert "--evaluate" in capsys.readouterr().err and not list(tmp_path.iterdir())
