@@ -118,7 +118,7 @@ def load_trained(
     facts = read_facts(path).get("data", {})
     split.check_trained(facts, path, flag="load_path")
     _report_training(flags, path, trained, known_class=bool(facts))
-    return Trained(net.to(device), flags, split, device, world, path, _epoch(path), facts)
+    return Trained(net.to(device).eval(), flags, split, device, world, path, _epoch(path), facts)
 
 
 def _check_writable(folder: Path) -> None:

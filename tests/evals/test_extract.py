@@ -5,11 +5,12 @@ from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
 from evals import extract
-from evals.extract import cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
+from evals.extract import FITTED_SPARSE, Extraction, cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
+from tests.evals.test_trained import trained_of
 
 SHIFTS = ShiftSpec("rot_bmix", 0.2).functions()
 
@@ -75,3 +76,23 @@ def test_references_take_the_place_of_neighbours_in_the_mixed_view_only():
     plain = concatenate(draw_means(net_outputs(net), data, spec(2), 2, label="test"))
     torch.testing.assert_close(found["z"][:, :4], plain["z"][:, :4], atol=1e-6, rtol=1e-5)
     assert (found["z"][:, 4] - plain["z"][:, 4]).abs().amax(1).min() > 1e-4
+
+
+def test_draws_are_averaged_before_features_are_inverted_and_coded(stage1):
+    """Trap 7: mean first, then h / |h|^2, then codes; the other order gives other features."""
+    more = ["--ood_samples", "3", "--invert_sr_feature_norm", "--sr_dict_size", "8", "--sr_fit_steps", "3"]
+    trained = trained_of(stage1, *more, mode="ood_pre_multi_sr")
+    train = trained.train_images()
+    fitted, known = Extraction.of(FITTED_SPARSE, trained, {"s", "error", "shift"}).fit(train)
+    with torch.no_grad():
+        net = net_outputs(trained.net)
+        draws = []
+        for t in range(3):
+            views = torch.cat([views for _, views in draw_views(train, fitted.draws, t)])
+            draws.append(net(views.unflatten(0, (-1, 5)))["h"])
+    h = torch.stack(draws).mean(0)
+    torch.testing.assert_close(known["s"], h / h.square().sum(2, keepdim=True), atol=1e-6, rtol=1e-4)
+    assert set(known) == {"s", "error", "shift"} and known["error"].shape == (122, 5)
+    # The same dictionaries code test images.
+    again = fitted.outputs(train, "again")
+    assert all(torch.allclose(known[name], again[name], atol=1e-6) for name in known)
