@@ -61,7 +61,8 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
     Raises: UserError for flags that do not parse, or that contradict the weights.
     """
     with report_once():
-        flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, specs))
+        own = [spec for mode in script.modes.values() for spec in mode.specs]
+        flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
         mode = script.modes[flags.of(RunSpec, only=["mode"]).mode]
         flags = _inherited(flags.filled(mode.defaults), mode)
         mode.shifts(flags)
