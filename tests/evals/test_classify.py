@@ -209,6 +209,8 @@ def test_the_best_setting_is_among_those_that_keep_the_clean_accuracy(trained):
     turned = [r for at in ("1", "0.5", "0") for r in results if r.facts["at"] == at]
     (found,) = best(max_drop=0.001)(turned)
     assert found.facts["at"] != "0"
+    (found,) = best(max_drop=0.001)(results)  # the first setting is the blind one, and no other lies below it
+    assert found.facts["at"] == "0"
     with pytest.raises(RunStopped, match="keeps a clean accuracy of 99.0 %"):
         list(best(floor=0.99)(results))
     assert list(each(results)) == []

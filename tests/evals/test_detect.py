@@ -11,6 +11,7 @@ import torch
 import eval as evaluate
 from common.errors import UserError
 from evals import EVALS
+from evals.extract import SPARSE, Extraction
 from evals.metrics import aupr_anomalous, aupr_normal, auroc, fpr_at_recall
 from evals.result import family, nested
 from tests.conftest import SHIFT, TINY
@@ -57,6 +58,9 @@ def test_a_result_file_holds_the_metrics_and_a_table_the_images(stage2, tmp_path
     found = json.loads((run / "result_ood_pre_cocsr_CSI_sr.json").read_text())
     assert {name: found[name] for name in nested(result.metrics)} == nested(result.metrics)
     assert set(found["auroc_interval"]) == {"low", "high"} and len(found["fpr_at_95_recall"]) == 9 + 2
+    trained = trained_of(stage2, "--invert_sr_feature_norm", mode="ood_pre_cocsr")
+    gap = Extraction.of(SPARSE, trained, {"gap"}).outputs(trained.split.test(), "test")["gap"]
+    assert found["gap"] == pytest.approx(float(gap.mean()) / trained.net.sr_nets.coding.lam, rel=1e-5) and gap.max() > 0
     assert f"mean optimality gap {found['gap']:.3g} lambda" in told
     low, high = (100 * found["auroc_interval"][end] for end in ("low", "high"))
     assert f"{100 * found['mean']:5.1f}  95 % interval {low:.1f} to {high:.1f}" in told

@@ -12,6 +12,8 @@ from evals.metrics import (
     calibration_error,
     detection_metrics,
     fpr_at_recall,
+    mean_aurocs,
+    resampled,
 )
 
 
@@ -93,6 +95,12 @@ def test_the_interval_of_the_mean_auroc_equals_a_loop_over_resampled_images():
     assert (low, high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.012)
     assert low < np.mean([auroc(groups[0], other) for other in groups[1:]]) < high
     assert auroc_interval(groups[0], groups[1:]) == (low, high)
+    # No sample comes twice, although samples are drawn in blocks.
+    labels = np.repeat(np.arange(3), [30, 25, 20])
+    counts = np.concatenate([resampled(labels, 100, seed) for seed in range(0, 1000, 100)])
+    assert len(np.unique(counts, axis=0)) == 1000
+    aurocs = mean_aurocs(np.concatenate(groups), labels, 0, counts)
+    assert (low, high) == tuple(np.percentile(aurocs, [2.5, 97.5]))
 
 
 def by_sorting(normal, anomalous):
