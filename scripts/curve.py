@@ -97,7 +97,9 @@ class Curve:
 
     def add(self, row: Row) -> None:
         """Write a row in place of those from its epoch on, and draw."""
-        self.rows = [*(r for r in self.rows if r["epoch"] < row["epoch"]), row]
+        # From disk: --overwrite has emptied the folder since this was made.
+        before = read_rows(self.folder / "curve.csv")
+        self.rows = [*(r for r in before if r["epoch"] < row["epoch"]), row]
         write_rows(self.folder / "curve.csv", self.rows)
         draw(self.folder / "curve.png", self.rows, self.folder.name)
 
