@@ -198,8 +198,12 @@ class Flags:
         keep the defaults. Raises: UserError as the spec."""
         names = list(flags_of(spec) if only is None else only)
         found = {name: self._values[name] for name in names}
-        self._read.update(found)
+        self.read(found)
         return spec(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})
+
+    def read(self, names: Iterable[str]) -> None:
+        """Count these flags as read."""
+        self._read.update(names)
 
     def filled(self, defaults: Mapping[str, Any]) -> "Flags":
         """The same with `defaults`, those of a mode, in place of the program's where the user gave none."""
@@ -237,14 +241,18 @@ class Flags:
 
     def _with(self, own: Mapping[str, Any]) -> "Flags":
         flags = Flags({**self._values, **own}, self._given, self._infos)
-        flags._read |= self._read
+        flags.read(self._read)
         return flags
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._values:
-            raise AttributeError(name)
-        self._read.add(name)
-        return self._values[name]
+    @property
+    def mode(self) -> str:
+        """--mode."""
+        return self.of(RunSpec, only=["mode"]).mode
+
+    @property
+    def seed(self) -> int:
+        """--seed."""
+        return self.of(RunSpec, only=["seed"]).seed
 
     def given(self, name: str) -> bool:
         """Whether the user wrote the flag, whatever its value."""
@@ -272,11 +280,6 @@ class Flags:
         values = {name: self._values[name] for name in self.used()}
         paths = [n for n in values if n in self._infos and self._infos[n].type is os.path.expanduser and values[n]]
         return values | {name: os.path.abspath(values[name]) for name in paths}
-
-
-def pick(spec: type[S], flags: Flags, only: Iterable[str] | None = None) -> S:
-    """`flags.of`."""
-    return flags.of(spec, only)
 
 
 class _Names(list[str]):
@@ -367,7 +370,7 @@ def parse(argv: Sequence[str] | None, parser: Parser) -> Flags:
         info.check(name, values[name])
     flags = Flags(values, given, parser.infos)
     # Read by every script, or a launcher's business: never worth a word.
-    flags._read |= {"local_rank", "dry_run", "dataset", "model", "mode"} & values.keys()
+    flags.read({"local_rank", "dry_run", "dataset", "model", "mode"} & values.keys())
     return flags
 
 

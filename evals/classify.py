@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from common.device import autocast
 from common.errors import RunStopped, UserError
+from common.flags import DeviceSpec
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.views import PassSpec
@@ -141,11 +142,12 @@ def classify(
     """
     flags, split = trained.flags, trained.split
     with trained.world.raise_together():
-        if flags.one_class_idx is not None:
+        if split.one_class_idx is not None:
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
         test = split.test()
         test = test.where(split.normal(test.labels)).to(trained.device)
-        batch_size, amp, seed = flags.of(PassSpec).ood_batch_size, autocast(flags.amp, trained.device), flags.seed
+        batch_size, seed = flags.of(PassSpec).ood_batch_size, flags.seed
+        amp = autocast(flags.of(DeviceSpec, only=["amp"]).amp, trained.device)
     titles = [condition.title for condition in conditions]
     if len(set(titles)) < len(titles):
         raise ValueError(f"two conditions of one name: {titles}")
@@ -156,7 +158,7 @@ def classify(
 
     def results() -> Iterator[Result]:
         found = []
-        facts = {"data": {flags.dataset: identity(test)}, "settings": settings_of(flags), "n": len(test)}
+        facts = {"data": {split.dataset: identity(test)}, "settings": settings_of(flags), "n": len(test)}
         for condition in conditions:
             with trained.world.raise_together():
                 own = _confidences(trained, condition, logits, test, batch_size, seed)
@@ -171,7 +173,7 @@ def classify(
             columns = {"index": test.indices.cpu(), "label": labels, "predicted": named, "confidence": confidence}
             per_image = {name: column.numpy() for name, column in (columns | {"correct": correct}).items()}
             own_facts = {**facts, "condition": condition.name, "at": condition.at, "classes": split.n_classes}
-            found.append(Result(condition.title, values, {flags.dataset: per_image}, own_facts))
+            found.append(Result(condition.title, values, {split.dataset: per_image}, own_facts))
             yield found[-1]
         yield from summarise(found)
 

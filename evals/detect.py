@@ -129,7 +129,7 @@ def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -
 
 def _test_sets(trained: Trained) -> dict[str, ImageSet]:
     """The test images of the data set, and after them those they are compared with, by name."""
-    flags, split = trained.flags, trained.split
+    split = trained.split
     test = split.test()
     normal = split.normal(test.labels)
     others = _other_sets(trained, lambda: test.where(normal))
@@ -140,7 +140,7 @@ def _test_sets(trained: Trained) -> dict[str, ImageSet]:
         )
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class, {split.normal_title}")
-    return {name: data.to(trained.device) for name, data in {flags.dataset: test, **others}.items()}
+    return {name: data.to(trained.device) for name, data in {trained.split.dataset: test, **others}.items()}
 
 
 def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
@@ -149,16 +149,19 @@ def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, I
     normal: the normal test images. Raises: UserError that names all that are not found.
     """
     flags = trained.flags
-    usual = MULTI_CLASS.get(flags.dataset, ()) if flags.one_class_idx is None else ()
+    usual = MULTI_CLASS.get(trained.split.dataset, ()) if trained.split.one_class_idx is None else ()
     names = list(dict.fromkeys(flags.of(OutlierSpec, only=("ood_dataset",)).ood_dataset or usual))
-    if flags.dataset in names:
-        names.remove(flags.dataset)
-        print(f"note: --ood_dataset {flags.dataset} is the normal data set itself; left out")
+    if trained.split.dataset in names:
+        names.remove(trained.split.dataset)
+        print(f"note: --ood_dataset {trained.split.dataset} is the normal data set itself; left out")
     if not names:
         return {}
     used = {flag for name in names for flag in outlier_flags(name)}
     source = flags.of(DataSource, only=used - {"data_path"})
-    place = (flags.ood_data_path or flags.data_path) if "data_path" in used else ""
+    place = ""
+    if "data_path" in used:
+        own = flags.of(OutlierSpec, only=("ood_data_path",)).ood_data_path
+        place = own or flags.of(DataSource, only=("data_path",)).data_path
     main = trained.split.source
     source = replace(source, data_path=place, image_size=main.image_size, normal=main.normal)
     lag = flags.of(TestBatchSpec).test_batch_size if INTERP in names else 1

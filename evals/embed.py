@@ -11,11 +11,12 @@ from torch import Tensor
 from common.errors import RunStopped, UserError
 from common.flags import Flags
 from common.seed import seed_of
+from datasets import ShiftSpec
 from evals.extract import Extraction, Extractor, reference_pool
 from evals.result import Result
 from evals.specs import ReferenceSpec, TsneSpec
 from evals.trained import Trained, identity, settings_of
-from models.feature_net import CocsrNet
+from models.feature_net import CocsrNet, FeatureTransform
 
 # Outputs that --ood_layer names.
 LAYERS = {"penultimate": "h", "simclr": "z", "shift": "shift"}
@@ -44,17 +45,18 @@ def embed(
         if output == "shift" and shifts < 2:
             raise UserError(f"--shift_trans_type: one shift has no logits to show in --mode {flags.mode}")
         references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
-        of_shift = f" of {flags.shift_trans_type}" if not extractor.plain else ""
+        kind = "" if extractor.plain else flags.of(ShiftSpec, only=("shift_trans_type",)).shift_trans_type
+        of_shift = f" of {kind}" if kind else ""
         test, train = split.test().to(trained.device), trained.train_images()
 
     def results() -> Iterator[Result]:
         fitted, known = extraction.fit(train)
         pool = reference_pool(train, references, flags.seed) if references else None
-        found = fitted.outputs(test, f"{flags.dataset} test images", pool)
+        found = fitted.outputs(test, f"{trained.split.dataset} test images", pool)
         if not trained.world.is_main:
             return
         normal = split.normal(test.labels).cpu()
-        data = {"training": identity(train), flags.dataset: identity(test)}
+        data = {"training": identity(train), trained.split.dataset: identity(test)}
         facts = {"data": data, "settings": settings_of(flags)}
         for layer, name in shown.items():
             for k in range(shifts):
@@ -62,7 +64,7 @@ def embed(
                 groups = {title: _some(x, limit, flags.seed) for title, x in groups.items() if len(x)}
                 if name == "s" and isinstance(trained.net, CocsrNet):
                     groups["atoms"] = _scaled_atoms(trained.net, k, groups)
-                title = f"{flags.dataset}, normal: {split.normal_title}, shift {k}{of_shift}, {layer}"
+                title = f"{trained.split.dataset}, normal: {split.normal_title}, shift {k}{of_shift}, {layer}"
                 yield Result(f"{layer}_shift{k}", {}, project(groups, title), {**facts, "title": title})
 
     return results()
@@ -84,16 +86,17 @@ def _scaled_atoms(net: CocsrNet, k: int, groups: Mapping[str, np.ndarray]) -> np
 def shown_outputs(flags: Flags, output: str | None, layers: Mapping[str, str]) -> dict[str, str]:
     """The network's outputs to show, by the name of their layer. Raises: UserError for an unknown layer."""
     if output == "s":
-        layer = flags.sr_layer
-        if flags.given("ood_layer") and flags.ood_layer != [layer]:
+        layer = flags.of(FeatureTransform, only=("sr_layer",)).sr_layer
+        if flags.given("ood_layer") and flags.of(TsneSpec, only=("ood_layer",)).ood_layer != (layer,):
             raise UserError(f"--ood_layer: atoms live among the coded features; give {layer} (--sr_layer)")
         return {layer: output}
     if output is not None:
         return {output: output}
-    unknown = [layer for layer in flags.ood_layer if layer not in layers]
+    asked = flags.of(TsneSpec, only=("ood_layer",)).ood_layer
+    unknown = [layer for layer in asked if layer not in layers]
     if unknown:
         raise UserError(f"--ood_layer {unknown[0]}: known are {', '.join(layers)}")
-    return {layer: layers[layer] for layer in flags.ood_layer}
+    return {layer: layers[layer] for layer in asked}
 
 
 def _some(x: np.ndarray, limit: int, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from common.device import Amp, autocast
 from common.dist import SINGLE, World
-from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec
+from common.flags import DeviceSpec, Flags, Spec, WeightsSpec
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
@@ -203,7 +203,7 @@ class Extraction:
         aligned = None if extractor.plain else flags.of(AlignedSpec)
         # Many shifts make many views of an image; no result depends on how many images come at a time.
         batch_size = max(1, flags.of(PassSpec).ood_batch_size // max(1, len(shifts) // 8))
-        seed = flags.of(RunSpec, only=["seed"]).seed
+        seed = flags.seed
         draws = DrawSpec(shifts, aligned, seed, batch_size=batch_size)
         samples = 1 if extractor.plain else flags.of(AverageSpec).ood_samples
         net = extractor.network(trained.net)
@@ -317,7 +317,7 @@ def _fit_dictionaries(flags: Flags) -> FitCoder:
         transform=transform,
         spec=sparse,
         rounds=rounds,
-        seed=flags.of(RunSpec, only=["seed"]).seed,
+        seed=flags.seed,
     )
     return lambda train, world: fit(train, world=world)
 

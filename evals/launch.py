@@ -10,8 +10,10 @@ from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
 from common.errors import UserError
 from common.files import disk_errors
-from common.flags import Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
+from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
+from datasets.views import PassSpec
 from evals import Eval, mode_of_run
+from evals.specs import PlaceSpec
 
 
 def launch(
@@ -31,7 +33,7 @@ def launch(
         World.of(os.environ)  # What is wrong with the launcher comes first.
         load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
         flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
-        row = modes[flags.of(RunSpec, only=["mode"]).mode]
+        row = modes[flags.mode]
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.
         with contextlib.suppress(UserError) if only_look else contextlib.nullcontext():
@@ -41,9 +43,9 @@ def launch(
             _dry_run(flags, script, row)
         return
     reuse_host_memory()
-    place = Path(flags.out or flags.load_path or flags.log_root)
-    remedy = f"lower --ood_batch_size {flags.ood_batch_size}"
-    with processes(flags.device) as world, memory_errors(remedy), disk_errors(place):
+    place = Path(flags.of(PlaceSpec).out or load_path or "")
+    remedy = f"lower --ood_batch_size {flags.as_dict()['ood_batch_size']}"
+    with processes(flags.of(DeviceSpec, only=("device",)).device) as world, memory_errors(remedy), disk_errors(place):
         evaluate(flags, row, world)
 
 
@@ -62,6 +64,9 @@ def evaluate(flags: Flags, row: Eval, world: World) -> None:
 
 def _dry_run(flags: Flags, script: str, row: Eval) -> None:
     shifts = row.views(flags)
-    place = Path(flags.load_path or flags.log_root)
+    load_path = flags.of(WeightsSpec, only=("load_path",)).load_path
+    place = Path(load_path or flags.of(RunSpec, only=("log_root",)).log_root)
     folder = place.parent if place.suffix in (".model", ".cocsr_model", ".safetensors") else place
-    print_dry_run(flags, script=script, run_dir=folder, shifts=shifts, views_per_step=shifts * flags.ood_batch_size)
+    print_dry_run(
+        flags, script=script, run_dir=folder, shifts=shifts, views_per_step=shifts * flags.of(PassSpec).ood_batch_size
+    )

@@ -60,7 +60,7 @@ def write_classification(result: Result, trained: Trained, begun: float) -> None
     write_json(path, facts)
     under = "" if result.name == "clean" else f" ({result.name})"
     numbers = ", ".join(f"{_WORDS[key]} {100 * value:.1f} %" for key, value in result.metrics.items())
-    print(f"{flags.dataset}, {facts['n']} test images of {facts['classes']} classes{under}: {numbers}")
+    print(f"{trained.split.dataset}, {facts['n']} test images of {facts['classes']} classes{under}: {numbers}")
     print(f"wrote {path}", flush=True)
 
 
@@ -84,7 +84,7 @@ def _facts(result: Result, trained: Trained, begun: float) -> dict[str, Any]:
     flags, split = trained.flags, trained.split
     return {
         "mode": flags.mode,
-        "dataset": flags.dataset,
+        "dataset": trained.split.dataset,
         "one_class_idx": split.one_class_idx,
         "class_name": split.class_name,
         "seed": flags.seed,
@@ -128,7 +128,7 @@ def _show(result: Result, trained: Trained) -> None:
     if "gap" in metrics:
         print(f"codes: mean optimality gap {metrics['gap']:.3g} lambda (more ADMM steps lower it)")
     of = trained.split.normal_title
-    print(f"AUROC of {result.name}, {trained.flags.dataset}, {of} normal, {facts['n_in']} against {facts['n_out']}:")
+    print(f"AUROC of {result.name}, {trained.split.dataset}, {of} normal, {facts['n_in']} against {facts['n_out']}:")
     for name, value in family(metrics, "auroc").items():
         label = name.removeprefix("one_class_")
         title = f"{name} ({names[int(label)]})" if label.isdigit() else name

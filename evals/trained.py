@@ -14,7 +14,7 @@ from common.device import pick_device
 from common.dist import SINGLE, World
 from common.errors import UserError
 from common.files import load_state_dict, read_facts
-from common.flags import DeviceSpec, Flags, RunSpec, WeightsSpec
+from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
 from datasets import DataSource, ImageSet, Split, split_one_class
 from datasets.one_class import SplitSpec
@@ -105,7 +105,7 @@ def load_trained(
     net = read(flags, load_state_dict(path, flag="load_path"), path)
     trained = recorded_flags(path)
     if trained.get("mode", trained_by[0]) not in trained_by:
-        mode = " ".join([flags.of(RunSpec, only=["mode"]).mode, *scores])
+        mode = " ".join([flags.mode, *scores])
         raise UserError(
             f"--load_path: {path} was trained by --mode {trained['mode']};"
             f" --mode {mode} is for weights of {', '.join(trained_by)}"

@@ -20,7 +20,7 @@ from pathlib import Path
 from common.dist import SINGLE, World
 from common.errors import Terminated, UserError, command
 from common.files import write_text, write_whole
-from common.flags import Flags, RunSpec, build_parser, parse
+from common.flags import Flags, build_parser, parse
 from datasets import Split
 from evals import EVALS, Eval
 from evals.result import Result
@@ -60,7 +60,7 @@ class Curve:
         self._minutes = self.rows[-1]["minutes"] if self.rows else 0.0
         self._began = time.monotonic()
         flags = parse(evaluate, build_parser("eval.py", EVALS, "ood_pre", SPECS))
-        self._row: Eval = EVALS[flags.of(RunSpec, only=["mode"]).mode]
+        self._row: Eval = EVALS[flags.mode]
         self._flags: Flags = flags
         if not self._row.scores:
             raise UserError("--evaluate: choose a --mode that scores images")

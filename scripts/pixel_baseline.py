@@ -14,9 +14,10 @@ from torch import Tensor
 
 from common.errors import UserError, command
 from common.files import write_json
-from common.flags import build_parser, parse
+from common.flags import RunSpec, build_parser, parse
 from common.run import describe_program
 from datasets import DataSource, ImageSet, split_one_class
+from datasets.one_class import SplitSpec
 from evals.metrics import detection_metrics
 from evals.result import nested
 from evals.scores import NearestScore, OneClassSvmScore
@@ -39,16 +40,17 @@ def pixels(images: ImageSet) -> Tensor:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(argv, build_parser("python -m scripts.pixel_baseline", ["pixels"], "pixels", SPECS))
-    if flags.one_class_idx is None:
+    which = flags.of(SplitSpec)
+    if which.one_class_idx is None:
         raise UserError("--one_class_idx: the baseline needs a normal class")
-    split = split_one_class(flags.dataset, DataSource.of(flags, flags.dataset), flags.one_class_idx, 32)
+    split = split_one_class(which.dataset, DataSource.of(flags, which.dataset), which.one_class_idx, 32)
     normal = split.one_class_idx
     assert normal is not None
     train, test_set = split.train(), split.test()
     labels = test_set.labels.numpy()
     if not (labels == normal).any():
-        raise UserError(f"--data_path: no test image of class {flags.one_class_idx}")
-    folder = Path(flags.log_root).expanduser() / f"{flags.dataset}_pixels_one_class_{normal}"
+        raise UserError(f"--data_path: no test image of class {which.one_class_idx}")
+    folder = Path(flags.of(RunSpec, only=("log_root",)).log_root) / f"{split.dataset}_pixels_one_class_{normal}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = {
             "mode": "pixels",
             "score": name,
-            "dataset": flags.dataset,
+            "dataset": split.dataset,
             "one_class_idx": normal,
             "class_name": split.class_name,
             "seed": None,
@@ -72,12 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "epochs": None,
             "device": "cpu",
             "settings": {**settings_of(flags, frozenset({"model"})), "image_size": split.source.image_size},
-            "data": {flags.dataset: identity(test_set), "training": identity(train)},
+            "data": {split.dataset: identity(test_set), "training": identity(train)},
             **nested(found),
             "n_in": int((labels == normal).sum()),
             "n_out": sum(map(len, others.values())),
             "seconds": round(time.monotonic() - begun, 2),
-            "flags": {"data_path": flags.data_path},
+            "flags": {"data_path": flags.as_dict()["data_path"]},
             **describe_program(),
         }
         write_json(place_for(folder, f"result_pixels_{name}", ".json", result, read_json), result)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.flags import Flags, Parser, build_parser, parse
+from common.flags import Flags, Parser, RunSpec, build_parser, parse
+from datasets.one_class import SplitSpec
 from evals import EVALS
 from program import SPECS
 from training import STAGE1, STAGE2, run_name
@@ -117,14 +118,14 @@ class Step:
         The folder may hold results of other flags too, so the names of files do not tell.
         Raises: FileNotFoundError where there is none of these flags; ValueError, KeyError, TypeError for what is none.
         """
-        name = f"{self.flags.mode}_{score}"
+        name, dataset = f"{self.flags.mode}_{score}", self.flags.of(SplitSpec).dataset
         found = [(path, json.loads(path.read_text())) for path in self.folder.glob(f"result_{name}*.json")]
         own = [(path.stat().st_mtime, path, result) for path, result in found if self._made(result, score)]
         if not own:
             raise FileNotFoundError(f"no result_{name}*.json of these flags in {self.folder}")
         _, _, result = max(own, key=lambda item: item[:2])
-        plain = f"scores_{name}_{self.flags.dataset}.csv"
-        return result, self.folder / result.get("scores", {}).get(self.flags.dataset, plain)
+        plain = f"scores_{name}_{dataset}.csv"
+        return result, self.folder / result.get("scores", {}).get(dataset, plain)
 
     def _made(self, result: Mapping[str, Any], score: str) -> bool:
         """Whether this command may have written a result; files of an older version record fewer settings."""
@@ -198,7 +199,7 @@ def steps_of(
         folder = (
             before.folder
             if script == "eval.py" and before
-            else Path(flags.log_root) / run_name(flags, _MODES[script][kind.mode])
+            else Path(flags.of(RunSpec, only=("log_root",)).log_root) / run_name(flags, _MODES[script][kind.mode])
         )
         needs = (*before.needs, before) if before else ()
         made[name] = Step(name, (script, *words), folder, needs, flags)

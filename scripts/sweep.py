@@ -24,6 +24,7 @@ import torch
 
 from common.errors import RunStopped, Terminated, UserError, command
 from common.files import BUSY, hold, release
+from datasets.one_class import SplitSpec
 from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, refuse_own, steps_of
 from scripts.results import PUBLISHED
@@ -262,13 +263,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             why = records[job].failure or "not finished; another sweep may be at work on it"
             print(f"failed: {job.title}: {why}; see {job.log}", file=sys.stderr)
         first = jobs[0].steps[0].flags
-        dataset = first.dataset
+        dataset = first.of(SplitSpec).dataset
         words = shlex.join(sys.argv[1:] if argv is None else argv)
         notes = {"epochs": f"{options.epochs} + {options.more}", "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
         _same_images(entries)
-        comparable = set(classes) >= set(range(recipe.classes)) and first.superclasses == "published"
+        comparable = set(classes) >= set(range(recipe.classes)) and first.as_dict()["superclasses"] == "published"
         table = write_tables(
             out,
             dataset,

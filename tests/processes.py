@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from common.dist import World
 from common.flags import build_parser, parse
 from datasets import DataSource, ImageSet, split_one_class
+from datasets.one_class import SplitSpec
 from program import SPECS
 from training import STAGE1, STAGE2
 from training.loop import batches, descend, set_lr
@@ -54,7 +55,9 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     modes = STAGE1 | STAGE2
     flags = parse(args, build_parser("x", modes, "simclr", SPECS))
     mode = modes[flags.mode]
-    split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
+    split = split_one_class(
+        "digits", DataSource.of(flags, "digits", training=True), flags.of(SplitSpec).one_class_idx, 8
+    )
     recipe = mode.build(flags, split, world)
     # Normalisation by running statistics: those of a batch are its part's, where several CPUs share it.
     recipe.model.double().eval()

@@ -28,6 +28,7 @@ from common.flags import build_parser, parse
 from common.seed import generator
 from datasets import SHIFTS, DataSource, split_one_class
 from datasets.augment import AlignedSpec
+from datasets.one_class import SplitSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
 from models.sparse import kmeans as k_means
@@ -162,7 +163,9 @@ def waits(arguments, memory=2**34):
     labelled = any(argument.startswith("sup") for argument in arguments)
     flags = parse([*(TINY[:-2] if labelled else TINY), *arguments], parser)
     with FakeGpu(memory=memory) as gpu:
-        split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
+        split = split_one_class(
+            "digits", DataSource.of(flags, "digits", training=True), flags.of(SplitSpec).one_class_idx, 8
+        )
         mode = modes[flags.mode]
         recipe = mode.build(flags, split, SINGLE)
         found = batches(recipe.data, 16, loading=recipe.loading, seed=0, epoch=1)

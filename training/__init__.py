@@ -57,11 +57,11 @@ class Mode:
 
 
 def _labelled(flags: Flags) -> list[str]:
-    return [flags.of(RunSpec, only=["mode"]).mode]
+    return [flags.mode]
 
 
 def _unlabelled(flags: Flags) -> list[str]:
-    return ["unsup", flags.of(RunSpec, only=["mode"]).mode]
+    return ["unsup", flags.mode]
 
 
 def _shifted(flags: Flags) -> list[str]:

@@ -63,7 +63,7 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
     with report_once():
         own = [spec for mode in script.modes.values() for spec in mode.specs]
         flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
-        mode = script.modes[flags.of(RunSpec, only=["mode"]).mode]
+        mode = script.modes[flags.mode]
         flags = flags.filled(mode.defaults)
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.
@@ -155,7 +155,7 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
     settings: dict[str, Any] = {
         "epochs": epochs,
         "batch_size": steps.batch_size * world.size,
-        "seed": flags.of(RunSpec).seed,
+        "seed": flags.seed,
     }
     settings |= {"save_step": steps.save_step, "save_minutes": steps.save_minutes}
     with world.raise_together():
@@ -173,7 +173,7 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
 
 def _facts(flags: Flags, split: Split, recipe: Recipe) -> dict[str, object]:
     """What weights say of their origin."""
-    mode, model = flags.of(RunSpec, only=["mode"]).mode, flags.of(ModelSpec, only=["model"]).model
+    mode, model = flags.mode, flags.of(ModelSpec, only=["model"]).model
     # Sizes that came with weights to start from are not in the flags.
     sizes = {name: size for name, size in recorded_sizes(recipe.model).items() if name in flags.as_dict()}
     recorded = flags.recorded() | sizes

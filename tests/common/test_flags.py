@@ -3,7 +3,8 @@ from dataclasses import dataclass
 import pytest
 
 from common.errors import UserError
-from common.flags import REFUSED, Flags, Spec, build_parser, flag, parse
+from common.flags import REFUSED, Flags, RunSpec, Spec, build_parser, flag, parse
+from models.sparse.dictionary import SparseSpec
 from program import SPECS
 from training import STAGE1, STAGE2, run_name
 
@@ -27,8 +28,8 @@ def test_published_defaults():
 
 
 def test_aliases_of_the_readme_and_of_launchers():
-    assert flags("--epoch", "1300").epochs == 1300 and flags("--epochs", "7").epochs == 7
-    assert flags("--local-rank", "2").local_rank == flags("--local_rank", "2").local_rank == 2
+    assert flags("--epoch", "1300").as_dict()["epochs"] == 1300 and flags("--epochs", "7").as_dict()["epochs"] == 7
+    assert flags("--local-rank", "2").as_dict()["local_rank"] == flags("--local_rank", "2").as_dict()["local_rank"] == 2
     with pytest.raises(UserError):
         flags("--epo", "3")  # no other abbreviation
 
@@ -76,8 +77,13 @@ def test_numbers_that_must_be_positive(argv):
 
 def test_flags_that_nothing_read_are_told():
     f = flags("--sr_rho", "2", "--suffix", "a", "--warmup", "3")
-    assert f.suffix == "a" and f.unread() == ["sr_rho", "warmup"] and f.given("warmup") and not f.given("lr_init")
-    assert f.sr_rho == 2 and f.unread() == ["warmup"]
+    assert (
+        f.of(RunSpec, only=["suffix"]).suffix == "a"
+        and f.unread() == ["sr_rho", "warmup"]
+        and f.given("warmup")
+        and not f.given("lr_init")
+    )
+    assert f.of(SparseSpec, only=["sr_rho"]).sr_rho == 2 and f.unread() == ["warmup"]
     assert f.unread_notes() == ["note: --warmup has no effect here (--mode simclr_CSI, --dataset cifar10)"]
 
 

@@ -15,9 +15,9 @@ USED = ("mode", "dataset", "data_path", "epochs", "lr_init", "save_step", "devic
 
 def run_in(folder, **changes) -> Run:
     flags = Flags({**VALUES, **changes})
-    for name in USED:
-        getattr(flags, name)
-    return Run(folder, flags, weights="last.model", resume="last.resume", replace=flags.overwrite)
+    flags.read(USED)
+    replace = flags.as_dict()["overwrite"]
+    return Run(folder, flags, weights="last.model", resume="last.resume", replace=replace)
 
 
 @pytest.fixture

@@ -54,7 +54,9 @@ def trained():
         labels = linear_logits(guess, images.float() / 255).argmax(1)
     net.train()
     labels[::5] = (labels[::5] + 1) % C  # a fifth is wrong without any attack
-    split = SimpleNamespace(test=lambda: image_set(images, labels), normal=lambda y: y >= 0, n_classes=C)
+    split = SimpleNamespace(
+        test=lambda: image_set(images, labels), normal=lambda y: y >= 0, n_classes=C, dataset="toy", one_class_idx=None
+    )
     flags = Flags({"one_class_idx": None, "ood_batch_size": 4, "amp": "off", "seed": 0, "dataset": "toy", "mode": "m"})
     return Trained.of(net, flags, split)
 
@@ -227,7 +229,7 @@ def test_the_marginalised_logits_are_those_of_the_four_rotations(trained):
 
 
 def test_what_cannot_be_classified_is_refused(trained):
-    one = Trained.of(trained.net, Flags({**trained.flags.as_dict(), "one_class_idx": 3}), trained.split)
+    one = Trained.of(trained.net, trained.flags, SimpleNamespace(**{**vars(trained.split), "one_class_idx": 3}))
     with pytest.raises(UserError, match="--one_class_idx"):
         classify(one)
     trained.split.n_classes = 7

@@ -72,7 +72,9 @@ def test_jobs_share_what_columns_have_in_common_and_flags_reach_every_command(tm
 def test_flags_are_parsed_however_they_are_written(tmp_path):
     words = argparse.Namespace(data_path="x", epochs=1, more=1, flags=["--dataset=folder", "--suffix=--dataset"])
     steps = steps_of(RECIPES["digits"], ["CSI"], 4, 7, tmp_path, words)
-    assert all((step.flags.dataset, step.flags.one_class_idx, step.flags.seed) == ("folder", 4, 7) for step in steps)
+    for step in steps:
+        flags = step.flags.as_dict()
+        assert (flags["dataset"], flags["one_class_idx"], flags["seed"]) == ("folder", 4, 7)
     assert steps[1].folder.name == "folder_resnet8_unsup_simclr_CSI_shift_rot_bmix_one_class_4_--dataset"
 
 

@@ -10,6 +10,7 @@ from common.flags import build_parser, parse
 from common.seed import generator
 from datasets import DataSource, split_one_class
 from datasets.augment import AlignedSpec
+from datasets.one_class import SplitSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
 from program import SPECS
@@ -41,7 +42,9 @@ def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
     args += {"sup_linear": ["--load_path", str(start)], "sup_CSI_linear": ["--load_path", str(start)]}.get(mode, [])
     args += ["--resume_path", str(start), "--sr_dict_size", "12"] if mode == "cocsr_dict" else []
     flags = parse([*args, *more], build_parser("test", MODES, mode, SPECS))
-    split = split_one_class("digits", DataSource.of(flags, "digits", training=True), flags.one_class_idx, 8)
+    split = split_one_class(
+        "digits", DataSource.of(flags, "digits", training=True), flags.of(SplitSpec).one_class_idx, 8
+    )
     return MODES[mode].build(flags, split)
 
 

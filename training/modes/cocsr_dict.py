@@ -15,7 +15,7 @@ from common.device import Amp
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
-from common.flags import Flags, RunSpec, Spec, WeightsSpec, flag
+from common.flags import Flags, Spec, WeightsSpec, flag
 from common.run import Run, start_epoch
 from common.seed import generator
 from datasets import ImageSet, PictureSet, Split
@@ -125,7 +125,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         )
     if any(step >= sparse.sr_admm_stage for step in loss_spec.steps):
         raise UserError(f"--loss_sr_deep_supervision: steps are counted from 0 to {sparse.sr_admm_stage - 1}")
-    transform, seed = flags.of(FeatureTransform), flags.of(RunSpec, only=["seed"]).seed
+    transform, seed = flags.of(FeatureTransform), flags.seed
     bank = DictionaryBank(
         shift_spec.count,
         transform.size(net),

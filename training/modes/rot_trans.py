@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.dist import SINGLE, Shard, World
-from common.flags import Flags, RunSpec
+from common.flags import Flags
 from common.seed import generator, seed_of
 from datasets import Split
 from datasets.augment import AlignedSpec
@@ -40,7 +40,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     loaded keep that crop).
     """
     device = own_device(flags, world)
-    optim, seed = flags.of(OptimSpec), flags.of(RunSpec, only=["seed"]).seed
+    optim, seed = flags.of(OptimSpec), flags.seed
     crop = flags.of(AlignedSpec) if split.spec.stream else AlignedSpec()
     data, _ = training_images(split, rotations(flags), crop, device)
     net = build_net("rot_trans", flags.of(ModelSpec, only=["model"]).model, seed=seed_of(seed, "weights"))

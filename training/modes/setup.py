@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 from common.device import Amp, autocast, pick_device
 from common.dist import World
 from common.errors import UserError
-from common.flags import DeviceSpec, Flags, RunSpec
+from common.flags import DeviceSpec, Flags
 from common.seed import generator, seed_of
 from datasets import ImageSet, Loading, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
@@ -55,11 +55,6 @@ def with_shared_statistics(net: Net, world: World) -> Net:
     return convert_sync_batchnorm(net)
 
 
-def mode_of(flags: Flags) -> str:
-    """--mode."""
-    return flags.of(RunSpec, only=["mode"]).mode
-
-
 def no_shifts(flags: Flags) -> ShiftSpec:
     """`simclr` has no shifting transformation, whatever --shift_trans_type says."""
     return ShiftSpec("none")
@@ -73,7 +68,7 @@ def rotations(flags: Flags) -> ShiftSpec:
     # Read whether it was given or is the mode's default: weights record it.
     asked = flags.of(ShiftSpec, only=["shift_trans_type"]).shift_trans_type
     if flags.given("shift_trans_type") and asked != "rotation":
-        raise UserError(f"--shift_trans_type: --mode {mode_of(flags)} is made of the four rotations; leave it out")
+        raise UserError(f"--shift_trans_type: --mode {flags.mode} is made of the four rotations; leave it out")
     return ShiftSpec("rotation")
 
 
@@ -81,7 +76,7 @@ def several_shifts(flags: Flags) -> ShiftSpec:
     """`simclr_CSI` needs at least two."""
     spec = any_shifts(flags)
     if spec.count < 2:
-        raise UserError(f"--shift_trans_type: --mode {mode_of(flags)} tells shifts apart; choose one other than none")
+        raise UserError(f"--shift_trans_type: --mode {flags.mode} tells shifts apart; choose one other than none")
     return spec
 
 
@@ -134,9 +129,9 @@ def sheet(views: Tensor) -> Tensor:
 def all_classes(flags: Flags, split: Split) -> None:
     """Raises: UserError where a labelled mode has but one class to tell apart."""
     if split.one_class_idx is not None:
-        raise UserError(f"--one_class_idx: --mode {mode_of(flags)} learns to tell classes apart; leave it out")
+        raise UserError(f"--one_class_idx: --mode {flags.mode} learns to tell classes apart; leave it out")
     if split.n_classes < 2:
-        raise UserError(f"--data_path: --mode {mode_of(flags)} learns to tell classes apart, and there is only one")
+        raise UserError(f"--data_path: --mode {flags.mode} learns to tell classes apart, and there is only one")
 
 
 def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> None:
@@ -155,7 +150,7 @@ def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
         n_classes=split.n_classes,
         simclr_dim=network.simclr_dim,
         n_shifts=n_shifts,
-        seed=seed_of(flags.of(RunSpec, only=["seed"]).seed, "weights"),
+        seed=seed_of(flags.seed, "weights"),
     )
     start_from_pretrained(flags, net)
     return net

@@ -17,7 +17,7 @@ from common.device import Amp
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, load_tensors, read_facts
-from common.flags import Flags, RunSpec, WeightsSpec
+from common.flags import Flags, WeightsSpec
 from common.run import start_epoch
 from common.seed import generator
 from datasets import ImageSet, Loading, ShiftSpec, Split
@@ -107,7 +107,7 @@ def build(
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if resume_path else 0
-    seed = flags.of(RunSpec, only=["seed"]).seed
+    seed = flags.seed
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.of(CompileSpec).compile:
         net.compile()

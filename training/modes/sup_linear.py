@@ -12,7 +12,7 @@ from torch import Tensor
 from common.dist import SINGLE, Shard, World
 from common.errors import UserError
 from common.files import load_state_dict, read_facts
-from common.flags import Flags, RunSpec, WeightsSpec
+from common.flags import Flags, WeightsSpec
 from common.seed import generator
 from datasets import ShiftSpec, Split
 from datasets.augment import AlignedSpec
@@ -23,7 +23,6 @@ from models.feature_net import FeatureNet, full_precision
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     all_classes,
-    mode_of,
     own_device,
     precision,
     same_classes,
@@ -46,7 +45,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE, *, shifts: Callable
     device, shift_spec = own_device(flags, world), shifts(flags)
     load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
     if not load_path:
-        raise UserError(f"--load_path: --mode {mode_of(flags)} puts heads on a trained network; give its run folder")
+        raise UserError(f"--load_path: --mode {flags.mode} puts heads on a trained network; give its run folder")
     file = find_weights(load_path, ("last.model",), flag="load_path")
     net: FeatureNet = load_net(
         "feature",
@@ -60,7 +59,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE, *, shifts: Callable
     same_classes(net, split, file, flag="load_path")
     split.check_trained(read_facts(file).get("data", {}), file, flag="load_path")
     data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
-    functions, amp, seed = shift_spec.functions(aligned), precision(flags, world), flags.of(RunSpec, only=["seed"]).seed
+    functions, amp, seed = shift_spec.functions(aligned), precision(flags, world), flags.seed
     net.to(device).requires_grad_(False).eval()
     heads = [net.linear, *([net.shift_cls_layer, net.joint_distribution_layer] if len(functions) > 1 else [])]
     params = [p.requires_grad_() for head in heads for p in head.parameters()]
