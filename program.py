@@ -1,28 +1,10 @@
-"""All flags of all scripts, in the order of --help."""
+"""All flags of all scripts: those that the modes of training and evaluation read. Users share one file of flags between
+scripts, so that every script knows all of them."""
 
-from common.flags import DeviceSpec, LauncherSpec, RefusedSpec, RunSpec, Spec, WeightsSpec
-from datasets.augment import AlignedSpec
-from datasets.catalog import DataSource
-from datasets.one_class import SplitSpec
-from datasets.outliers import OutlierSpec, TestBatchSpec
-from datasets.shifts import ShiftSpec
-from datasets.views import PassSpec
-from evals.specs import SPECS as EVAL_SPECS
-from models import ModelSpec
-from models.feature_net import FeatureTransform
-from models.sparse.dictionary import SparseSpec, ToleranceSpec
-from training.micro_batch import MicroBatchSpec
-from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
-from training.optim import LengthSpec, OptimSpec
-from training.specs import CompileSpec, ContrastiveSpec, ProbeSpec, StepSpec
+from common.flags import LauncherSpec, RefusedSpec, Spec
+from evals.specs import SPECS as EVALUATION
+from training import STAGE1, STAGE2
 
-SPECS: tuple[type[Spec], ...] = (
-    *(RunSpec, WeightsSpec),
-    *(SplitSpec, DataSource),
-    *(ModelSpec, DeviceSpec, CompileSpec, LauncherSpec),
-    *(ShiftSpec, AlignedSpec),
-    *(LengthSpec, StepSpec, MicroBatchSpec, OptimSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
-    *(SparseSpec, ToleranceSpec, FeatureTransform, DictionaryTrainingSpec, DictionaryLossSpec),
-    *(OutlierSpec, PassSpec, *EVAL_SPECS),
-    RefusedSpec,
-)
+_TRAINING = [spec for mode in (STAGE1 | STAGE2).values() for spec in mode.specs]
+
+SPECS: tuple[type[Spec], ...] = tuple(dict.fromkeys([*_TRAINING, *EVALUATION, LauncherSpec, RefusedSpec]))

@@ -308,7 +308,7 @@ def build_parser(script: str, modes: Iterable[str], default_mode: str | None, sp
     )
     groups: dict[str, Any] = {}
     parser.infos = {}
-    for spec in specs:
+    for spec in dict.fromkeys(specs):
         for name, info in flags_of(spec).items():
             if name in parser.infos:
                 if parser.infos[name] != info:

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.flags import Spec, flag, path_flag
+from common.flags import DeviceSpec, RunSpec, Spec, WeightsSpec, flag, path_flag
+from datasets import DataSource, ShiftSpec
+from datasets.augment import AlignedSpec
+from datasets.one_class import SplitSpec
+from datasets.outliers import OutlierSpec, TestBatchSpec
+from datasets.views import PassSpec
+from models import ModelSpec
+from models.feature_net import FeatureTransform
+from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,9 @@ class TsneSpec(Spec, group="evaluation"):
 
 
 SPECS: tuple[type[Spec], ...] = (
+    *(RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec),
+    *(ShiftSpec, AlignedSpec, PassSpec, OutlierSpec, TestBatchSpec),
+    *(SparseSpec, ToleranceSpec, FeatureTransform),
     ScoreSpec,
     PlaceSpec,
     AverageSpec,

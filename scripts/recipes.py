@@ -17,80 +17,70 @@ from training import STAGE1, STAGE2, run_name
 _MODES: Mapping[str, Mapping[str, Any]] = {"train.py": STAGE1, "train_cocsr.py": STAGE2, "eval.py": EVALS}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One row: what a family of published commands has in common. Flags are as one would write them.
-
-    images: of every command. net: of those with a projector. shift: of those that know shifts. training: of both
-    stages. coding: of stage 2 and of what uses its dictionaries. stage2: of its training only. draws: of evaluation.
-    """
-
-    dataset: str
-    model: str
-    classes: int
-    epochs: int
-    more: int
-    suffix: str = ""
-    images: str = ""
-    net: str = "--simclr_dim 512"
-    shift: str = "--shift_trans_type rot_bmix --mix_alpha 0.2"
-    training: str = "--batch_size 128"
-    stage1: str = ""
-    coding: str = "--sr_dict_size 512 --sr_lambda 1e-3 --invert_sr_feature_norm"
-    stage2: str = "--sr_lr 1e-3 --loss_lambda_sr_l1 1e-3 --loss_dict_constr_mode 1 --ini_sr_dict_train"
-    draws: str = "--ood_samples 10 --resize_factor 0.54 --resize_fix"
-
-
-# The published ones say what sweep.sh says; `digits` is the quickstart's, done in minutes.
-RECIPES = {
-    "cifar10": Recipe("cifar10", "resnet18", 10, 1000, 300, "f512_mix82"),
-    "cifar100": Recipe("cifar100", "resnet18", 20, 1000, 300, "f512_mix82"),
-    "imagenet": Recipe(
-        "imagenet",
-        "resnet18_imagenet",
-        30,
-        1000,
-        300,
-        "f512_j2_mix82",
-        training="--batch_size 128 --color_jitter_strength 2",
-    ),
-    "digits": Recipe(
-        "digits",
-        "resnet8",
-        10,
-        60,
-        20,
-        images="--image_size 16",
-        net="",
-        training="--batch_size 32",
-        stage1="--optimizer adam --lr_init 3e-4 --warmup 2",
-        coding="--sr_dict_size 64 --sr_lambda 1e-3 --invert_sr_feature_norm",
-        draws="--ood_samples 4 --resize_factor 0.54 --resize_fix",
-    ),
+# The rows of recipes.env: FAMILY_NAME -> words.
+_ROWS = {
+    name: words
+    for name, _, words in (
+        row.partition("=") for row in shlex.split(Path(__file__).with_suffix(".env").read_text(), comments=True)
+    )
 }
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One row: a command of a job. after: the command whose weights it takes. parts: the recipe's flags it gets."""
+class Recipe:
+    """A family of commands, by its name in recipes.env."""
 
-    script: str
-    mode: str
-    parts: tuple[str, ...]
+    family: str
+
+    def words(self, name: str) -> list[str]:
+        """The words of the row `name`: the family's own, or else that of all. Raises: KeyError where there is none."""
+        row = _ROWS.get(f"{self.family}_{name}")
+        found: list[str] = []
+        for word in (_ROWS[f"all_{name}"] if row is None else row).split():
+            found += self.words(word[1:]) if word.startswith("@") else [word]
+        return found
+
+    @property
+    def classes(self) -> int:
+        return int(*self.words("classes"))
+
+    @property
+    def epochs(self) -> int:
+        """Of stage 1."""
+        return int(*self.words("epochs"))
+
+    @property
+    def more(self) -> int:
+        """Epochs that stage 2 adds."""
+        return int(*self.words("more"))
+
+
+RECIPES = {family: Recipe(family) for family in ("cifar10", "cifar100", "imagenet", "digits")}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A command of a job, by its row in recipes.env. after: the command whose weights it takes."""
+
+    row: str
     after: str | None = None
 
+    @property
+    def mode(self) -> str:
+        words = _ROWS[f"all_{self.row}"].split()
+        return words[words.index("--mode") + 1]
 
-_TRAIN, _LOOK = ("net", "training", "stage1"), ("net", "shift", "draws")
+
 KINDS = {
-    "simclr": Kind("train.py", "simclr", _TRAIN),
-    "rot_trans": Kind("train.py", "rot_trans", ("training", "stage1")),
-    "csi": Kind("train.py", "simclr_CSI", ("net", "shift", "training", "stage1")),
-    "cocsr": Kind("train_cocsr.py", "cocsr_dict", ("net", "shift", "training", "coding", "stage2"), "csi"),
-    "of simclr": Kind("eval.py", "ood_pre", ("net", "draws"), "simclr"),
-    "of rot_trans": Kind("eval.py", "rot_trans", (), "rot_trans"),
-    "of csi": Kind("eval.py", "ood_pre_refmix", _LOOK, "csi"),
-    "fitted to csi": Kind("eval.py", "ood_pre_multi_sr_refmix", (*_LOOK, "coding"), "csi"),
-    "of cocsr": Kind("eval.py", "ood_pre_cocsr_refmix", (*_LOOK, "coding"), "cocsr"),
+    "simclr": Kind("simclr"),
+    "rot_trans": Kind("rot_trans"),
+    "csi": Kind("csi"),
+    "cocsr": Kind("cocsr", "csi"),
+    "of simclr": Kind("of_simclr", "simclr"),
+    "of rot_trans": Kind("of_rot_trans", "rot_trans"),
+    "of csi": Kind("of_csi", "csi"),
+    "fitted to csi": Kind("fitted_to_csi", "csi"),
+    "of cocsr": Kind("of_cocsr", "cocsr"),
 }
 
 # Columns of the table: the evaluation that fills each, and by which score.
@@ -191,28 +181,27 @@ def steps_of(
             return made[name]
         kind = KINDS[name]
         before = make(kind.after) if kind.after else None
-        words = ["--dataset", recipe.dataset, "--data_path", options.data_path, "--model", recipe.model]
-        words += ["--one_class_idx", str(one_class_idx), "--seed", str(seed), "--mode", kind.mode]
-        words += recipe.images.split()
-        words += [word for part in kind.parts for word in getattr(recipe, part).split()]
-        if kind.script == "eval.py":
+        script, *row = recipe.words(kind.row)
+        words = ["--dataset", *recipe.words("dataset"), "--data_path", options.data_path]
+        words += ["--model", *recipe.words("model"), "--one_class_idx", str(one_class_idx), "--seed", str(seed), *row]
+        if script == "eval.py":
             assert before is not None
             words += ["--print_score", "--save_score", "--load_path", str(before.folder), "--ood_score", *scores[name]]
         else:
             epochs = options.epochs + (options.more if before else 0)
-            suffix = f"{recipe.suffix}_dm1_init" if before and recipe.suffix else recipe.suffix
+            suffix = recipe.words("stage2_suffix" if before else "suffix")
             words += ["--epochs", str(epochs), "--log_root", str(out / f"seed_{seed}")]
-            words += ["--suffix", suffix] if suffix else []
+            words += ["--suffix", *suffix] if suffix else []
             words += ["--resume_path", str(before.folder)] if before else []
         words += options.flags
-        flags = parse(words, _parser(kind.script))
+        flags = parse(words, _parser(script))
         folder = (
             before.folder
-            if kind.script == "eval.py" and before
-            else Path(flags.log_root) / run_name(flags, _MODES[kind.script][kind.mode])
+            if script == "eval.py" and before
+            else Path(flags.log_root) / run_name(flags, _MODES[script][kind.mode])
         )
         needs = (*before.needs, before) if before else ()
-        made[name] = Step(name, (kind.script, *words), folder, needs, flags)
+        made[name] = Step(name, (script, *words), folder, needs, flags)
         return made[name]
 
     for name in scores:

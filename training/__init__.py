@@ -86,7 +86,7 @@ def run_name(flags: Flags, mode: Mode) -> str:
     return joined_name([split.dataset, network, *mode.name(flags), *normal, *([suffix] if suffix else [])])
 
 
-_ALL = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec)
+COMMON = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec)
 _VIEWS = (ShiftSpec, AlignedSpec, MicroBatchSpec)
 
 
@@ -99,7 +99,7 @@ def _contrastive(
 ) -> Mode:
     return Mode(
         partial(simclr.build, shifts=shifts, labelled=labelled),
-        (*_ALL, *_VIEWS, OptimSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
+        (*COMMON, *_VIEWS, OptimSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
         name,
         shifts,
         views=simclr.LOADING.views,
@@ -110,7 +110,7 @@ def _contrastive(
 
 
 def _linear(shifts: Callable[[Flags], ShiftSpec], defaults: Mapping[str, Any] = {}) -> Mode:
-    build, specs = partial(sup_linear.build, shifts=shifts), (*_ALL, *_VIEWS, RateSpec)
+    build, specs = partial(sup_linear.build, shifts=shifts), (*COMMON, *_VIEWS, RateSpec)
     start = Start("load_path", ("last.model",))
     return Mode(build, specs, _labelled, shifts, defaults=defaults, start=start)
 
@@ -127,7 +127,7 @@ STAGE1: dict[str, Mode] = {
     "sup_CSI_linear": _linear(rotations, _ROTATION),
     "rot_trans": Mode(
         rot_trans.build,
-        (*_ALL, *_VIEWS, OptimSpec),
+        (*COMMON, *_VIEWS, OptimSpec),
         _unlabelled,
         rotations,
         defaults=_ROTATION,
@@ -137,7 +137,7 @@ STAGE1: dict[str, Mode] = {
 STAGE2: dict[str, Mode] = {
     "cocsr_dict": Mode(
         cocsr_dict.build,
-        (*_ALL, *_VIEWS, PassSpec, SparseSpec, FeatureTransform, DictionaryTrainingSpec, DictionaryLossSpec),
+        (*COMMON, *_VIEWS, PassSpec, SparseSpec, FeatureTransform, DictionaryTrainingSpec, DictionaryLossSpec),
         _coded,
         any_shifts,
         start=Start("resume_path", ("last.model",), more_epochs=300),

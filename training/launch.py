@@ -61,9 +61,14 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
     Raises: UserError for flags that do not parse, or that contradict the weights.
     """
     with report_once():
-        flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, specs))
+        own = [spec for mode in script.modes.values() for spec in mode.specs]
+        flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
         mode = script.modes[flags.of(RunSpec, only=["mode"]).mode]
-        flags = _inherited(flags.filled(mode.defaults), mode)
+        flags = flags.filled(mode.defaults)
+        only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
+        # A dry run may name weights that are yet to be trained.
+        with contextlib.suppress(UserError) if only_look else contextlib.nullcontext():
+            flags = _inherited(flags, mode)
         mode.shifts(flags)
         folder = Path(flags.of(RunSpec, only=["log_root"]).log_root) / run_name(flags, mode)
     reuse_host_memory()

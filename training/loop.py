@@ -120,11 +120,13 @@ def fit(
 
 
 def set_lr(recipe: Recipe, epoch: float) -> float:
-    """Give the first optimizer the learning rate of `epoch` (fractional) and return it; 0 without a schedule."""
+    """Give the first optimizer the learning rate of `epoch` (fractional), or leave it its own without a schedule, and
+    return it; 0 without an optimizer."""
+    groups = recipe.optimizers[0].param_groups if recipe.optimizers else []
     if recipe.lr is None:
-        return 0.0
+        return groups[0]["lr"] if groups else 0.0
     lr = recipe.lr(epoch)
-    for group in recipe.optimizers[0].param_groups if recipe.optimizers else ():
+    for group in groups:
         group["lr"] = lr
     return lr
 

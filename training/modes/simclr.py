@@ -24,6 +24,8 @@ from datasets import ImageSet, Loading, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.outliers import TestBatchSpec
 from datasets.views import shift_labels, train_views
+from evals.classify import error_rate
+from evals.trained import evaluation_mode
 from models import ModelSpec
 from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet
@@ -210,17 +212,9 @@ def probe_images(split: Split, device: torch.device) -> ImageSet | None:
 
 
 def probe_error(net: FeatureNet, test: ImageSet, batch_size: int) -> float:
-    """Shard of the test images that the linear probe gets wrong."""
-    was_training = net.training
-    net.eval()
-    with torch.inference_mode():
-        labels = test.labels.to(test.device)
-        wrong = [
-            (net.linear(net(test.batch(index)).h).argmax(1) != labels[index]).sum()
-            for index in torch.arange(len(test), device=test.device).split(batch_size)
-        ]
-    net.train(was_training)
-    return float(torch.stack(wrong).sum()) / len(test)
+    """Share of the test images that the linear probe gets wrong."""
+    with evaluation_mode(net):
+        return error_rate(lambda images: net.linear(net(images).h), test, batch_size)
 
 
 def _resume(file: Path, state: dict[str, Any] | None, optimizers: tuple[Optimizer, ...], *, epochs: int) -> int:

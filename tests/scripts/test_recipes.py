@@ -1,0 +1,67 @@
+"""The flags of the published commands: one file, which Bash and Python read alike."""
+
+import argparse
+import subprocess
+
+import pytest
+
+from scripts.recipes import KINDS, RECIPES, Recipe, steps_of
+from tests.conftest import ROOT
+
+FAMILIES = ["cifar10", "cifar100", "imagenet", "digits", "short", "short_multi"]
+ROWS = [
+    line.removeprefix("all_").partition("=")[0]
+    for line in (ROOT / "scripts/recipes.env").read_text().splitlines()
+    if line.startswith("all_")
+]
+OWN = ["dataset", "model", "classes"]  # these have no row for all
+
+
+def in_bash(text: str) -> subprocess.CompletedProcess:
+    """Run lines after those that a script begins with."""
+    lines = f"set -euo pipefail\nsource scripts/recipes.sh\n{text}"
+    return subprocess.run(["bash", "-c", lines], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bash_and_python_read_the_same_words(family):
+    names = ROWS + (OWN if family in RECIPES else [])
+    done = in_bash(f'recipe {family} {" ".join(names)}\nfor name in {" ".join(names)}; do echo "${{!name}}"; done')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [" ".join(Recipe(family).words(name)) for name in names]
+
+
+def test_families_replace_rows_within_rows():
+    words = Recipe("digits").words("cocsr")
+    assert words[:5] == ["train_cocsr.py", "--mode", "cocsr_dict", "--image_size", "16"]
+    assert "--simclr_dim" not in words and words[words.index("--sr_dict_size") + 1] == "64"
+    assert "--color_jitter_strength" in Recipe("imagenet").words("csi")
+    assert "--color_jitter_strength" not in Recipe("imagenet").words("of_cocsr")
+
+
+def test_a_row_that_does_not_exist_ends_the_script():
+    done = in_bash("recipe cifar10 net no_such\necho begun")
+    assert done.returncode != 0 and not done.stdout and "all_no_such" in done.stderr
+    done = in_bash('all_net="@no_such --simclr_dim 512"\nrecipe cifar10 csi\necho begun')
+    assert done.returncode != 0 and not done.stdout and "all_no_such" in done.stderr
+    with pytest.raises(KeyError, match="all_no_such"):
+        Recipe("cifar10").words("no_such")
+
+
+def test_no_script_repeats_a_flag_of_the_recipes():
+    commands = [word for family in RECIPES for kind in KINDS.values() for word in Recipe(family).words(kind.row)]
+    flags = {word for word in commands if word.startswith("--")} - {"--mode"}
+    assert {"--simclr_dim", "--sr_lambda", "--ood_samples", "--warmup"} <= flags
+    for name in ("sweep.sh", "short_run.sh", "short_multiclass.sh", "quickstart.sh", "recipes.py"):
+        words = (ROOT / "scripts" / name).read_text().split()
+        assert not flags.intersection(words), name
+
+
+@pytest.mark.parametrize("family", RECIPES)
+def test_rows_of_run_names_follow_from_the_flags(family, tmp_path):
+    options = argparse.Namespace(data_path="x", epochs=1, more=1, flags=[])
+    recipe = RECIPES[family]
+    steps = {step.kind: step for step in steps_of(recipe, ["ADMM-SRNet"], 2, 0, tmp_path, options)}
+    for row, suffix in (("csi", "suffix"), ("cocsr", "stage2_suffix")):
+        parts = [*recipe.words("dataset"), *recipe.words("model"), "unsup", *recipe.words(f"{row}_run"), "one_class_2"]
+        assert steps[row].folder.name == "_".join([*parts, *recipe.words(suffix)])
