@@ -99,7 +99,8 @@ def _result(
 ) -> Result:
     """The result of one score, whose values are `scores`, by set."""
     if not all(np.isfinite(values).all() for values in scores.values()):
-        raise UserError(f"--load_path: {trained.title} gives non-finite scores; its weights are corrupt")
+        flag = "--load_path: " if trained.path else ""
+        raise UserError(f"{flag}{trained.title} gives non-finite scores; its weights are corrupt")
     own, *others = tests
     labels = tests[own].labels.cpu()
     normal = trained.split.normal(labels).numpy()

@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.device import device_name, peak_memory
 from common.files import write_json, write_text, write_whole
+from common.flags import file_name
 from common.run import describe_program
 from evals.result import Result, family, nested
 from evals.specs import PlaceSpec, ScoreSpec
@@ -55,7 +56,7 @@ def write_classification(result: Result, trained: Trained, begun: float) -> None
     """`accuracy_<mode>.json`, with the name of a condition that is not `clean`, and a line."""
     flags = trained.flags
     facts = {**_facts(result, trained, begun), **result.metrics}
-    name = "" if result.name == "clean" else f"_{set_name(result.name)}"
+    name = "" if result.name == "clean" else f"_{file_name(result.name)}"
     path = _place(trained, f"accuracy_{flags.mode}{name}", ".json", facts)
     write_json(path, facts)
     under = "" if result.name == "clean" else f" ({result.name})"

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,9 +77,10 @@ def test_nested_metrics_keep_a_slash_in_the_name_of_a_set():
     }
 
 
-def test_a_network_in_memory_that_is_corrupt_is_reported(stage1):
+def test_a_corrupt_network_is_reported(stage1):
     trained = trained_of(stage1)
     with torch.no_grad():
         next(trained.net.parameters()).fill_(torch.nan)
-    with pytest.raises(UserError, match="non-finite scores; its weights are corrupt"):
-        list(EVALS["ood_pre"].measure(trained))
+    for path, start in ((trained.path, "--load_path: .*"), (None, "the network")):
+        with pytest.raises(UserError, match=f"^{start} gives non-finite scores; its weights are corrupt"):
+            list(EVALS["ood_pre"].measure(replace(trained, path=path)))

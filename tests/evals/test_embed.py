@@ -21,6 +21,7 @@ def drawn(stage2, tmp_path, monkeypatch):
         pictures, outputs = [], []
         shutil.copytree(stage2, tmp_path / "run", dirs_exist_ok=True)
         monkeypatch.setattr(embed, "project", lambda groups, title: pictures.append(groups) or {})
+        monkeypatch.setattr("evals.report.draw_points", lambda *args, **facts: None)
         real = Extraction.outputs
         monkeypatch.setattr(Extraction, "outputs", lambda *args: outputs.append(real(*args)) or outputs[-1])
         args = [*TINY, *SHIFT, "--invert_sr_feature_norm", "--mode", mode, "--load_path", str(tmp_path / "run")]

@@ -95,6 +95,7 @@ def test_references_are_mixed_into_test_images_of_the_modes_that_say_so(mode, st
 @pytest.mark.parametrize("mode", [mode for mode in TSNES if mode != "rot_trans_tsne"])
 def test_references_of_pictures(mode, stage1, stage2, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "project", lambda groups, title: {})
+    monkeypatch.setattr("evals.report.draw_points", lambda *args, **facts: None)
     run = stage2 if TSNES[mode].trained_by == ("cocsr_dict",) else stage1
     evaluated(tsne, mode, run, tmp_path, "--refmix_batch_size", "9")
     assert mixed == {"training images": None, "digits test images": 9 if mode.endswith("refmix") else None}
