@@ -22,7 +22,7 @@ def reuse_host_memory() -> None:
     """Let the C library keep freed blocks instead of handing them back to the system (glibc only; else nothing).
 
     Every activation of a training step on a CPU is a block large enough that glibc maps it afresh, and the page faults
-    then cost as much as the arithmetic (`python -m benchmarks.host_memory` tells how much).
+    then cost as much as the arithmetic (measured by `python -m benchmarks.host_memory`).
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -73,7 +73,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     try:
         device = torch.empty(0, device=device).device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # Of which torch answers where it is not told a device.
+            torch.cuda.set_device(device)  # The device torch uses where none is named.
         return device
     except RuntimeError as error:
         raise UserError(

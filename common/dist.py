@@ -112,7 +112,7 @@ class World:
 
     @contextlib.contextmanager
     def raise_together(self) -> Iterator[None]:
-        """A part of the work whose errors end all processes: the first that has one tells it, the others just end.
+        """A part of the work whose errors end all ranks: the lowest rank with an error reports it, the others exit.
 
         Raises: the error, or SystemExit with the exit code that belongs to it.
         """
@@ -132,7 +132,7 @@ class World:
             raise SystemExit(failed[0][1])
 
     def error_on_main(self, error: Exception, code: int) -> BaseException:
-        """What to raise where all processes find the same error: the first tells it, the others end with `code`."""
+        """What to raise where all ranks find the same error: the main rank reports it, the others exit with `code`."""
         return error if self.is_main else SystemExit(code)
 
     def max_over_ranks(self, asked: Callable[[], int]) -> Callable[[], int]:
@@ -244,14 +244,14 @@ def _store(world: World) -> dist.Store:
     name = uuid.uuid4().hex
     if not world.is_main:
         store.set(f"asks/{world.rank}", name)
-        name = store.get(f"told/{name}").decode()  # waits for it
+        name = store.get(f"name/{name}").decode()  # waits for it
         store.add(f"met/{name}", 1)
         return dist.PrefixStore(name, store)
     patience = time.monotonic() + _PATIENCE.total_seconds()
     while store.add(f"met/{name}", 0) < world.size - 1:
         for rank in range(1, world.size):
             if store.check([f"asks/{rank}"]):
-                store.set(f"told/{store.get(f'asks/{rank}').decode()}", name)
+                store.set(f"name/{store.get(f'asks/{rank}').decode()}", name)
         if time.monotonic() > patience:
             raise RunStopped(f"not all of {world.size} processes came within {_PATIENCE}")
         time.sleep(0.01)
@@ -260,7 +260,7 @@ def _store(world: World) -> dist.Store:
 
 @contextlib.contextmanager
 def report_once() -> Iterator[None]:
-    """Before processes are joined all of them find the same errors in the flags: the first of a machine tells them."""
+    """Before the process group exists all ranks find the same errors in the flags: local rank 0 reports them."""
     try:
         yield
     except UserError:
@@ -273,7 +273,7 @@ def report_once() -> Iterator[None]:
 def processes(device: str) -> Iterator[World]:
     """Join the processes that the launcher has started, on `device` (--device); one alone joins nothing.
 
-    What processes other than the first print is dropped. One that fails ends at once, with its error told: to part in
+    What other ranks than the main one print is dropped. One that fails reports its error and exits at once: to part in
     order it would have to wait for the others, which wait for it.
     """
     with report_once():

@@ -20,7 +20,7 @@ class RunStopped(Exception):
 
 
 class Terminated(Exception):
-    """A run that a signal told to end and that has saved where it stands; exit code 128 + number, as a shell gives."""
+    """A run that a signal asked to end, after it has saved its state; exit code 128 + number, as a shell gives."""
 
     def __init__(self, text: str, number: int = signal.SIGTERM):
         super().__init__(text)

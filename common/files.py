@@ -40,7 +40,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path |
     """
     temporary = _temporary(path)
     try:
-        # Exclusive and locked: who looks for leftovers can tell that this one is being written.
+        # Exclusive and locked: who looks for leftovers sees that this one is being written.
         with open(temporary, "xb") as file:
             _lock_quietly(file.fileno())
             write(file)
@@ -70,7 +70,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`; those that are being written stay."""
     for path in folder.iterdir():
         if _TEMPORARY.fullmatch(path.name):
-            # Without locks, on some network disks, only the file's age tells.
+            # Without locks, on some network disks, only the file's age says so.
             with contextlib.suppress(OSError):
                 handle = hold(path)
                 if handle != BUSY and (handle is not None or time.time() - path.stat().st_mtime > _DAY_S):
@@ -256,7 +256,7 @@ def is_whole(path: Path) -> bool:
             if parts.comment.startswith(_FACTS):
                 return False  # ours, without its end
             filled = [part.CRC for part in parts.infolist() if part.file_size]
-            # torch leaves them all 0 where it is told to write none.
+            # torch leaves them all 0 where it is asked to write none.
             return not any(filled) or parts.testzip() is None
     except Exception:  # whatever the byte at hand leads to
         # Files of torch before 1.6 are no zip files.

@@ -15,11 +15,11 @@ def progress(items: Iterable[T], *, total: int, label: str, every_s: float = 20.
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=label, leave=False)
         return
-    start = told = time.monotonic()
+    start = printed = time.monotonic()
     for n, item in enumerate(items, 1):
         yield item
         now = time.monotonic()
-        if now - told >= every_s and n < total:
+        if now - printed >= every_s and n < total:
             left = (now - start) / n * (total - n)
             print(f"{label}: {n}/{total}, about {left:.0f} s left", flush=True)
-            told = now
+            printed = now

@@ -330,8 +330,8 @@ def _same_data(before: dict[str, Any] | None, now: dict[str, Any] | None, folder
     known = [name for name in now if name in before and before[name] and now[name]]
     changed = [name for name in known if before[name] != now[name]]
     if changed:
-        told = {"fingerprint": "their content", "classes": "their classes"}
-        what = ", ".join(told.get(name, f"{name} {before[name]}, now {now[name]}") for name in changed)
+        words = {"fingerprint": "their content", "classes": "their classes"}
+        what = ", ".join(words.get(name, f"{name} {before[name]}, now {now[name]}") for name in changed)
         raise UserError(
             f"--data_path: the training images changed since the run in {folder} began ({what}); put the former ones"
             " back, or give another --suffix (--overwrite replaces the run)"
@@ -344,7 +344,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], data: dict[str, An
     def same(name: str) -> bool:
         if name in _FREE or name in _MACHINE:
             return True
-        # The images' fingerprint tells whether they are the same ones, wherever they lie. Without one only for folders
+        # The fingerprint identifies the images, wherever they lie. Without one only for folders
         # the path says which data set it is.
         if name == "data_path" and (data or now["dataset"] != "folder"):
             return True
@@ -413,7 +413,7 @@ def start_epoch(weights: Path, *, flag: str = "resume_path") -> int:
     """
     epoch = epoch_of(weights, flag=flag)
     if epoch is None:
-        print(f"note: nothing beside {weights} tells its epoch; counting on from 0")
+        print(f"note: nothing beside {weights} gives its epoch; counting on from 0")
         return 0
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         meant = json.loads((weights.parent / "args.json").read_text())["flags"]["epochs"]
@@ -425,7 +425,7 @@ def start_epoch(weights: Path, *, flag: str = "resume_path") -> int:
 def epoch_of(weights: Path, *, flag: str) -> int | None:
     """The epoch of a file of weights, where it is known.
 
-    Raises: UserError for a file beside it that should tell and is damaged.
+    Raises: UserError for a corrupt file beside it.
     """
     facts = read_facts(weights)
     if "epoch" in facts:

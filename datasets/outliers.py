@@ -27,7 +27,7 @@ def _outlier_set(value: str) -> str:
 
 @dataclass(frozen=True)
 class OutlierSpec(Spec, group="evaluation"):
-    """What a data set is told apart from."""
+    """What a data set is compared with."""
 
     ood_dataset: Sequence[str] | None = flag(
         None,

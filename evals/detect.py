@@ -136,7 +136,7 @@ def _test_sets(trained: Trained) -> dict[str, ImageSet]:
     others = _other_sets(trained, lambda: test.where(normal))
     if normal.all() and not others:
         raise UserError(
-            "--ood_dataset: every test image is of a normal class, there is nothing to tell apart; give --one_class_idx"
+            "--ood_dataset: every test image is of a normal class, there is nothing to detect; give --one_class_idx"
             " if the data set has several classes, or other data sets"
         )
     if not normal.any():

@@ -158,6 +158,6 @@ def _commands(job: Job, env: dict[str, str], retries: int, stop: Callable[[], bo
 
 
 def end_with_parent() -> None:
-    """Linux: if who started this process dies, it is told to save and end, so that its folder is free for the next."""
+    """Linux: if who started this process dies, it is asked to save and end, so that its folder is free for the next."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)

@@ -115,7 +115,7 @@ class Step:
     def result(self, score: str) -> tuple[dict[str, Any], Path]:
         """Of an evaluation: its result, and the scores of the images of its data set.
 
-        The folder may hold results of other flags too, so the names of files do not tell.
+        The folder may hold results of other flags too, so the names of files are not enough.
         Raises: FileNotFoundError where there is none of these flags; ValueError, KeyError, TypeError for what is none.
         """
         name, dataset = f"{self.flags.mode}_{score}", self.flags.of(SplitSpec).dataset

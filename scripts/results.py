@@ -33,8 +33,8 @@ _NAMED = {"mode", "ood_score", "dataset", "ood_dataset", "one_class_idx", "seed"
 class Result:
     """What the table takes from a file. None, or no entry, is what a file of an older version does not say.
 
-    data: by name of a set, what tells its images from others. facts: what sets numbers of one score and mode apart.
-    Its place in the table: `of`, the data set; `normal`, its class; `others`, the sets it is told apart from; `column`.
+    data: by name of a set, what identifies its images. facts: what sets numbers of one score and mode apart.
+    Its place in the table: `of`, the data set; `normal`, its class; `others`, the sets it is compared with; `column`.
     """
 
     score: str
@@ -123,7 +123,7 @@ def _separate_data(group: Sequence[Result]) -> None:
     name = group[0].dataset
     paths = [Path(result.flags.get("data_path", "")) for result in group]
     known: list[str | None] = [result.data.get(name) for result in group]
-    if name == "folder":  # any images, while other names stand for one data set as far as older files tell
+    if name == "folder":  # any images, while other names stand for one data set as far as older files say
         at: dict[Path, set[str]] = defaultdict(set)
         for path, images in zip(paths, known, strict=True):
             at[path] |= {images} if images else set()
@@ -178,7 +178,7 @@ def _text(name: str, value: Any) -> str:
 def tabulate(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of one table: mean AUROC in percent by normal class (rows) and mode and score (columns).
 
-    Where all classes are normal there is a row for each set they are told apart from, too. A cell is the mean over
+    Where all classes are normal there is a row for each set they are compared with, too. A cell is the mean over
     seeds, whose number is shown.
     """
     columns = sorted({result.column for result in results})
@@ -196,7 +196,7 @@ def tabulate(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
         classes = _grouped((r for r in data if r.one_class_idx is not None), lambda r: (r.one_class_idx, r.normal))
         found = [row((result, result.mean) for result in group) for group in classes]
         rows += [[of, group[0].normal, *map(_cell, cells)] for group, cells in zip(classes, found, strict=True)]
-        # Where a class has several rows, nothing tells which goes with the other classes.
+        # Where a class has several rows, nothing says which goes with the other classes.
         if len(classes) > 1 and len({group[0].one_class_idx for group in classes}) == len(classes):
             means = [[fmean(values) for values in column if values] for column in zip(*found, strict=True)]
             rows.append([of, f"mean of {len(classes)}", *(_mean(values, len(classes)) for values in means)])

@@ -2,7 +2,7 @@
 
 Each class and seed is a job: its commands one after the other, as many jobs at a time as there are GPUs (or --jobs).
 Start the same command again after whatever happened: what is finished is left alone, what was interrupted goes on. A
-job that fails is told at the end, with a non-zero exit code, and holds no other up. All of it lies below --out: a log
+job that fails is reported at the end, with a non-zero exit code, and holds no other up. All of it lies below --out: a log
 for each job in jobs/, the runs by seed, and table.md, table.csv and table.json.
 
 Flags after `--` go to every command: `-- --dataset folder` for pictures in folders, `-- --device cpu --model resnet8`.
@@ -54,7 +54,7 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
     Raises: Terminated when asked to stop, once the jobs at work have saved and ended.
     """
     asked: list[int] = []
-    told: set[int] = set()
+    signalled: set[int] = set()
     # nohup has SIGHUP ignored, and so it stays.
     heard = [number for number in _STOPS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda number, frame: asked.append(number)) for number in heard}
@@ -68,9 +68,9 @@ def run_here(jobs: Sequence[Job], slots: list[dict[str, str]], retries: int) -> 
                 active[slot] = (job, work(job, slots[slot], retries, lambda: bool(asked)), None)
             for slot, (job, steps, process) in list(active.items()):
                 if process is not None and process.poll() is None:
-                    if asked and slot not in told:  # once: it saves meanwhile
+                    if asked and slot not in signalled:  # once: it saves meanwhile
                         process.terminate()
-                        told.add(slot)
+                        signalled.add(slot)
                 elif (process := next(steps, None)) is not None:
                     _report(job, _named(process))
                     active[slot] = (job, steps, process)

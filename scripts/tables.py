@@ -49,7 +49,7 @@ class Cell:
         return cls(float(np.mean(by_seed)), std, low, high, len(by_seed))
 
     def text(self, seeds: int) -> str:
-        """In percent; tells where some of so many seeds are missing."""
+        """In percent; says where some of so many seeds are missing."""
         spread = "" if self.std is None else f" ± {100 * self.std:.1f}"
         missing = f" ({self.seeds} of {seeds} seeds)" if self.seeds < seeds else ""
         return f"{100 * self.mean:.1f}{spread} [{100 * self.low:.1f}, {100 * self.high:.1f}]{missing}"
@@ -139,7 +139,7 @@ def write_tables(
     """Write table.md, table.csv and table.json to `out`; the first as text.
 
     published: means in percent, by score. seconds: spent on each method, what it shares with others included. notes:
-    what the table depends on, told below it.
+    what the table depends on, printed below it.
     """
     summary = summarise(entries, times)
     devices = sorted({entry.device for entry in entries})

@@ -1,6 +1,6 @@
-"""A batch in pieces: the losses and gradients of the whole, with the memory of one piece.
+"""A batch in micro-batches: the losses and gradients of the whole, with the memory of one micro-batch.
 
-Contrastive losses need the projections of all views at once, so gradients cannot simply be added up over pieces.
+Contrastive losses need the projections of all views at once, so gradients cannot simply be added up over micro-batches.
 Instead each piece goes through the network without keeping its activations, the losses see the outputs of all, and the
 backward pass computes each piece's activations again (gradient caching: Gao et al. 2021; checkpointing: Chen et al.
 2016). One more forward pass is the price.

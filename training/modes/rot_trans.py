@@ -36,7 +36,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `rot_trans`: the cross-entropies of rotation, vertical and horizontal translation, added.
 
     Each step sees an image, flipped at random, under all four rotations, each with translations of its own. There is no
-    crop or jitter: a crop would hide the translation that is to be told (pictures that are cropped while they are
+    crop or jitter: a crop would hide the translation that is to be predicted (pictures that are cropped while they are
     loaded keep that crop).
     """
     device = own_device(flags, world)

@@ -76,7 +76,7 @@ def several_shifts(flags: Flags) -> ShiftSpec:
     """`simclr_CSI` needs at least two."""
     spec = any_shifts(flags)
     if spec.count < 2:
-        raise UserError(f"--shift_trans_type: --mode {flags.mode} tells shifts apart; choose one other than none")
+        raise UserError(f"--shift_trans_type: --mode {flags.mode} classifies shifts; choose one other than none")
     return spec
 
 
@@ -127,11 +127,11 @@ def sheet(views: Tensor) -> Tensor:
 
 
 def all_classes(flags: Flags, split: Split) -> None:
-    """Raises: UserError where a labelled mode has but one class to tell apart."""
+    """Raises: UserError where a labelled mode has but one class."""
     if split.one_class_idx is not None:
-        raise UserError(f"--one_class_idx: --mode {flags.mode} learns to tell classes apart; leave it out")
+        raise UserError(f"--one_class_idx: --mode {flags.mode} learns to classify; leave it out")
     if split.n_classes < 2:
-        raise UserError(f"--data_path: --mode {flags.mode} learns to tell classes apart, and there is only one")
+        raise UserError(f"--data_path: --mode {flags.mode} learns to classify, and there is only one class")
 
 
 def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> None:

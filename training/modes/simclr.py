@@ -127,7 +127,7 @@ def build(
             shard=batch.shard,
         )
 
-    # One class cannot be told from itself: the flags of the probe's test are not even read.
+    # With one class there is nothing to classify: the flags of the probe's test are not even read.
     every = flags.of(ProbeSpec).error_step if split.one_class_idx is None else 0
     test = probe_images(split, device) if every > 0 else None
     batch_size = flags.of(TestBatchSpec).test_batch_size if test is not None else 0
