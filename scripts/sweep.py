@@ -2,8 +2,8 @@
 
 Each class and seed is a job: its commands one after the other, as many jobs at a time as there are GPUs (or --jobs).
 Start the same command again after whatever happened: what is finished is left alone, what was interrupted goes on. A
-job that fails is reported at the end, with a non-zero exit code, and holds no other up. All of it lies below --out: a log
-for each job in jobs/, the runs by seed, and table.md, table.csv and table.json.
+job that fails is reported at the end, with a non-zero exit code, and holds no other up. All of it lies below --out: a
+log for each job in jobs/, the runs by seed, and table.md, table.csv and table.json.
 
 Flags after `--` go to every command: `-- --dataset folder` for pictures in folders, `-- --device cpu --model resnet8`.
 """
