@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision.utils  # noqa: F401  Now, on all ranks, and not on the main one alone when it shows views.
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, report_once

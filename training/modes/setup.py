@@ -6,7 +6,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from common.device import Amp, autocast, pick_device
 from common.dist import World
@@ -123,6 +122,8 @@ def few_views(
 
 def sheet(views: Tensor) -> Tensor:
     """Views (K, n, 3, H, W) as one picture (3, ., .), a row for each shift."""
+    from torchvision.utils import make_grid  # 1 s of import that evaluation does not need
+
     return make_grid(views.flatten(0, 1), nrow=views.shape[1], padding=1)
 
 
