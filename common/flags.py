@@ -191,6 +191,7 @@ class Flags:
         self._values = dict(values)
         self._given = frozenset(given)
         self._read: set[str] = set()
+        self._filled: frozenset[str] = frozenset()
         self._infos = infos
 
     def of(self, spec: type[S], only: Iterable[str] | None = None) -> S:
@@ -207,7 +208,10 @@ class Flags:
 
     def filled(self, defaults: Mapping[str, Any]) -> "Flags":
         """The same with `defaults`, those of a mode, in place of the program's where the user gave none."""
-        return self._with({name: value for name, value in defaults.items() if name not in self._given})
+        own = {name: value for name, value in defaults.items() if name not in self._given}
+        flags = self._with(own)
+        flags._filled |= own.keys()
+        return flags
 
     def inherited(self, recorded: Mapping[str, Any], path: Path | str, *, flag: str) -> "Flags":
         """The same with what weights at `path` (of --`flag`) have recorded of their training as defaults.
@@ -242,6 +246,7 @@ class Flags:
     def _with(self, own: Mapping[str, Any]) -> "Flags":
         flags = Flags({**self._values, **own}, self._given, self._infos)
         flags.read(self._read)
+        flags._filled = self._filled
         return flags
 
     @property
@@ -253,6 +258,11 @@ class Flags:
     def seed(self) -> int:
         """--seed."""
         return self.of(RunSpec, only=["seed"]).seed
+
+    @property
+    def filled_in(self) -> frozenset[str]:
+        """Flags that have a mode's default."""
+        return self._filled
 
     def given(self, name: str) -> bool:
         """Whether the user wrote the flag, whatever its value."""

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -113,7 +113,7 @@ class Run:
                 return
             raise UserError(f"--overwrite: {config} cannot be read; --overwrite replaces the run") from None
         now = self.flags.as_dict()
-        changed = _differences(before, now, self._data)
+        changed = _differences(before, now, self._data, self.flags.filled_in)
         if processes != self._processes and "batch_size" in before:
             # What counts is how many images a step sees.
             steps = [f"{n} x {flags['batch_size']}" for n, flags in ((processes, before), (self._processes, now))]
@@ -338,8 +338,11 @@ def _same_data(before: dict[str, Any] | None, now: dict[str, Any] | None, folder
         )
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], data: dict[str, Any] | None) -> list[str]:
-    """Flags that the run depended on and that differ now. data: what is known of its training images."""
+def _differences(
+    before: dict[str, Any], now: dict[str, Any], data: dict[str, Any] | None, filled: Collection[str]
+) -> list[str]:
+    """Flags that the run depended on and that differ now. data: what is known of its training images. filled: flags
+    that have the mode's default."""
 
     def same(name: str) -> bool:
         if name in _FREE or name in _MACHINE:
@@ -349,7 +352,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], data: dict[str, An
         if name == "data_path" and (data or now["dataset"] != "folder"):
             return True
         # What a mode fills in itself was not recorded before the images were.
-        if name == "temperature" and not data and now["mode"].startswith("sup_"):
+        if name in filled and not data:
             return True
         if name in ("data_path", "resume_path", "load_path") and before[name] and now[name]:
             return Path(before[name]).resolve() == Path(now[name]).resolve()
