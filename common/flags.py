@@ -216,7 +216,7 @@ class Flags:
     def inherited(self, recorded: Mapping[str, Any], path: Path | str, *, flag: str) -> "Flags":
         """The same with what weights at `path` (of --`flag`) have recorded of their training as defaults.
 
-        Which flags are inherited is said in their specs (`Origin`). A line reports flags that were given another value.
+        Which flags are inherited is said in their specs (`Origin`). `differences` are those with other values.
         Raises: UserError for another value of a fixed one.
         """
         same_data = "dataset" not in self._given or self._values["dataset"] == recorded.get("dataset")

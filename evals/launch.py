@@ -1,6 +1,5 @@
 """From flags to written results: what the evaluation scripts do."""
 
-import contextlib
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +7,6 @@ from pathlib import Path
 
 from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
-from common.errors import UserError
 from common.files import disk_errors
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
 from datasets.views import PassSpec
@@ -36,7 +34,7 @@ def launch(
         row = modes[flags.mode]
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.
-        with contextlib.suppress(UserError) if only_look else contextlib.nullcontext():
+        if not only_look or (load_path and Path(load_path).exists()):
             flags = row.inherited(flags)
     if only_look:
         if World.of(os.environ).is_main:

@@ -13,6 +13,8 @@ import eval as evaluate
 import train
 import train_cocsr
 import tsne
+from common.files import save_tensors
+from common.flags import flags_of
 from evals import EVALS, TSNES
 from evals.scores import SCORES
 from training import STAGE1, STAGE2
@@ -119,6 +121,36 @@ def test_what_starts_from_a_run_needs_nothing_else_and_becomes_what_all_flags_ma
     assert again.name == folder.name
     a, b = (torch.load(file, weights_only=True) for file in (one, two))
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("mode", [*STAGE1, *STAGE2])
+def test_a_mode_reads_flags_of_the_specs_that_its_row_names_alone(mode, trained):
+    used = json.loads((trained(mode)[1] / "args.json").read_text())["used"]
+    named = {name for spec in (STAGE1 | STAGE2)[mode].specs for name in flags_of(spec)}
+    assert set(used) - named <= {"local_rank"}
+
+
+def test_what_differs_from_the_weights_to_start_from_is_reported(trained, tmp_path, capsys):
+    start = str(trained("simclr_CSI")[1])
+    more = ["--batch_size", "16", "--mix_alpha", "0.3", "--log_root", str(tmp_path), *EXTRA["cocsr_dict"]]
+    capsys.readouterr()
+    assert train_cocsr.main(["--resume_path", start, *more]) == 0
+    assert "were trained with --mix_alpha 0.2, this run has 0.3" in capsys.readouterr().out
+    assert train_cocsr.main(["--resume_path", start, *more, "--model", "resnet18", "--suffix", "a"]) == 2
+    assert "--model resnet18" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_defines_a_mode_is_recorded_whatever_the_weights_it_starts_from(trained, tmp_path):
+    """Heads on four rotations are so, though the network had learnt four permutations."""
+    from program import SPECS
+    from training.launch import Script, read_job
+
+    start = shutil.copytree(trained("sup_simclr_CSI")[1], tmp_path / "run")
+    state = torch.load(start / "last.model", weights_only=True)
+    save_tensors(start / "last.model", state, facts={"flags": {"shift_trans_type": "cutperm", "model": "resnet8"}})
+    script = Script("train.py", STAGE1, "simclr", "last.model", "last.resume")
+    job = read_job(["--mode", "sup_CSI_linear", "--load_path", str(start)], script, SPECS)
+    assert job.flags.as_dict()["shift_trans_type"] == "rotation" and job.flags.as_dict()["model"] == "resnet8"
 
 
 @pytest.mark.parametrize("given, expected", [([], 0.07), (["--temperature", "0.3"], 0.3)])

@@ -21,8 +21,10 @@ from common.signals import stop_signals
 from datasets import DataSource, Split, split_one_class
 from datasets.one_class import SplitSpec
 from datasets.pictures import loading_errors
+from datasets.views import PassSpec
 from models import ModelSpec, backbone_spec
 from models.checkpoint import find_weights, recorded_sizes
+from models.sparse.dictionary import SparseSpec
 from training import Mode, run_name
 from training.keeper import Observer
 from training.loop import fit
@@ -43,12 +45,13 @@ class Script(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What the flags ask for. folder: of the run."""
+    """What the flags ask for. folder: of the run. recorded: flags of the weights that the mode starts from."""
 
     script: Script
     flags: Flags
     mode: Mode
     folder: Path
+    recorded: Mapping[str, Any]
 
 
 # (job, recipe, split, world) -> an evaluation while training runs.
@@ -57,7 +60,7 @@ MakeObserver = Callable[[Job, Recipe, Split, World], Observer]
 
 def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Spec]]) -> Job:
     """Parse the command line. A flag that was not given has the value that the weights the mode starts from have
-    recorded, where its spec says so, else the mode's default, else its own.
+    recorded, where its spec says so, else its own; the mode's defaults come before both.
 
     Raises: UserError for flags that do not parse, or that contradict the weights.
     """
@@ -65,28 +68,27 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
         own = [spec for mode in script.modes.values() for spec in mode.specs]
         flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
         mode = script.modes[flags.mode]
+        flags, recorded = _inherited(flags, mode)
         flags = flags.filled(mode.defaults)
-        only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
-        # A dry run may name weights that are yet to be trained.
-        with contextlib.suppress(UserError) if only_look else contextlib.nullcontext():
-            flags = _inherited(flags, mode)
         mode.shifts(flags)
         folder = Path(flags.of(RunSpec, only=["log_root"]).log_root) / run_name(flags, mode)
     reuse_host_memory()
-    return Job(script, flags, mode, folder)
+    return Job(script, flags, mode, folder, recorded)
 
 
-def _inherited(flags: Flags, mode: Mode) -> Flags:
-    """The flags with what the weights that the mode starts from have recorded."""
+def _inherited(flags: Flags, mode: Mode) -> tuple[Flags, Mapping[str, Any]]:
+    """The flags with what the weights that the mode starts from have recorded, and that."""
     start = mode.start
     path = getattr(flags.of(WeightsSpec, only=[start.flag]), start.flag) if start else None
-    if start is None or not path:
-        return flags
+    # A dry run may name weights that are yet to be trained.
+    if start is None or not path or (flags.of(RunSpec, only=["dry_run"]).dry_run and not Path(path).exists()):
+        return flags, {}
     file = find_weights(path, start.files, flag=start.flag)
-    flags = flags.inherited(recorded_flags(file), file, flag=start.flag)
-    if start.more_epochs is None or flags.given("epochs"):
-        return flags
-    return flags.filled({"epochs": (epoch_of(file, flag=start.flag) or 0) + start.more_epochs})
+    recorded = recorded_flags(file)
+    flags = flags.inherited(recorded, file, flag=start.flag)
+    if start.more_epochs is not None:
+        flags = flags.filled({"epochs": (epoch_of(file, flag=start.flag) or 0) + start.more_epochs})
+    return flags, recorded
 
 
 def dry_run(job: Job) -> bool:
@@ -121,8 +123,8 @@ def open_run(job: Job, world: World) -> Run | None:
     if not finished:
         return run or NullRun(job.folder, job.flags, state)
     longer = f"; to train it for longer, --resume_path {job.folder} and another --suffix" if mode.extensible else ""
-    epochs = job.flags.of(LengthSpec).epochs
-    print(f"{job.folder} is finished (epoch {epochs}); --overwrite would run it anew{longer}")
+    assert state is not None
+    print(f"{job.folder} is finished (epoch {state['epoch']}); --overwrite would run it anew{longer}")
     return None
 
 
@@ -140,7 +142,7 @@ def read_split(flags: Flags, world: World) -> Split:
 
 def build_recipe(job: Job, split: Split, world: World) -> Recipe:
     """What is trained, with the same weights on all ranks."""
-    with world.raise_together(), memory_errors(_remedy(job.flags)), loading_errors():
+    with world.raise_together(), memory_errors(_remedy(job)), loading_errors():
         recipe = job.mode.build(job.flags, split, world)
     world.broadcast(recipe.model.state_dict().values())
     return recipe
@@ -167,7 +169,9 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
-        with memory_errors(_remedy(flags)), loading_errors():
+        for name, (there, here) in flags.differences(job.recorded).items():
+            run.say(f"note: the weights to start from were trained with --{name} {there}, this run has {here}")
+        with memory_errors(_remedy(job)), loading_errors():
             fit(recipe, run, **settings, stop=stop, observer=observer, world=world)
         run.say(f"wrote {folder / job.script.weights}")
 
@@ -189,13 +193,17 @@ def _check_compiler(device: torch.device) -> None:
         raise UserError(f"--compile: no compiler ({' or '.join(names)}); install one, or leave --compile out")
 
 
-def _remedy(flags: Flags) -> str:
+def _remedy(job: Job) -> str:
     """Which flags make a step smaller."""
-    values = flags.as_dict()
+    values, specs = job.flags.as_dict(), job.mode.specs
     images = values["micro_batch"] or values["batch_size"]
     half = f"give --micro_batch {max(1, images // 2)} (the gradient of the whole batch, batch norm by micro-batch)"
     smaller = half if images > 1 else ""
-    dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if values["mode"] == "cocsr_dict" else ""
-    passes = f"--ood_batch_size {values['ood_batch_size']} for k-means" if values["ini_sr_dict_train"] else ""
+    dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if SparseSpec in specs else ""
+    passes = (
+        f"--ood_batch_size {values['ood_batch_size']} for k-means"
+        if PassSpec in specs and values["ini_sr_dict_train"]
+        else ""
+    )
     last = f"lower --batch_size {values['batch_size']}"
     return ", or ".join(text for text in (smaller, dictionary, passes, last) if text)
