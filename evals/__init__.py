@@ -11,14 +11,20 @@ from pathlib import Path
 
 from common.dist import SINGLE, World
 from common.files import readable
-from common.flags import Flags, flags_of
+from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, flags_of
 from common.run import recorded_flags
+from datasets import DataSource
+from datasets.one_class import SplitSpec
+from datasets.outliers import OutlierSpec, TestBatchSpec
+from datasets.views import PassSpec
 from evals import classify, detect, embed
 from evals.extract import CONTRASTIVE, FITTED_SPARSE, LABELLED, PLAIN_ROT_TRANS, ROT_TRANS, SPARSE, Extractor
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.scores import SCORES, chosen_scores
+from evals.specs import PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
 from evals.trained import Trained, load_trained, weights_of
+from models import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,14 @@ class Eval:
 
     measure: trained network -> results. It reads its flags and loads its data when it is called.
     write: prints and writes one of them.
-    extractor: which network is loaded. needs: flags -> names of the outputs that are read.
+    specs: whose flags it reads. extractor: which network is loaded. needs: flags -> names of the outputs that are read.
     trained_by: training modes whose weights fit. default_for: those whose runs are evaluated by this row where no
     --mode is given. scores: what --ood_score chooses from, the default first.
     """
 
     measure: Callable[[Trained], Iterator[Result]]
     write: Write
+    specs: tuple[type[Spec], ...]
     extractor: Extractor
     needs: Callable[[Flags], frozenset[str]]
     trained_by: tuple[str, ...]
@@ -74,6 +81,14 @@ _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
+_COMMON = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
+
+
+def _partners(partner: str) -> tuple[type[Spec], ...]:
+    """What says which images test images mix with."""
+    return (ReferenceSpec,) if partner == "reference" else ()
+
+
 def _detection(
     extractor: Extractor,
     scores: tuple[str, ...],
@@ -85,13 +100,15 @@ def _detection(
         return frozenset[str]().union(*(SCORES[name].scorer.needs for name in chosen_scores(flags, scores)))
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
-    return Eval(measure, write_detection, extractor, needs, trained_by, default_for, scores)
+    options = [SCORES[name].options for name in scores]
+    specs = (*_COMMON, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
+    return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 
 def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
     measure = partial(classify.classify, predict=classify.marginalized_logits if marginal else classify.linear_logits)
     needs = frozenset({"joint" if marginal else "linear"})
-    return Eval(measure, write_classification, LABELLED, lambda flags: needs, trained_by, default_for)
+    return Eval(measure, write_classification, _COMMON, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
 def _picture(
@@ -107,7 +124,8 @@ def _picture(
         return frozenset(embed.shown_outputs(flags, output, layers).values())
 
     measure = partial(embed.embed, extractor=extractor, output=output, layers=layers, partner=partner)
-    return Eval(measure, write_picture, extractor, needs, trained_by, default_for)
+    specs = (*_COMMON, *extractor.specs, TsneSpec, *_partners(partner))
+    return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for)
 
 
 EVALS: dict[str, Eval] = {

@@ -164,7 +164,8 @@ class Extractor:
     coder: that part -> what averaged outputs go through. fit_coder: flags -> (averaged outputs of the training images,
     world) -> a coder that is fitted to them, which takes the place of the former.
     plain: views are shifted, and neither flipped nor augmented; there is one draw.
-    own: specs of flags that are the evaluation's to say, whatever the weights have recorded.
+    specs: whose flags it reads. own: those of them whose flags are the evaluation's to say, whatever the weights have
+    recorded.
     """
 
     files: tuple[str, ...]
@@ -175,6 +176,7 @@ class Extractor:
     coder: Callable[[Any], Coder] = lambda net: Coder()
     fit_coder: Callable[[Flags], FitCoder] | None = None
     plain: bool = False
+    specs: tuple[type[Spec], ...] = ()
     own: tuple[type[Spec], ...] = ()
 
 
@@ -332,7 +334,9 @@ def _itself(net: nn.Module) -> nn.Module:
 
 _STAGE1_FILES = ("last.model", "last.cocsr_model")
 
-CONTRASTIVE = Extractor(_STAGE1_FILES, _trained_shifts, _load_stage1, _feature_net, net_outputs)
+_DRAWN = (ShiftSpec, AlignedSpec, AverageSpec)
+
+CONTRASTIVE = Extractor(_STAGE1_FILES, _trained_shifts, _load_stage1, _feature_net, net_outputs, specs=_DRAWN)
 SPARSE = Extractor(
     ("last.cocsr_model",),
     _trained_shifts,
@@ -340,8 +344,14 @@ SPARSE = Extractor(
     _itself,
     cocsr_outputs,
     coder=lambda net: TrainedDictionaries(net.sr_nets),
+    specs=(*_DRAWN, SparseSpec, ToleranceSpec, FeatureTransform),
 )
-FITTED_SPARSE = replace(CONTRASTIVE, fit_coder=_fit_dictionaries, own=(SparseSpec,))
+FITTED_SPARSE = replace(
+    CONTRASTIVE,
+    fit_coder=_fit_dictionaries,
+    specs=(*_DRAWN, SparseSpec, FeatureTransform, FittedSpec),
+    own=(SparseSpec,),
+)
 LABELLED = Extractor(("last.model",), _label_shifts, _load_labelled, _itself, class_outputs, plain=True)
 ROT_TRANS = Extractor(
     ("last.model",),

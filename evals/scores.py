@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import UserError
-from common.flags import Flags
+from common.flags import Flags, Spec
 from evals.coding import Outputs
 from evals.specs import KnnSpec, PartsSpec, ScoreSpec
 
@@ -248,7 +248,7 @@ def fit_csi_sr(
 
 
 @dataclass(frozen=True)
-class NoOptions:
+class NoOptions(Spec):
     """A score without flags."""
 
 
@@ -261,7 +261,7 @@ class ScoreRow:
 
     scorer: type[Scorer]
     fit: Callable[[Outputs, Any], Scorer]
-    options: type = NoOptions
+    options: type[Spec] = NoOptions
     fitted: bool = True
     trained_by: tuple[str, ...] | None = None
 

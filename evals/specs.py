@@ -3,15 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.flags import DeviceSpec, RunSpec, Spec, WeightsSpec, flag, path_flag
-from datasets import DataSource, ShiftSpec
-from datasets.augment import AlignedSpec
-from datasets.one_class import SplitSpec
-from datasets.outliers import OutlierSpec, TestBatchSpec
-from datasets.views import PassSpec
-from models import ModelSpec
-from models.feature_net import FeatureTransform
-from models.sparse.dictionary import SparseSpec, ToleranceSpec
+from common.flags import Spec, flag, path_flag
 
 
 @dataclass(frozen=True)
@@ -72,18 +64,3 @@ class TsneSpec(Spec, group="evaluation"):
 
     ood_layer: Sequence[str] = flag(("penultimate",), "t-SNE: penultimate or simclr", nargs="+")
     tsne_points: int = flag(1000, "t-SNE: points of each group at most", above=0)
-
-
-SPECS: tuple[type[Spec], ...] = (
-    *(RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec),
-    *(ShiftSpec, AlignedSpec, PassSpec, OutlierSpec, TestBatchSpec),
-    *(SparseSpec, ToleranceSpec, FeatureTransform),
-    ScoreSpec,
-    PlaceSpec,
-    AverageSpec,
-    ReferenceSpec,
-    KnnSpec,
-    PartsSpec,
-    FittedSpec,
-    TsneSpec,
-)

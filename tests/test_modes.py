@@ -130,6 +130,26 @@ def test_a_mode_reads_flags_of_the_specs_that_its_row_names_alone(mode, trained)
     assert set(used) - named <= {"local_rank"}
 
 
+@pytest.mark.parametrize("name", [*EVALS, *TSNES])
+def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, trained, tmp_path, monkeypatch):
+    import evals.launch as launch
+
+    seen, evaluate_by, row = [], launch.evaluate, (EVALS | TSNES)[name]
+    monkeypatch.setattr(launch, "evaluate", lambda flags, *rest: (seen.append(flags), evaluate_by(flags, *rest)))
+    training = row.trained_by[-1]
+    folder = shutil.copytree(trained(training)[1], tmp_path / "run")
+    more = (
+        ["--ood_score", *row.scores, "--ood_dataset", "interp", "digits", "--test_batch_size", "3"]
+        if row.scores
+        else []
+    )
+    more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in name else []
+    script = evaluate if name in EVALS else tsne
+    assert script.main(["--mode", name, "--load_path", str(folder), *more]) == 0
+    named = {flag for spec in row.specs for flag in flags_of(spec)}
+    assert set(seen[0].used()) - named <= {"local_rank"}
+
+
 def test_what_differs_from_the_weights_to_start_from_is_reported(trained, tmp_path, capsys):
     start = str(trained("simclr_CSI")[1])
     more = ["--batch_size", "16", "--mix_alpha", "0.3", "--log_root", str(tmp_path), *EXTRA["cocsr_dict"]]
