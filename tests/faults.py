@@ -140,7 +140,7 @@ def damaged(path: Path, rng: random.Random) -> str:
     return f"a bit of byte {at} of {len(content)}"
 
 
-def damages_told(file: Path, times: int, rng: random.Random) -> int:
+def damages_reported(file: Path, times: int, rng: random.Random) -> int:
     """How many of so many damages of a copy of `file` are told, by its name. Raises: AssertionError for one that is
     not."""
     with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stage in STAGES:
             for file in sorted(wholes[stage.name].folder.glob("*[el]")):
                 if file.suffix in (".model", ".resume", ".cocsr_model", ".cocsr_resume"):
-                    print(f"{file.name}: {damages_told(file, args.damages, rng)} damages, all told", flush=True)
+                    print(f"{file.name}: {damages_reported(file, args.damages, rng)} damages, all told", flush=True)
 
 
 if __name__ == "__main__":

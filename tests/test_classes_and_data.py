@@ -139,7 +139,7 @@ def test_a_class_may_be_given_by_name_and_an_unknown_one_is_refused(ships, tmp_p
     refused(capsys, train.main([*args, "--one_class_idx", "wreck"]), "--one_class_idx wreck")
 
 
-def test_weights_of_another_data_set_are_told_and_those_without_facts_evaluated(ships, stage1, tmp_path, capsys):
+def test_weights_of_another_data_set_are_reported_and_those_without_facts_evaluated(ships, stage1, tmp_path, capsys):
     data = ships[0]
     args = of(data, "--one_class_idx", 1, "--no_strict", "--out", tmp_path, "--load_path")
     assert evaluate.main([*args, str(stage1)]) == 0
@@ -224,7 +224,7 @@ def test_a_class_that_was_added_does_not_end_a_resumed_run_in_a_traceback(interr
     refused(capsys, train.main([*args, "--data_path", str(data)]), "--data_path", "their classes")
 
 
-def test_scores_fitted_to_other_images_are_told(ships, tmp_path, capsys):
+def test_scores_fitted_to_other_images_are_reported(ships, tmp_path, capsys):
     data, stage1, _ = ships
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data/train/ship/00.png").unlink()

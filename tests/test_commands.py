@@ -184,7 +184,7 @@ def test_a_folder_of_pictures_with_outliers_only_in_test(tmp_path, capsys):
     assert rows[-1]["path"].endswith("scratch/2.png") and "one_class_1 (scratch)" in capsys.readouterr().out
 
 
-def test_other_data_sets_can_be_told_apart(stage1, capsys):
+def test_other_data_sets_can_be_distinguished(stage1, capsys):
     args = [
         "--mode",
         "ood_pre",

@@ -89,7 +89,7 @@ def test_refused_names_are_refused_in_one_line_that_says_why(section, flag, sect
         assert code == 2 and told.count("\n") == 1 and f"{name} is refused" in told
 
 
-def test_flags_without_effect_are_told_whatever_the_script(stage1, tmp_path, capsys):
+def test_flags_without_effect_are_reported_whatever_the_script(stage1, tmp_path, capsys):
     """Flags that some shared piece of code might read in passing, each where it changes nothing."""
     stage1 = shutil.copytree(stage1, tmp_path / "stage1")
     common = "--dataset digits --image_size 8 --model resnet8 --one_class_idx 3".split()

@@ -49,7 +49,7 @@ def test_the_device_that_is_picked_is_the_one_that_tensors_report(kind, index):
     assert pick_device("cpu") == pick_device("cpu:0") == torch.zeros(2).device
 
 
-def test_auto_takes_the_gpu_and_a_gpu_that_is_not_there_is_told():
+def test_auto_takes_the_gpu_and_a_gpu_that_is_not_there_is_reported():
     with FakeGpu():
         assert pick_device("auto") == torch.device("cuda:0")
         with pytest.raises(UserError, match=r"--device cuda:1: this machine has 1 GPU\(s\)"):

@@ -13,7 +13,7 @@ import train
 from common.files import load_tensors, previous
 from common.run import Run
 from tests.conftest import ROOT, SHIFT, TINY
-from tests.faults import STAGES, damaged, damages_told, interrupted_run, same_end, whole_run
+from tests.faults import STAGES, damaged, damages_reported, interrupted_run, same_end, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def test_saves_fall_between_epochs_and_on_a_signal(wholes, tmp_path):
     same_end(STAGES[0], wholes[0].folder, folder)
 
 
-def test_damaged_checkpoints_are_told(wholes):
+def test_damaged_checkpoints_are_reported(wholes):
     rng = random.Random(0)
     for whole, stage in zip(wholes, STAGES, strict=True):
         for name in (stage.weights, stage.weights.replace("model", "resume")):
-            assert damages_told(whole.folder / name, 12, rng) == 12
+            assert damages_reported(whole.folder / name, 12, rng) == 12
 
 
 def test_the_checkpoint_before_a_damaged_one_is_offered_or_taken(wholes, tmp_path, capsys):

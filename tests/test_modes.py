@@ -254,7 +254,7 @@ def test_heads_that_were_never_trained_are_not_evaluated(mode, training, score, 
     assert why in told, told
 
 
-def test_weights_of_other_classes_are_told(trained, pictures, tmp_path, capsys):
+def test_weights_of_other_classes_are_reported(trained, pictures, tmp_path, capsys):
     """Two classes there, ten here: a head of the wrong size would break in the middle of the first epoch."""
     start = str(trained("sup_simclr")[1])
     common = "--dataset digits --image_size 8 --model resnet8 --epochs 9".split() + ["--log_root", str(tmp_path)]

@@ -149,7 +149,7 @@ def test_the_same_steps_by_another_number_of_processes_go_on_others_are_refused(
     assert done.returncode == 2 and "--batch_size was 2 x 16 (processes x images), is 1 x 16" in done.stderr
 
 
-def test_scores_are_those_of_one_process_and_errors_are_told_once(whole, tmp_path, shell):
+def test_scores_are_those_of_one_process_and_errors_are_reported_once(whole, tmp_path, shell):
     args = [*TINY, *SHIFT, "--mode", "ood_pre", "--ood_samples", "2", "--ood_batch_size", "50", "--save_score"]
     found = {}
     for size in (1, 2):

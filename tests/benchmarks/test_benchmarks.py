@@ -141,7 +141,7 @@ def failing(device: torch.device) -> compare.Part:
     raise ValueError("this part is broken")
 
 
-def test_a_part_that_fails_is_told_and_the_others_are_shown(monkeypatch, capsys):
+def test_a_part_that_fails_is_reported_and_the_others_are_shown(monkeypatch, capsys):
     monkeypatch.setattr(table, "PARTS", {"broken": failing, "sleeping": sleeping})
     monkeypatch.setattr(table.Ceilings, "of", lambda device: Ceilings(1e9, 1e9, 0.0, 1e9))
     assert table.main(["--repeats", "1"]) == 1
@@ -149,7 +149,7 @@ def test_a_part_that_fails_is_told_and_the_others_are_shown(monkeypatch, capsys)
     assert "failed: broken (ValueError: this part is broken)" in said.err and "| same" in said.out
 
 
-def test_ceilings_are_positive_and_told():
+def test_ceilings_are_positive_and_reported():
     found = Ceilings.of(CPU, size=64, repeats=1)
     assert found.product > 0 and found.copy > 0 and found.convolution == found.product and found.bf16 == 0
     assert "GFLOP/s, copy" in str(found) and "bf16" not in str(found)

@@ -64,7 +64,7 @@ def test_the_checkpoint_before_is_kept_whole(tmp_path):
     assert load_tensors(path, flag="x")["epoch"] == 3 and load_tensors(previous(path), flag="x")["epoch"] == 2
 
 
-def test_any_byte_of_a_checkpoint_that_changes_is_told(tmp_path):
+def test_any_byte_of_a_checkpoint_that_changes_is_reported(tmp_path):
     path = tmp_path / "last.model"
     save_tensors(path, {"w": torch.arange(50.0)})
     whole = path.read_bytes()

@@ -77,7 +77,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, legacy):
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.5, 0.9, 0.999])
-def test_truncated_files_are_told(tmp_path, share, legacy):
+def test_truncated_files_are_reported(tmp_path, share, legacy):
     path = tmp_path / "a.model"
     torch.save({"w": torch.randn(50, 50)}, path, _use_new_zipfile_serialization=not legacy)
     whole = path.read_bytes()

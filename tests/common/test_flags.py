@@ -64,7 +64,7 @@ def test_refused_flags_parse_and_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("argv", ["--dataset nosuch", "--model nosuch", "--shift_trans_type nosuch", "--mode nosuch"])
-def test_unknown_names_are_told_with_the_known_ones(argv):
+def test_unknown_names_are_reported_with_the_known_ones(argv):
     with pytest.raises(UserError, match=rf"{argv.split()[0]}.*choose from"):
         flags(*argv.split())
 
@@ -75,7 +75,7 @@ def test_numbers_that_must_be_positive(argv):
         flags(*argv.split())
 
 
-def test_flags_that_nothing_read_are_told():
+def test_flags_that_nothing_read_are_reported():
     f = flags("--sr_rho", "2", "--suffix", "a", "--warmup", "3")
     assert (
         f.of(RunSpec, only=["suffix"]).suffix == "a"

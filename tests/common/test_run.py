@@ -66,7 +66,7 @@ def test_overwrite_has_its_effect_once_however_often_the_launcher_starts_the_run
     assert launch_id({"TORCHELASTIC_RUN_ID": "run1"}) == f"run1 {os.getppid()}" and launch_id({}) is None
 
 
-def test_flags_that_the_run_did_not_read_may_change_and_another_device_is_told(half_done, capsys):
+def test_flags_that_the_run_did_not_read_may_change_and_another_device_is_reported(half_done, capsys):
     assert run_in(half_done, ood_samples=10, device="cpu").state == {"epoch": 2}
     assert "--device was auto" in capsys.readouterr().out
 
@@ -99,7 +99,7 @@ def test_rows_after_the_checkpoint_and_torn_rows_are_made_again(half_done):
     assert [json.loads(r)["epoch"] for r in (half_done / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path):
+def test_a_place_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--log_root"):
         run_in(tmp_path / "file" / "run").open()

@@ -133,7 +133,7 @@ def test_the_range_is_looked_for_only_where_it_is_needed(tmp_path, monkeypatch):
     "most, dtype, told",
     [(50, np.uint16, 1), (70, np.uint16, 0), (4096, np.uint16, 0), (2.5, np.float32, 1), (9000, np.float32, 1)],
 )
-def test_a_set_that_uses_little_of_its_range_is_told_once(tmp_path, capsys, most, dtype, told):
+def test_a_set_that_uses_little_of_its_range_is_reported_once(tmp_path, capsys, most, dtype, told):
     for n in range(3):
         levels(tmp_path / f"train/good/{n}.tif", 0, most, dtype=dtype)
     read(tmp_path, num_worker=3)
@@ -157,7 +157,7 @@ def test_value_range_says_it_and_clips(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("values", [(5, 5), (2, 1), (0, float("inf")), (float("nan"), 1)])
-def test_a_range_that_is_none_is_told(values):
+def test_a_range_that_is_none_is_reported(values):
     with pytest.raises(UserError, match="--value_range: LOW must be less than HIGH"):
         DataSource(value_range=values)
 

@@ -99,7 +99,7 @@ def test_a_damaged_picture_is_named_or_skipped_and_counted(tmp_path, capsys):
     assert "left out 1 of 3" in capsys.readouterr().out
 
 
-def test_hidden_folders_are_no_classes_and_names_that_differ_in_case_are_told(tmp_path):
+def test_hidden_folders_are_no_classes_and_names_that_differ_in_case_are_reported(tmp_path):
     fill(tmp_path, {"train/good": 1, "train/.ipynb_checkpoints": 1, "train/__MACOSX": 1, "test/good": 1})
     assert class_names(tmp_path) == ["good"]
     fill(tmp_path, {"test/Good": 1})
@@ -107,7 +107,7 @@ def test_hidden_folders_are_no_classes_and_names_that_differ_in_case_are_told(tm
         class_names(tmp_path)
 
 
-def test_missing_and_empty_folders_are_told(tmp_path):
+def test_missing_and_empty_folders_are_reported(tmp_path):
     with pytest.raises(UserError, match="--data_path: no folder .*train"):
         class_names(tmp_path)
     (tmp_path / "train/good").mkdir(parents=True)

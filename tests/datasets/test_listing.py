@@ -74,7 +74,7 @@ def copy(source: str, target: str) -> None:
         shutil.copyfile(source, target, follow_symlinks=False)
 
 
-def test_hidden_folders_and_loose_pictures_beside_the_classes_are_told(tmp_path, capsys):
+def test_hidden_folders_and_loose_pictures_beside_the_classes_are_reported(tmp_path, capsys):
     fill(tmp_path, {"train/good": 1, "train/.ipynb_checkpoints": 1, "train/__MACOSX": 1, "train": 2})
     assert class_names(tmp_path) == ["good"] and len(load(tmp_path, "train", label=0)) == 1
     expected = f"note: {tmp_path}/train: left out 2 hidden folders, 2 pictures outside the class folders\n"
@@ -116,7 +116,7 @@ def test_links_that_lead_to_each_other_end(tmp_path):
 
 
 @pytest.mark.parametrize("closed", ["train", "train/good", "train/good/deep"])
-def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch, closed):
+def test_a_folder_that_may_not_be_listed_is_reported(tmp_path, monkeypatch, closed):
     fill(tmp_path, {"train/good": 1, "train/good/deep": 1})
     real = os.scandir
 
@@ -133,7 +133,7 @@ def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch, closed):
         list_pictures(tmp_path, "--source")
 
 
-def test_a_folder_that_may_not_be_entered_is_told(tmp_path, monkeypatch):
+def test_a_folder_that_may_not_be_entered_is_reported(tmp_path, monkeypatch):
     """Folders with r and without x: names show, what they are does not."""
     fill(tmp_path, {"train/good/deep": 1})
     real = Path.stat

@@ -36,7 +36,7 @@ def test_batches_are_floats_between_0_and_1():
 
 
 @pytest.mark.parametrize("idx", [-1, 10])
-def test_a_class_out_of_range_is_told(idx):
+def test_a_class_out_of_range_is_reported(idx):
     with pytest.raises(UserError, match=r"--one_class_idx must lie in 0\.\.9"):
         split_one_class("digits", DataSource(), idx, 32)
 
@@ -90,7 +90,7 @@ def test_cifar100_takes_superclasses_in_one_class_training_and_fine_ones_without
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "mnist", "fashion_mnist", "svhn"])
-def test_absent_data_is_told_with_the_remedy(tmp_path, name):
+def test_absent_data_is_reported_with_the_remedy(tmp_path, name):
     with pytest.raises(UserError, match="--data_path.*--download_data"):
         DATASETS[name].load(DataSource(str(tmp_path)), "train", None)
 

@@ -65,7 +65,7 @@ def test_folders_of_the_published_sets():
 @pytest.mark.parametrize(
     "name, reason", [("folder:", "give its path"), ("folder", "give its path"), ("interp", "mixed")]
 )
-def test_sets_that_make_no_sense_are_told(name, reason, tmp_path, monkeypatch):
+def test_sets_that_make_no_sense_are_reported(name, reason, tmp_path, monkeypatch):
     solid(tmp_path, 2)
     monkeypatch.chdir(tmp_path)  # an empty path would be the folder one stands in
     with pytest.raises(UserError, match=reason):

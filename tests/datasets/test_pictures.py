@@ -183,7 +183,7 @@ def test_crops_stay_inside_their_pictures():
     assert sum(len(c[0]) for c in one_epoch(data, count=4, parts=torch.arange(500).split(100))) == 500
 
 
-def test_a_cache_that_cannot_be_written_is_told(source, tmp_path):
+def test_a_cache_that_cannot_be_written_is_reported(source, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="--image_cache: cannot write"):
         stream(replace(source, image_cache=str(tmp_path / "file")))

@@ -86,13 +86,13 @@ def test_layers_that_draw_follow_the_seed_whatever_happened_before(tmp_path, mon
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
-def test_unknown_timm_models_are_told_with_known_ones(capsys):
+def test_unknown_timm_models_are_reported_with_known_ones(capsys):
     pytest.importorskip("timm")
     assert train.main(["--dataset", "digits", "--model", "timm_resnet1x"]) == 2
     assert "timm has no resnet1x; it has" in capsys.readouterr().err
 
 
-def test_a_missing_timm_is_told(monkeypatch):
+def test_a_missing_timm_is_reported(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(UserError, match="timm is not installed"):
         backbone_spec("timm_resnet18")

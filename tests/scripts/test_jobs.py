@@ -78,7 +78,7 @@ def test_published_means_stand_below_tables_of_all_classes_only(classes, publish
     assert "not finished" in capsys.readouterr().err
 
 
-def test_a_record_that_cannot_be_read_is_told(tmp_path):
+def test_a_record_that_cannot_be_read_is_reported(tmp_path):
     one = job(tmp_path, 0)
     one.file.write_text("{")
     with pytest.raises(UserError, match="--out: .*class_0_seed_0.json cannot be read"):

@@ -37,7 +37,7 @@ def test_the_normal_class_may_be_named(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_what_cannot_work_is_told(tmp_path, capsys):
+def test_what_cannot_work_is_reported(tmp_path, capsys):
     assert main(["--dataset", "digits"]) == 2
     assert "--one_class_idx" in capsys.readouterr().err
     (tmp_path / "file").write_text("")

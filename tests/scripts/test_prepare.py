@@ -242,7 +242,7 @@ def test_missing_classes_are_all_named(originals, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("prepare", [lsun_fix, imagenet30])
-def test_what_is_left_out_is_told_once_and_the_range_belongs_to_the_set(prepare, originals, tmp_path, capsys):
+def test_what_is_left_out_is_reported_once_and_the_range_belongs_to_the_set(prepare, originals, tmp_path, capsys):
     for split in ("train", "val"):
         (originals / split / "n12267677/._x.jpg").write_bytes(b"x")
     assert prepare(originals, tmp_path / "d") == 0
@@ -283,7 +283,7 @@ def test_more_that_cannot_work(grays, tmp_path, capsys):
     refused(capsys, lsun_fix(grays, data), "--data_path", "cannot write")
 
 
-def test_a_disk_that_refuses_a_picture_is_told_apart_from_a_bad_picture(grays, tmp_path, capsys, monkeypatch):
+def test_a_disk_that_refuses_a_picture_is_compared_with_a_bad_picture(grays, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

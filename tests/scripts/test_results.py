@@ -52,7 +52,7 @@ def test_rows_are_classes_then_their_mean_then_published_numbers(tmp_path, capsy
     assert "| cifar10  | class 0" in told and "CSI (ood_pre): model resnet8; epochs 3; seed 0; device cpu" in told
 
 
-def test_all_classes_are_told_apart_from_one_set_after_the_other(tmp_path):
+def test_all_classes_are_compared_with_one_set_after_the_other(tmp_path):
     write(tmp_path / "a", "CSI", None, 0.8, auroc={"svhn": 0.9, "interp": 0.7})
     write(tmp_path / "a", "CSI_sr", None, 0.6, auroc={"svhn": 0.6}, mode="ood_pre_multi_sr")
     header, rows = tabulate(read_results([tmp_path]))
@@ -64,7 +64,7 @@ def test_all_classes_are_told_apart_from_one_set_after_the_other(tmp_path):
     ]
 
 
-def test_nothing_to_show_and_damaged_files_are_told(tmp_path, capsys):
+def test_nothing_to_show_and_damaged_files_are_reported(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2 and "no result_*.json" in capsys.readouterr().err
     (tmp_path / "result_x.json").write_text("{")
     assert main([str(tmp_path)]) == 2 and "result_x.json is not a result" in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_two_data_sets_of_one_name_are_rows_of_their_own(tmp_path):
     assert {row[0] for row in table(tmp_path)[1]} == {"folder (aaaaaa)", "folder (bbbbbb)", "folder (cccccc)"}
 
 
-def test_folders_of_an_older_version_are_told_apart_by_their_paths(tmp_path):
+def test_folders_of_an_older_version_are_distinguished_by_their_paths(tmp_path):
     for place, mean in (("data/one", 0.9), ("data/two", 0.7)):
         write(tmp_path / place[-3:], "CSI", 0, mean, "folder", flags={"data_path": place})
     assert table(tmp_path)[1] == [["folder (one)", "class 0", "90.0"], ["folder (two)", "class 0", "70.0"]]
@@ -148,7 +148,7 @@ def test_a_class_of_another_name_or_other_training_images_is_a_row_of_its_own(tm
     ]
 
 
-def test_sets_that_all_classes_are_told_apart_from_are_told_by_their_images(tmp_path):
+def test_sets_that_all_classes_are_compared_with_are_identified_by_their_images(tmp_path):
     for i, fingerprint in enumerate("bc"):
         more = images("a", svhn=fingerprint)
         write(tmp_path / fingerprint, "CSI", None, 0.9 - i / 10, "folder", auroc={"svhn": 0.9 - i / 10}, **more)
@@ -164,7 +164,7 @@ def test_sets_that_all_classes_are_told_apart_from_are_told_by_their_images(tmp_
     ]
 
 
-def test_a_table_that_cannot_be_written_is_told(tmp_path, capsys):
+def test_a_table_that_cannot_be_written_is_reported(tmp_path, capsys):
     write(tmp_path, "CSI", 0, 0.9)
     assert main([str(tmp_path), "--out", str(tmp_path / "nowhere" / "t.md")]) == 2
     told = capsys.readouterr()

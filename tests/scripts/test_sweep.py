@@ -246,7 +246,7 @@ def test_a_command_that_a_signal_has_stopped_goes_on_at_the_next_start(code, fai
         (["--", "--log_root=x"], "--out"),
     ],
 )
-def test_what_a_sweep_cannot_do_is_told(args, told, tmp_path, capsys):
+def test_what_a_sweep_cannot_do_is_reported(args, told, tmp_path, capsys):
     assert main(["digits", "--out", str(tmp_path / "out"), *args]) == 2
     errors = capsys.readouterr().err
     assert told in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -126,7 +126,7 @@ def test_all_classes_are_the_default_and_further_arguments_reach_every_command(c
     assert options(multi)["--data_path"] == ["/my data"] and "--one_class_idx" not in multi
 
 
-def test_what_a_sweep_cannot_do_is_told(commands):
+def test_what_a_sweep_cannot_do_is_reported(commands):
     for env in ({"START": "3", "END": "2"}, {"START": "x"}):
         done = sweep("CIFAR10_Eval", "true", **env)
         assert done.returncode != 0 and done.stderr, env

@@ -81,7 +81,7 @@ def test_the_dictionary_step_in_pieces_is_that_of_the_whole(detach, deep):
         torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-8)
 
 
-def test_memory_that_cannot_be_had_is_told_with_the_remedy():
+def test_memory_that_cannot_be_had_is_reported_with_the_remedy():
     with pytest.raises(RunStopped, match=r"out of memory; lower --batch_size .*can't allocate"):
         with memory_errors("lower --batch_size"):
             torch.empty(2**55, dtype=torch.uint8)

@@ -54,7 +54,7 @@ def test_detached_codes_leave_the_direct_gradient_only():
     torch.testing.assert_close(bank.dictionary.grad, direct, atol=1e-4, rtol=1e-4)
 
 
-def test_a_single_changed_bit_of_the_frozen_network_is_told():
+def test_a_single_changed_bit_of_the_frozen_network_is_reported():
     before = {"feature_net.w": torch.ones(3), "feature_net.n": torch.tensor(0), "sr_nets.dictionary": torch.ones(1)}
     check_frozen(before, {k: v.clone() for k, v in before.items()})
     check_frozen(before, {**before, "sr_nets.dictionary": torch.zeros(1)})
@@ -63,7 +63,7 @@ def test_a_single_changed_bit_of_the_frozen_network_is_told():
         check_frozen(before, after)
 
 
-def test_how_far_the_dictionary_moved_is_told_with_the_reason():
+def test_how_far_the_dictionary_moved_is_reported_with_the_reason():
     start = torch.ones(1, 2, 2)
     assert "changed by 1.00e-01" in moved(start, 1.1 * start, trained=True)
     assert "hardly trained" in moved(start, 1.0001 * start, trained=True)

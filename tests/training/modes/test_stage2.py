@@ -90,7 +90,7 @@ def test_without_k_means_the_dictionary_is_drawn_and_stays_as_it_is_drawn(start)
     assert torch.equal(before, recipe.model.sr_nets.dictionary)
 
 
-def test_the_gap_is_told_in_units_of_lambda_as_a_mean_over_samples():
+def test_the_gap_is_reported_in_units_of_lambda_as_a_mean_over_samples():
     bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 3), torch.Generator().manual_seed(0))
     s = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
     watched = dictionary_step(bank, s, DictionaryLossSpec(1.0, 1.0, 0.0, 0, 1.0, False, None)).watch
