@@ -27,7 +27,7 @@ def train(argv: Sequence[str] | None, script: "Script", observe: "MakeObserver |
         run = launch.open_run(job, world)
         if run is None:
             return
-        split = launch.read_split(job.flags, world)
+        split = launch.read_split(job.flags, world, backbone=job.mode.backbone)
         recipe = launch.build_recipe(job, split, world)
         observer = observe(job, recipe, split, world) if observe else None
         launch.train(job, run, recipe, split, world, observer)

@@ -349,12 +349,12 @@ def _differences(
             return True
         # The fingerprint identifies the images, wherever they lie. Without one only for folders
         # the path says which data set it is.
-        if name == "data_path" and (data or now["dataset"] != "folder"):
+        if name in ("data_path", "npz") and (data or now["dataset"] not in ("folder", "table")):
             return True
         # What a mode fills in itself was not recorded before the images were.
         if name in filled and not data:
             return True
-        if name in ("data_path", "resume_path", "load_path") and before[name] and now[name]:
+        if name in ("data_path", "npz", "resume_path", "load_path") and before[name] and now[name]:
             return Path(before[name]).resolve() == Path(now[name]).resolve()
         return before[name] == now[name]
 

@@ -11,6 +11,7 @@ from datasets.one_class import Split, split_one_class
 from datasets.pictures import PictureSet
 from datasets.sets import ImageSet
 from datasets.shifts import SHIFTS, ShiftSpec
+from datasets.table import Table
 
 __all__ = [
     "DATASETS",
@@ -21,5 +22,6 @@ __all__ = [
     "PictureSet",
     "ShiftSpec",
     "Split",
+    "Table",
     "split_one_class",
 ]

@@ -33,8 +33,10 @@ from datasets.folder import (
     read_pictures,
     training_paths,
 )
+from datasets.npz import NpzFile
 from datasets.pictures import Decoded, PictureSet, Pixels, open_cache
 from datasets.sets import ImageSet, combined, image_set
+from datasets.table import Table
 
 _FOLDER = Layout()
 _IMAGENET30 = Layout("one_class_train", "one_class_test")
@@ -45,7 +47,7 @@ class DataSource(Spec, group="data"):
     """Where and how to read a data set; field names but `normal` are flag names. image_size None: the set's own.
 
     image_cache: folder for decoded pixels of sets that are decoded during training; None: decode each time.
-    max_megapixels, value_range: see `Reader`.
+    max_megapixels, value_range: see `Reader`. npz: see `NpzFile`.
     normal: reads the training pictures of the data set that a command is about; all that the command reads then has the
     same range of values. None: each data set has its own range.
     """
@@ -72,6 +74,9 @@ class DataSource(Spec, group="data"):
         nargs=2,
         metavar=("LOW", "HIGH"),
         origin="data",
+    )
+    npz: str | None = path_flag(
+        None, "a table that is no picture (.npz): arrays X and y, or X_train, y_train, X_test, y_test", origin="place"
     )
     normal: Reader | None = field(default=None, compare=False, repr=False)
 
@@ -106,6 +111,8 @@ class DatasetSpec:
     reader: source -> the Reader of the training pictures, for sets of files.
     image_size: default pixels on a side; None: the model's.
     groups: coarse classes, name -> labels, for each value of --superclasses; one-class training uses them (CIFAR-100).
+    table: (source, split) -> all rows, for sets that are no pictures; `load` is an error then, and a class is chosen by
+    its name.
     """
 
     load: Callable[[DataSource, str, int | None], ImageSet]
@@ -116,6 +123,7 @@ class DatasetSpec:
     reader: Callable[[DataSource], Reader] | None = None
     image_size: int | None = 32
     groups: Mapping[str, Mapping[str, tuple[int, ...]]] | None = None
+    table: Callable[[DataSource, str], Table] | None = None
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -279,6 +287,10 @@ def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -
     return PictureSet(pixels, torch.tensor([pictures[n].label for n in good]), crop, side, workers, fingerprint=found)
 
 
+def _no_pictures(source: DataSource, split: str, label: int | None) -> ImageSet:
+    raise UserError("--npz: rows of a table are no pictures; the modes for tables are rdae, dae and vae")
+
+
 _TEN = _names(*"0123456789")
 _CIFAR10 = _names(*"airplane automobile bird cat deer dog frog horse ship truck".split())
 _FASHION = _names("T-shirt/top", *"trouser pullover dress coat sandal shirt sneaker bag".split(), "ankle boot")
@@ -360,5 +372,13 @@ DATASETS: dict[str, DatasetSpec] = {
         n_train_classes=lambda source: n_train_classes(Path(source.data_path)),
         reader=lambda source: _of_training(source, Path(source.data_path)),
         image_size=None,
+    ),
+    "table": DatasetSpec(
+        _no_pictures,
+        lambda source: NpzFile.open(source.npz).classes()[0],
+        ("npz",),
+        n_train_classes=lambda source: NpzFile.open(source.npz).classes()[1],
+        image_size=None,
+        table=lambda source, split: NpzFile.open(source.npz).table(split),
     ),
 }

@@ -1,7 +1,11 @@
-"""The one-class split: train on one class, test on all; without a class, all training classes, unlabelled."""
+"""The one-class split: train on one class, test on all; without a class, all training classes, unlabelled.
+
+Training images may hold some of other classes, and all images noise.
+"""
 
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,11 +16,19 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from common.flags import Spec, class_choice, flag
+from common.flags import Flags, Spec, class_choice, flag
+from common.seed import generator
 from datasets.augment import AlignedSpec
 from datasets.catalog import DATASETS, DatasetSpec, DataSource
+from datasets.corrupt import CorruptSpec
+from datasets.loading import all_grey
 from datasets.pictures import PictureSet
 from datasets.sets import ImageSet, image_set
+from datasets.table import Table
+
+TABLE = "table"
+# Sets with draws of noise of their own.
+TRAIN, TEST = "training images", "test images"
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,17 @@ class SplitSpec(Spec, group="data"):
         type=class_choice,
         origin="data",
     )
+    outliers: int = flag(
+        0, "training images of other classes to mix in, drawn by --data_seed", at_least=0, origin="data"
+    )
+    first_images: int | None = flag(
+        None, "use only so many training images, the first of the data set", type=int, above=0, origin="data"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outliers and self.one_class_idx is None:
+            raise UserError("--outliers: they are images of other classes than the normal one; give --one_class_idx")
 
 
 @dataclass(frozen=True)
@@ -39,6 +62,8 @@ class Split:
     one_class_idx: the normal class; None: all training classes are normal.
     n_classes: fine classes of the training split, the outputs of a linear head.
     class_names: of the classes that can be normal, then of those that only the test split has.
+    outliers: how many training images of other classes are mixed into the normal ones. first_images: how many training
+    images are used, the first of the data set; None: all. corrupt: noise of all images, and the seed of the outliers.
     """
 
     dataset: str
@@ -47,6 +72,9 @@ class Split:
     one_class_idx: int | None
     n_classes: int
     class_names: list[str]
+    outliers: int = 0
+    first_images: int | None = None
+    corrupt: CorruptSpec = CorruptSpec()
 
     @property
     def class_name(self) -> str | None:
@@ -58,7 +86,16 @@ class Split:
         """A description of what is normal: `class 8 (ship)` or `all classes`."""
         return "all classes" if self.one_class_idx is None else f"class {self.one_class_idx} ({self.class_name})"
 
-    def facts(self, data: ImageSet | PictureSet) -> dict[str, Any]:
+    @property
+    def title(self) -> str:
+        """What the training images are: `class 8 (ship)`, with the outliers and the noise among them."""
+        parts = [self.normal_title]
+        parts += [f"{self.outliers} outliers among them"] if self.outliers else []
+        noise = self.corrupt
+        parts += [f"{noise.corrupt} noise at {noise.corrupt_pixels} pixels"] if noise.active else []
+        return ", ".join(parts)
+
+    def facts(self, data: ImageSet | PictureSet | Table) -> dict[str, Any]:
         """What identifies the training images `data`, in types that JSON has; stored with a run and its weights."""
         names = self.class_names[: self.n_classes] if self._groups is None else self.class_names
         return {
@@ -103,21 +140,95 @@ class Split:
         return tuple(self.spec.groups[self.source.superclasses].values())
 
     def train(self, channels: int | None = 3) -> ImageSet:
-        """The normal training images. channels: 1, 3, or None for 1 where all of them are grey, else 3."""
+        """The training images: the normal ones and the outliers among them, with noise.
+
+        channels: 1, 3, or None for 1 where all of them are grey, else 3.
+        Raises: UserError where there are fewer images, or pixels, than flags ask for.
+        """
+        return self.corrupted(self._clean_train(channels), TRAIN)
+
+    def _clean_train(self, channels: int | None) -> ImageSet:
+        chosen = self.outliers > 0 or self.first_images is not None
         # A coarse class is several labels, so it is chosen after loading.
-        label = self.one_class_idx if self._groups is None else None
+        label = self.one_class_idx if self._groups is None and not chosen else None
         data = self._relabelled(self.spec.load(self.source, "train", label))
-        if self.one_class_idx is not None:
+        if chosen:
+            data = data.where(self._chosen(data.labels))
+        elif self.one_class_idx is not None:
             data = data.where(data.labels == self.one_class_idx)
         return data.with_channels(channels)
+
+    def _chosen(self, labels: Tensor) -> Tensor:
+        """Which of all training images, whose labels are (N,), are used, (N,) bool."""
+        first = len(labels) if self.first_images is None else self.first_images
+        if first > len(labels):
+            raise UserError(f"--first_images {first}: {self.dataset} has {len(labels)} training images; give fewer")
+        normal = labels == self.one_class_idx if self.one_class_idx is not None else torch.ones_like(labels).bool()
+        others = (~normal[:first]).nonzero()[:, 0]
+        if self.outliers > len(others):
+            raise UserError(f"--outliers {self.outliers}: there are {len(others)} images of other classes; give fewer")
+        chosen = normal & (torch.arange(len(labels)) < first)
+        if not chosen.any():
+            raise UserError(f"--first_images {first}: none of them is of {self.normal_title}; give more")
+        drawn = torch.randperm(len(others), generator=generator(self.corrupt.data_seed, "mixture"))[: self.outliers]
+        chosen[others[drawn]] = True
+        return chosen
+
+    def train_table(self, channels: int | None = None) -> Table:
+        """The rows of `train`, with the same noise, unclipped. channels: of images, as of `train`.
+
+        Raises: UserError as `train`, and for rows whose entries are all equal.
+        """
+        if self.spec.table is None:
+            images = self._clean_train(channels)
+            table, grey = Table.of_images(images), all_grey(images.images)
+        else:
+            table, grey = self.spec.table(self.source, "train"), False
+            table = table.where(self._chosen(table.labels))
+        if len(table) and table.rows.min() == table.rows.max():
+            place = "data_path" if self.spec.table is None else "npz"
+            raise UserError(f"--{place}: all entries of the training rows are equal, there is nothing to learn")
+        return self._corrupted_rows(table, TRAIN, grey=grey)
+
+    def test_table(self, channels: int | None = None) -> Table:
+        """All test rows, as `test` and `train_table`. Of images, pass the channels that the network takes."""
+        if self.spec.table is not None:
+            return self._corrupted_rows(self.spec.table(self.source, "test"), TEST)
+        images = self.clean_test(channels)
+        return self._corrupted_rows(Table.of_images(images), TEST, grey=all_grey(images.images))
+
+    def corrupted(self, images: ImageSet, name: str) -> ImageSet:
+        """The images with the noise of this split, if any. name: of the set, which has draws of its own.
+
+        Grey images have the same noise in all channels. Raises: UserError for more pixels than an image has.
+        """
+        if not self.corrupt.active:
+            return images
+        channels = 1 if all_grey(images.images) else images.channels
+        noise = self.corrupt.noise(len(images), channels, math.prod(images.size), name)
+        return images.with_noise(noise, self.corrupt.change(name))
+
+    def _corrupted_rows(self, table: Table, name: str, *, grey: bool = False) -> Table:
+        """As `corrupted`. grey: whether these are grey images, in whatever channels."""
+        if not self.corrupt.active:
+            return table
+        channels = 1 if grey or table.shape is None else table.shape[0]
+        noise = self.corrupt.noise(len(table), channels, table.positions, name)
+        return table.with_noise(noise, self.corrupt.change(name))
 
     def stream(self, crop: AlignedSpec, channels: int | None = 3) -> ImageSet | PictureSet:
         """The images of `train` for training; pictures that are decoded during training are cropped by `crop`.
 
-        Raises: UserError where one channel is asked of pictures that are decoded during training.
+        Raises: UserError where one channel is asked of pictures that are decoded during training, or a change to them.
         """
         if self.spec.stream is None:
             return self.train(channels)
+        changes = {"corrupt": self.corrupt.active, "outliers": self.outliers, "first_images": self.first_images}
+        if asked := [name for name, value in changes.items() if value]:
+            raise UserError(
+                f"--{asked[0]}: the pictures of --dataset {self.dataset} are decoded during training as they are; leave"
+                " the flag out, or choose another data set"
+            )
         if channels == 1:
             raise UserError(
                 f"--dataset {self.dataset}: its pictures are decoded during training, in three channels only; choose"
@@ -126,10 +237,14 @@ class Split:
         return self.spec.stream(self.source, crop, self.one_class_idx)
 
     def test(self, channels: int | None = 3) -> ImageSet:
-        """All test images; `normal(labels)` says which are normal.
+        """All test images, with noise; `normal(labels)` says which are normal.
 
         channels: as of `train`, but None depends on the test images; pass the number that the network takes.
         """
+        return self.corrupted(self.clean_test(channels), TEST)
+
+    def clean_test(self, channels: int | None = 3) -> ImageSet:
+        """The images of `test`, without noise."""
         return self._relabelled(self.spec.load(self.source, "test", None)).with_channels(channels)
 
     def normal(self, labels: Tensor) -> Tensor:
@@ -164,19 +279,41 @@ def _listed(names: list[str] | str) -> str:
 _SHOWN = 12
 
 
+def with_table(flags: Flags) -> Flags:
+    """The flags, in which --npz without --dataset means a table."""
+    return flags.filled({"dataset": TABLE}) if flags.given("npz") else flags
+
+
+def read_split(flags: Flags, *, training: bool, model_size: int | None, fixed: bool = False) -> Split:
+    """The data set that the flags name, what of it is normal, and what is changed in it.
+
+    training: for training, and not only for evaluation. model_size, fixed: as `split_one_class`.
+    Raises: UserError as `split_one_class`, and for --npz with another data set.
+    """
+    which = flags.of(SplitSpec)
+    if flags.given("npz") and which.dataset != TABLE:
+        raise UserError(f"--npz: --dataset {which.dataset} is no table; leave one of the two out")
+    source = DataSource.of(flags, which.dataset, training=training)
+    split = split_one_class(which.dataset, source, which.one_class_idx, model_size, fixed=fixed)
+    corrupt = CorruptSpec.of(flags, mixed=which.outliers > 0)
+    return replace(split, outliers=which.outliers, first_images=which.first_images, corrupt=corrupt)
+
+
 def split_one_class(
-    dataset: str, source: DataSource, one_class: int | str | None, model_size: int, *, fixed: bool = False
+    dataset: str, source: DataSource, one_class: int | str | None, model_size: int | None, *, fixed: bool = False
 ) -> Split:
     """Find the data set in the table and check the choice of the normal class.
 
     one_class: number or name of the normal class; None: all are normal.
-    model_size: pixels on a side that the model takes by default; fixed: it takes no other size.
+    model_size: pixels on a side that the model takes by default; fixed: it takes no other size. None: images keep the
+    size that they have in the data set, pictures of any size get 32 pixels on a side.
     Raises: UserError for an unknown class, a folder without classes, or a size that the model does not take.
     """
     spec = DATASETS[dataset]
     if fixed and source.image_size not in (None, model_size):
         raise UserError(f"--image_size {source.image_size}: the model takes images of {model_size} pixels only")
-    wanted = model_size if fixed else source.image_size or spec.image_size or model_size
+    usual = None if model_size is None else spec.image_size or model_size
+    wanted = model_size if fixed else source.image_size or usual
     source = replace(source, image_size=wanted)
     names = spec.classes(source)
     # A folder that only the test split has is never normal.
@@ -185,7 +322,9 @@ def split_one_class(
     if spec.groups is not None and one_class is not None:
         names = list(spec.groups[source.superclasses])
         choices = len(names)
-    return Split(dataset, spec, source, _index_of(one_class, names[:choices], dataset), n_classes, names)
+    # The names of a table's classes are its labels.
+    choice = str(one_class) if spec.table is not None and one_class is not None else one_class
+    return Split(dataset, spec, source, _index_of(choice, names[:choices], dataset), n_classes, names)
 
 
 def _index_of(choice: int | str | None, names: list[str], dataset: str) -> int | None:

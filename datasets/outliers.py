@@ -146,9 +146,9 @@ def interpolated(images: ImageSet, lag: int) -> ImageSet:
     partner = torch.where(earlier < 0, torch.arange(len(images)), earlier)
     pixels = images.images.half()
     found = derived(images.fingerprint, f"{INTERP} {lag}".encode())
-    return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=found)
+    return replace(images, images=(pixels + pixels[partner]) / 2, fingerprint=found, mask=None)
 
 
 def outlier_names() -> set[str]:
     """What --ood_dataset knows by name."""
-    return {*DATASETS, *OUTLIERS}
+    return {*(name for name, spec in DATASETS.items() if spec.table is None), *OUTLIERS}

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from common.dist import SINGLE, World
 from common.seed import generator
 from datasets.augment import hflip
+from datasets.corrupt import Noise, replaced
 from datasets.loading import Loading, all_grey, pad_and_crop, to_channels
 
 # A set may fill this share of a GPU's free memory; activations need the rest.
@@ -28,6 +29,7 @@ class ImageSet:
     paths: their files, for sets of files.
     device: where batches are delivered; `images` stays in host memory if it does not fit there.
     fingerprint: 16 hex digits that identify the data; "" if unknown.
+    mask (N, 1, H, W): the pixels that noise replaced, in host memory; None without noise.
     """
 
     images: Tensor
@@ -36,6 +38,7 @@ class ImageSet:
     paths: tuple[str, ...] | None = None
     device: torch.device = torch.device("cpu")
     fingerprint: str = ""
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -73,15 +76,21 @@ class ImageSet:
         images = torch.cat([to_channels(block, channels) for block in self.images.split(1024)])
         return replace(self, images=images)
 
+    def with_noise(self, noise: Noise, change: bytes) -> "ImageSet":
+        """The same images, corrupted: values are clipped to [0, 1] and rounded to 8 bits.
+
+        Values of one channel go into all channels. change: distinguishes this noise from others.
+        """
+        levels = noise._replace(values=(noise.values.clamp(0, 1) * 255).round())
+        images, mask = replaced(self.images, levels)
+        return replace(self, images=images, mask=mask, fingerprint=derived(self.fingerprint, change))
+
     def batch(self, index: Tensor) -> Tensor:
         """Images at `index` (B,) as floats in [0, 1] on `device`, (B, channels, H, W)."""
         return floats(self._pixels(index))
 
     def _pixels(self, index: Tensor) -> Tensor:
-        found = self.images[index.to(self.images.device)]
-        if found.device != self.device and self.device.type == "cuda":
-            found = found.pin_memory()  # Otherwise the host would wait for the device.
-        return found.to(self.device, non_blocking=True)
+        return on_device(self.images[index.to(self.images.device)], self.device)
 
     def batches(
         self,
@@ -129,15 +138,26 @@ class ImageSet:
         """The images where `keep` (N,) is true. Where it is true everywhere, the fingerprint stays."""
         paths = self.paths and tuple(p for p, kept in zip(self.paths, keep.tolist(), strict=True) if kept)
         fingerprint = self.fingerprint if keep.all() else derived(self.fingerprint, bytes(keep.tolist()))
-        images, labels, indices = self.images[keep], self.labels[keep], self.indices[keep]
-        return replace(self, images=images, labels=labels, indices=indices, paths=paths, fingerprint=fingerprint)
+        columns = {name: getattr(self, name)[keep] for name in ("images", "labels", "indices")}
+        mask = self.mask if self.mask is None else self.mask[keep]
+        return replace(self, **columns, paths=paths, fingerprint=fingerprint, mask=mask)
 
     def to(self, device: torch.device) -> "ImageSet":
         """The set with batches on `device`; the images are moved there if they fit, else they stay in host memory."""
-        images = self.images
-        if device.type != "cuda" or images.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
-            images = images.to(device)
+        images = self.images.to(device) if fits(self.images, device) else self.images
         return replace(self, images=images, device=device)
+
+
+def fits(data: Tensor, device: torch.device) -> bool:
+    """Whether a set with this data is held on the device."""
+    return device.type != "cuda" or data.nbytes < _DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def on_device(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch, moved to the device without waiting for it."""
+    if batch.device != device and device.type == "cuda":
+        batch = batch.pin_memory()  # Otherwise the host would wait for the device.
+    return batch.to(device, non_blocking=True)
 
 
 def combined(parts: Iterable[bytes]) -> str:

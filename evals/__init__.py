@@ -14,6 +14,7 @@ from common.files import readable
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, flags_of
 from common.run import recorded_flags
 from datasets import DataSource
+from datasets.corrupt import CorruptSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
@@ -93,7 +94,7 @@ _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
-_COMMON = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
+_COMMON = (RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
 
 
 def _partners(partner: str) -> tuple[type[Spec], ...]:

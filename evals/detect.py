@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from datasets import DataSource, ImageSet
+from datasets.one_class import TEST
 from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
 from evals.coding import Coder, Outputs
 from evals.extract import Extraction, Extractor, reference_pool
@@ -131,9 +132,9 @@ def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -
 def _test_sets(trained: Trained) -> dict[str, ImageSet]:
     """The test images of the data set, and after them those they are compared with, by name."""
     split = trained.split
-    test = split.test()
-    normal = split.normal(test.labels)
-    others = _other_sets(trained, lambda: test.where(normal))
+    clean = split.clean_test()
+    normal = split.normal(clean.labels)
+    others = _other_sets(trained, clean.size[0], lambda: clean.where(normal))
     if normal.all() and not others:
         raise UserError(
             "--ood_dataset: every test image is of a normal class, there is nothing to detect; give --one_class_idx"
@@ -141,13 +142,15 @@ def _test_sets(trained: Trained) -> dict[str, ImageSet]:
         )
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class, {split.normal_title}")
-    return {name: data.to(trained.device) for name, data in {trained.split.dataset: test, **others}.items()}
+    test = split.corrupted(clean, TEST)
+    return {name: data.to(trained.device) for name, data in {split.dataset: test, **others}.items()}
 
 
-def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
+def _other_sets(trained: Trained, side: int, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
     """The sets of --ood_dataset, or those that all classes of the data set together are compared with, by name.
 
-    normal: the normal test images. Raises: UserError that names all that are not found.
+    They have the noise of the split. side: pixels on a side of test images. normal: the normal ones, without noise.
+    Raises: UserError that names all that are not found.
     """
     flags = trained.flags
     usual = MULTI_CLASS.get(trained.split.dataset, ()) if trained.split.one_class_idx is None else ()
@@ -163,7 +166,8 @@ def _other_sets(trained: Trained, normal: Callable[[], ImageSet]) -> dict[str, I
     if "data_path" in used:
         own = flags.of(OutlierSpec, only=("ood_data_path",)).ood_data_path
         place = own or flags.of(DataSource, only=("data_path",)).data_path
-    main = trained.split.source
-    source = replace(source, data_path=place, image_size=main.image_size, normal=main.normal)
+    source = replace(source, data_path=place, image_size=side, normal=trained.split.source.normal)
     lag = flags.of(TestBatchSpec).test_batch_size if INTERP in names else 1
-    return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
+    found = {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
+    # By the fingerprint, so that the noise does not depend on the place of a folder.
+    return {name: trained.split.corrupted(images, images.fingerprint or name) for name, images in found.items()}

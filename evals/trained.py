@@ -16,10 +16,10 @@ from common.errors import UserError
 from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
-from datasets import DataSource, ImageSet, Split, split_one_class
-from datasets.one_class import SplitSpec
+from datasets import ImageSet, Split
+from datasets.one_class import read_split
 from evals.specs import PlaceSpec
-from models import ModelSpec, backbone_spec
+from models import model_size
 from models.checkpoint import State, find_weights
 
 # Two names of one thing.
@@ -28,8 +28,10 @@ _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
     " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict".split()
+    " ood_batch_size print_score save_score skip_bad_images no_strict npz".split()
 )
+# Values that leave the data as they are: not among the settings, as in results from before these flags.
+_UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None}
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,13 @@ def load_trained(
     read: Callable[[Flags, State, Path], nn.Module],
     trained_by: Sequence[str],
     scores: Sequence[str] = (),
+    backbone: bool = True,
 ) -> Trained:
     """Read the checkpoint of --load_path and look the data up as the flags say.
 
     files: names of checkpoints in a run folder, the preferred first. read: (flags, state dict, its file) -> network.
-    trained_by: training modes whose weights fit. scores: names that are wanted, for the message.
+    trained_by: training modes whose weights fit. scores: names that are wanted, for the message. backbone: whether that
+    of --model decides the size of images.
     Raises: UserError for a checkpoint that is not found, corrupt, or of another mode, model or number of shifts, and
     for data that is not found.
     """
@@ -112,9 +116,8 @@ def load_trained(
         )
     out = flags.of(PlaceSpec).out
     _check_writable(Path(out) if out else path.parent)
-    backbone, which = backbone_spec(flags.of(ModelSpec, only=["model"]).model), flags.of(SplitSpec)
-    source = DataSource.of(flags, which.dataset)
-    split = split_one_class(which.dataset, source, which.one_class_idx, backbone.image_size, fixed=backbone.fixed_size)
+    size, fixed = model_size(flags, backbone=backbone)
+    split = read_split(flags, training=False, model_size=size, fixed=fixed)
     facts = read_facts(path).get("data", {})
     split.check_trained(facts, path, flag="load_path")
     _report_training(flags, path, trained, known_class=bool(facts))
@@ -159,7 +162,8 @@ def _epoch(path: Path) -> int | None:
 def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str, Any]:
     """The flags that numbers depend on, of those read so far. without: more that do not count."""
     values = flags.as_dict()
-    return {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
+    found = {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
+    return {name: value for name, value in found.items() if name not in _UNCHANGED or value != _UNCHANGED[name]}
 
 
 def identity(images: ImageSet) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from common.errors import UserError
-from common.flags import Spec, flag, one_component, path_flag
+from common.flags import Flags, Spec, flag, one_component, path_flag
 from models.resnet import BasicBlock, Bottleneck, ResNet
 
 
@@ -100,3 +100,14 @@ def backbone_spec(name: str) -> BackboneSpec:
     if config is None:
         return BackboneSpec(make, image_size=224)
     return BackboneSpec(make, image_size=config.input_size[-1], fixed_size=config.fixed_input_size)
+
+
+def model_size(flags: Flags, *, backbone: bool = True) -> tuple[int | None, bool]:
+    """Pixels on a side of the images that the backbone of --model is made for, and whether it takes no other size.
+
+    backbone: False for networks without one, which take every size: (None, False).
+    """
+    if not backbone:
+        return None, False
+    spec = backbone_spec(flags.of(ModelSpec, only=["model"]).model)
+    return spec.image_size, spec.fixed_size

@@ -16,8 +16,8 @@ from common.errors import UserError, command
 from common.files import write_json
 from common.flags import RunSpec, build_parser, parse
 from common.run import describe_program
-from datasets import DataSource, ImageSet, split_one_class
-from datasets.one_class import SplitSpec
+from datasets import ImageSet
+from datasets.one_class import SplitSpec, read_split
 from evals.metrics import detection_metrics
 from evals.result import nested
 from evals.scores import NearestScore, OneClassSvmScore
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     which = flags.of(SplitSpec)
     if which.one_class_idx is None:
         raise UserError("--one_class_idx: the baseline needs a normal class")
-    split = split_one_class(which.dataset, DataSource.of(flags, which.dataset), which.one_class_idx, 32)
+    split = read_split(flags, training=False, model_size=32)
     normal = split.one_class_idx
     assert normal is not None
     train, test_set = split.train(), split.test()

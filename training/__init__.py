@@ -9,6 +9,7 @@ from common.dist import World
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, file_name, joined_name
 from datasets import DataSource, ShiftSpec, Split
 from datasets.augment import AlignedSpec
+from datasets.corrupt import CorruptSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import TestBatchSpec
 from datasets.views import PassSpec
@@ -45,8 +46,9 @@ class Mode:
     build: (flags, split, world) -> what `fit` trains. specs: whose flags it reads. name: its part of the run's name.
     shifts: of each image (K); views: how many random views of an image a step loads. Both are for --dry_run and logs.
     defaults: flags that have another default in this mode. start: weights it starts from, where there are any.
-    extensible: whether --resume_path trains a finished run of it for longer. length: flags -> --epochs, where others
-    decide it.
+    extensible: whether --resume_path trains a finished run of it for longer. length: flags -> --epochs, where other
+    flags decide it. backbone: whether the network has that of --model, which decides the size of images and is part of
+    the run's name.
     """
 
     build: Callable[[Flags, Split, World], Recipe]
@@ -58,6 +60,7 @@ class Mode:
     start: Start | None = None
     extensible: bool = False
     length: Callable[[Flags], int] | None = None
+    backbone: bool = True
 
 
 def _labelled(flags: Flags) -> list[str]:
@@ -86,11 +89,17 @@ def run_name(flags: Flags, mode: Mode) -> str:
     """
     split, suffix = flags.of(SplitSpec), flags.of(RunSpec, only=["suffix"]).suffix
     normal = [] if split.one_class_idx is None else ["one_class", file_name(str(split.one_class_idx))]
-    network = flags.of(ModelSpec, only=["model"]).model
-    return joined_name([split.dataset, network, *mode.name(flags), *normal, *([suffix] if suffix else [])])
+    normal += ["outliers", str(split.outliers)] if split.outliers else []
+    corrupt = CorruptSpec.of(flags, mixed=split.outliers > 0)
+    noise = ["corrupt", f"{corrupt.corrupt}{corrupt.corrupt_pixels}"] if corrupt.active else []
+    network = [flags.of(ModelSpec, only=["model"]).model] if mode.backbone else []
+    return joined_name([split.dataset, *network, *mode.name(flags), *normal, *noise, *([suffix] if suffix else [])])
 
 
-COMMON = (RunSpec, WeightsSpec, SplitSpec, DataSource, ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec)
+COMMON = (
+    *(RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource),
+    *(ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec),
+)
 _VIEWS = (ShiftSpec, AlignedSpec, MicroBatchSpec)
 
 

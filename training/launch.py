@@ -18,11 +18,10 @@ from common.files import disk_errors
 from common.flags import Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
 from common.run import NullRun, Run, epoch_of, recorded_flags
 from common.signals import stop_signals
-from datasets import DataSource, Split, split_one_class
-from datasets.one_class import SplitSpec
+from datasets import Split, one_class
 from datasets.pictures import loading_errors
 from datasets.views import PassSpec
-from models import ModelSpec, backbone_spec
+from models import ModelSpec, model_size
 from models.checkpoint import find_weights, recorded_sizes
 from models.sparse.dictionary import SparseSpec
 from training import Mode, run_name
@@ -68,6 +67,7 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
         own = [spec for mode in script.modes.values() for spec in mode.specs]
         flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
         mode = script.modes[flags.mode]
+        flags = one_class.with_table(flags)
         flags, recorded = _inherited(flags, mode)
         flags = flags.filled(mode.defaults)
         flags = flags.filled({"epochs": mode.length(flags)}) if mode.length else flags
@@ -129,16 +129,16 @@ def open_run(job: Job, world: World) -> Run | None:
     return None
 
 
-def read_split(flags: Flags, world: World) -> Split:
-    """The data set and what of it is normal. Raises: UserError on all ranks where one has an error."""
+def read_split(flags: Flags, world: World, *, backbone: bool = True) -> Split:
+    """The data set and what of it is normal. backbone: whether that of --model decides the size of images.
+
+    Raises: UserError on all ranks where one has an error.
+    """
     with world.raise_together(), loading_errors():
         if flags.of(CompileSpec).compile:
             _check_compiler(own_device(flags, world))
-        split, backbone = flags.of(SplitSpec), backbone_spec(flags.of(ModelSpec, only=["model"]).model)
-        source = DataSource.of(flags, split.dataset, training=True)
-        return split_one_class(
-            split.dataset, source, split.one_class_idx, backbone.image_size, fixed=backbone.fixed_size
-        )
+        size, fixed = model_size(flags, backbone=backbone)
+        return one_class.read_split(flags, training=True, model_size=size, fixed=fixed)
 
 
 def build_recipe(job: Job, split: Split, world: World) -> Recipe:
@@ -166,7 +166,7 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         run.open(_facts(flags, split, recipe))
     with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
         shifts = job.mode.shifts(flags).count
-        kinds = [f"{len(recipe.data)} images of {split.normal_title}"]
+        kinds = [f"{len(recipe.data)} images of {split.title}"]
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
