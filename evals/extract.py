@@ -101,7 +101,8 @@ def autoencoder_outputs(net: RobustNet) -> Reader:
             asked, there = ("x".join(map(str, sides)) for sides in (images.shape[2:], size))
             raise UserError(f"--image_size: the network takes {there} pixels, the images have {asked}")
         rows = (images if channels == 3 else luma(images)).flatten(1)
-        found = {"h": net.autoencoder.encode(rows), "error": (rows - net(rows)).norm(dim=1, keepdim=True)}
+        autoencoder: Any = net.autoencoder
+        found = {"h": autoencoder.encode(rows), "error": (rows - net(rows)).norm(dim=1, keepdim=True)}
         return {name: value.unflatten(0, views.shape[:2]) for name, value in found.items()}
 
     return outputs

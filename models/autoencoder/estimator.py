@@ -64,7 +64,7 @@ class RobustAutoencoder(OutlierMixin, BaseEstimator):
         stop: str = "c2",
         eps: float = 1e-3,
         autoencoder: Literal["dense", "svd"] | LStep = "dense",
-        activation: str = "relu",
+        activation: str = "sigmoid",
         output: str = "auto",
         tied: bool = False,
         device: str = "cpu",

@@ -48,7 +48,7 @@ class AutoencoderSpec(Spec, group="autoencoder"):
         (16, 32), "conv: channels of its layers, each halves the picture", type=int, nargs="+", above=0, origin="fixed"
     )
     activation: str = flag(
-        "relu", "of hidden layers; the code is linear", choices=lambda: tuple(ACTIVATIONS), origin="fixed"
+        "sigmoid", "of hidden layers; the code is linear", choices=lambda: tuple(ACTIVATIONS), origin="fixed"
     )
     output: str = flag(
         "sigmoid",
@@ -103,7 +103,7 @@ class Autoencoder(nn.Module):
     """
 
     def __init__(
-        self, sizes: Sequence[int], *, activation: str = "relu", output: str = "sigmoid", tied: bool = False
+        self, sizes: Sequence[int], *, activation: str = "sigmoid", output: str = "sigmoid", tied: bool = False
     ) -> None:
         super().__init__()
         pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
@@ -162,7 +162,7 @@ class ConvAutoencoder(nn.Module):
         *,
         widths: Sequence[int] = (16, 32),
         code: int = 64,
-        activation: str = "relu",
+        activation: str = "sigmoid",
         output: str = "sigmoid",
     ) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class VariationalAutoencoder(nn.Module):
         self,
         sizes: Sequence[int],
         *,
-        activation: str = "relu",
+        activation: str = "sigmoid",
         likelihood: str = "bernoulli",
         beta: float = 1.0,
         sigma: float = 0.1,
