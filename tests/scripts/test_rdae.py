@@ -4,6 +4,8 @@ import argparse
 import csv
 import json
 import math
+import os
+import subprocess
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +13,14 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 
+import eval as evaluate
+import train
+from common.flags import build_parser, parse
 from datasets import DataSource, Split, split_one_class
 from datasets.corrupt import CorruptSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust import Threshold, separate
+from program import SPECS
 from scripts import rdae
 from scripts.rdae import Store, cell, main, noise_table, numbers, one_of_each, outlier_table, restored, title
 from scripts.rdae_methods import (
@@ -30,7 +36,9 @@ from scripts.rdae_methods import (
     fits,
     slides_net,
 )
+from scripts.recipes import Recipe
 from tests.conftest import ROOT
+from training import STAGE1
 
 SMALL = Setting("dense", AutoencoderSpec(layers=(16, 8)), rounds=3, epochs=2, lr=3e-3, batch_size=32)
 EXACT = Setting("svd", AutoencoderSpec(layers=(4,)), rounds=3)
@@ -291,3 +299,74 @@ def test_what_a_user_can_put_right_is_one_line(argv, said, tmp_path, capsys):
     assert main([*outliers(tmp_path), *argv]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """What a script would start: lists of arguments, as a stub in place of Python receives them."""
+    stub = tmp_path / "python"
+    stub.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\nprintf '\\n'\n")
+    stub.chmod(0o755)
+
+    def run(name: str, *args: str, **env: str) -> list[list[str]]:
+        kept = {key: value for key, value in os.environ.items() if key not in ("DATA_PATH", "LOG_ROOT")}
+        line = ["bash", str(ROOT / f"scripts/{name}.sh"), *args]
+        done = subprocess.run(line, env=kept | {"PYTHON": str(stub)} | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [line.split("\0")[:-1] for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.mark.parametrize("name, env, count", [
+    ("RDAE_Outliers", {"THRESHOLDS": "4.5:4.7:0.075 2", "SEEDS": "0 3"}, 8),
+    ("RDAE_Denoise", {}, 9),
+    ("RDAE_Features", {"POINTS": "10 20"}, 2),
+])  # fmt: skip
+def test_each_evaluation_names_the_folder_that_training_makes(name, env, count, commands, tmp_path, capsys):
+    found = commands(name, "--device", "cpu", LOG_ROOT=str(tmp_path / "my logs"), **env)
+    assert len(found) == 2 * count
+    made = set()
+    for training, evaluation in zip(found[::2], found[1::2], strict=True):
+        plans = []
+        for run, line in ((train.main, training), (evaluate.main, evaluation)):
+            assert run([*line[1:], "--dry_run"]) == 0
+            plans.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+        assert plans[0]["run_dir"] == plans[1]["load_path"]
+        assert training[-2:] == ["--device", "cpu"] and "--device" not in evaluation
+        made.add(plans[0]["run_dir"])
+    assert len(made) == count and not (tmp_path / "my logs").exists()
+
+
+def test_the_published_sweep_has_its_thresholds(commands):
+    found = [line for line in commands("RDAE_Outliers") if line[0] == "train.py"]
+    thresholds = [float(line[line.index("--threshold") + 1]) for line in found]
+    assert thresholds == sorted({*numbers("2:7:0.075"), *numbers("4.5:5:0.075")})
+    assert len(thresholds) == 67 + 7 and 4.725 in thresholds
+
+
+def test_the_published_commands_have_the_settings_of_the_studies():
+    recipe = Recipe("rdae")
+
+    def flags_of(name: str) -> dict:
+        parser = build_parser("train.py", STAGE1, "rdae", SPECS)
+        return parse(recipe.words(name)[1:], parser).as_dict()
+
+    for name, setting in (
+        ("outliers", SPLITTERS["rdae_slides"]),
+        ("robust", DENOISERS["rdae"].setting),
+        ("plain", DENOISERS["autoencoder"].setting),
+        ("variational", DENOISERS["vae"].setting),
+    ):
+        flags = flags_of(name)
+        length = (flags["rounds"], flags["inner_epochs"])
+        if setting.rounds * setting.epochs == flags["epochs"]:  # modes without rounds
+            length = (setting.rounds, setting.epochs)
+        assert length == (setting.rounds, setting.epochs), name
+        assert (flags["lr_init"], flags["batch_size"]) == (setting.lr, setting.batch_size), name
+        for field in ("layers", "activation", "output", "tied", "likelihood", "sigma"):
+            expected = getattr(setting.net, field)
+            assert flags[field] == (list(expected) if isinstance(expected, tuple) else expected), (name, field)
+    for points in (10, 100, 250):
+        (threshold,) = recipe.words(f"threshold_{points}")
+        assert float(threshold) == DENOISERS["rdae"].thresholds[points]
