@@ -159,7 +159,7 @@ def _outlier_line(args: argparse.Namespace, method: str, seed: int, threshold: T
 
 def _thresholds(method: str, wanted: list[Threshold]) -> list[Threshold]:
     """A method that splits nothing off has none."""
-    return wanted if method in SPLITTERS and SPLITTERS[method].kind != "vae" else [PLAIN]
+    return wanted if method in SPLITTERS and SPLITTERS[method].rounds > 1 else [PLAIN]
 
 
 def _detections(
