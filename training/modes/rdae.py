@@ -116,9 +116,9 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
 def build_plain(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `dae` and `vae`: the same networks and updates without a sparse part."""
-    table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
-    if not optimizers:
+    if flags.mode == "dae" and flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder == "svd":
         raise UserError(f"--autoencoder svd: --mode {flags.mode} trains by gradients; give --mode rdae")
+    table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
     return _recipe(flags, net, table, optimizers)
 
 
