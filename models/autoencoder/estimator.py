@@ -91,9 +91,9 @@ class RobustAutoencoder(OutlierMixin, BaseEstimator):
     def fit(self, X: ArrayLike, y: Any = None) -> "RobustAutoencoder":
         """Split X (N, n). Raises: ValueError for parameters out of range and for data that is not finite."""
         self._check()
-        X = validate_data(self, X, dtype=(np.float32, np.float64), ensure_min_samples=2)
-        rows = torch.tensor(X, dtype=self._dtype, device=self.device)
-        step = self._step(X)
+        data = np.asarray(validate_data(self, X, dtype=(np.float32, np.float64), ensure_min_samples=2))
+        rows = torch.tensor(data, dtype=self._dtype, device=self.device)
+        step = self._step(data)
         found = separate(
             rows,
             step,
@@ -110,7 +110,7 @@ class RobustAutoencoder(OutlierMixin, BaseEstimator):
         if self.penalty == "l21_rows" and self.threshold is not None:
             self.offset_ = -self.threshold_
         else:
-            self.offset_ = float(np.percentile(self.score_samples(X), 100 * self.contamination))
+            self.offset_ = float(np.percentile(self.score_samples(data), 100 * self.contamination))
         return self
 
     def reconstruct(self, X: ArrayLike) -> np.ndarray:
@@ -145,7 +145,7 @@ class RobustAutoencoder(OutlierMixin, BaseEstimator):
                 raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
         for name in ("lr", *(["threshold"] if self.threshold is not None else [])):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not value > 0:
+            if not isinstance(value, Real) or not float(value) > 0:
                 raise ValueError(f"{name} must be > 0, got {value!r}")
         if not 0 < self.contamination <= 0.5:
             raise ValueError(f"contamination must lie in (0, 0.5], got {self.contamination!r}")

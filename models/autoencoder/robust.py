@@ -25,8 +25,8 @@ _BLOCK = 4096
 class Penalty(NamedTuple):
     """What makes S sparse, one of `PENALTIES`.
 
-    prox(v, threshold): its proximal operator. sizes(v): what is compared with the threshold: absolute values of entries,
-    norms of rows (N,) or of columns (n,).
+    prox(v, threshold): its proximal operator. sizes(v): what is compared with the threshold: absolute values of entries
+    (N, n), norms of rows (N,) or of columns (n,).
     """
 
     prox: Callable[[Tensor, float], Tensor]
@@ -110,7 +110,10 @@ class Round(NamedTuple):
 
 
 def end_round(X: Tensor, L: Tensor, before: Tensor, penalty: Penalty, threshold: float) -> Round:
-    """S and the criteria, from what the autoencoder has made of X - S; before: L + S of the round before, at first X."""
+    """S and the criteria, from L, what the autoencoder has made of X - S.
+
+    before: L + S of the round before, at first X.
+    """
     S = penalty.prox(X - L, threshold)
     norm, both = torch.linalg.vector_norm(X), L + S
     c1, c2 = (torch.linalg.vector_norm(part - both) / norm for part in (X, before))
