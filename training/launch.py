@@ -166,7 +166,7 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         run.open(_facts(flags, split, recipe))
     with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
         shifts = job.mode.shifts(flags).count
-        kinds = [f"{len(recipe.data)} images of {split.title}"]
+        kinds = [f"{len(recipe.data)} {'rows' if split.spec.table else 'images'} of {split.title}"]
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
