@@ -18,14 +18,25 @@ from datasets.corrupt import CorruptSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, embed
-from evals.extract import CONTRASTIVE, FITTED_SPARSE, LABELLED, PLAIN_ROT_TRANS, ROT_TRANS, SPARSE, Extractor
+from evals import classify, detect, embed, robust
+from evals.extract import (
+    AUTOENCODER,
+    CONTRASTIVE,
+    FITTED_SPARSE,
+    LABELLED,
+    PLAIN_ROT_TRANS,
+    ROT_TRANS,
+    SPARSE,
+    Extractor,
+)
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
+from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
 from evals.specs import PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
+from models.autoencoder.specs import SeparationSpec
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,7 @@ class Eval:
             read=partial(self.extractor.load, shifts=self.views(flags)),
             trained_by=[mode for mode in self.trained_by if all(mode in modes for modes in own)],
             scores=names,
+            backbone=self.extractor.backbone,
         )
 
 
@@ -129,6 +141,15 @@ def _picture(
     return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for)
 
 
+def _separation(
+    measure: Callable[[Trained], Iterator[Result]], trained_by: tuple[str, ...], default_for: tuple[str, ...] = ()
+) -> Eval:
+    specs = (*_COMMON, *AUTOENCODER.specs, SeparationSpec)
+    return Eval(measure, write_separation, specs, AUTOENCODER, lambda flags: frozenset(), trained_by, default_for)
+
+
+_AUTOENCODERS = ("rdae", "dae", "vae")
+
 EVALS: dict[str, Eval] = {
     "ood_pre": _detection(CONTRASTIVE, _CSI, _CONTRASTIVE, default_for=("simclr", "simclr_CSI")),
     "ood_pre_refmix": _detection(CONTRASTIVE, _CSI, _CONTRASTIVE, "reference"),
@@ -138,6 +159,10 @@ EVALS: dict[str, Eval] = {
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
     "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), _LABELLED),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
+    "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
+    "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
+    "rdae_denoise": _separation(robust.denoise, _AUTOENCODERS),
+    "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED), (*_PROBED, "sup_linear")),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
 }
@@ -150,6 +175,7 @@ TSNES: dict[str, Eval] = {
     "ood_pre_tsne_sr": _picture(SPARSE, ("cocsr_dict",), "codes"),
     "ood_pre_tsne_dict": _picture(SPARSE, ("cocsr_dict",), "s", default_for=("cocsr_dict",)),
     "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
+    "ood_tsne_codes": _picture(AUTOENCODER, _AUTOENCODERS, layers={"penultimate": "h"}, default_for=_AUTOENCODERS),
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from common.device import Amp, autocast
 from common.dist import SINGLE, World
+from common.errors import UserError
 from common.flags import DeviceSpec, Flags, Spec, WeightsSpec
 from common.progress import progress
+from common.run import recorded_flags
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
@@ -27,6 +29,8 @@ from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries
 from evals.specs import AverageSpec, FittedSpec
 from evals.trained import Trained, evaluation_mode
 from models import ModelSpec
+from models.autoencoder.networks import AutoencoderSpec
+from models.autoencoder.robust_net import RobustNet
 from models.checkpoint import State, load_net
 from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
@@ -80,6 +84,35 @@ def cocsr_outputs(net: CocsrNet) -> Reader:
         return {**code_outputs(net.sr_nets, s, system), "shift": shift}
 
     return outputs
+
+
+def autoencoder_outputs(net: RobustNet) -> Reader:
+    """h (b, K, F): codes. error (b, K, 1): the norm of the reconstruction error of an image, flattened.
+
+    Raises: UserError for images of another size than the network was trained on.
+    """
+    if net.shape is None:
+        raise UserError("--load_path: it was trained on a table, and here are pictures; --mode rdae_outliers scores it")
+    channels, *size = net.shape
+
+    def outputs(views: Tensor) -> Outputs:
+        images = views.flatten(0, 1)
+        if list(images.shape[2:]) != size:
+            asked, there = ("x".join(map(str, sides)) for sides in (images.shape[2:], size))
+            raise UserError(f"--image_size: the network takes {there} pixels, the images have {asked}")
+        rows = (images if channels == 3 else luma(images)).flatten(1)
+        autoencoder: Any = net.autoencoder
+        found = {"h": autoencoder.encode(rows), "error": (rows - net(rows)).norm(dim=1, keepdim=True)}
+        return {name: value.unflatten(0, views.shape[:2]) for name, value in found.items()}
+
+    return outputs
+
+
+def luma(images: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in grey, (N, 1, H, W), by ITU-R 601; grey ones stay exactly what they are."""
+    weights = torch.tensor((0.299, 0.114), device=images.device).view(2, 1, 1, 1)
+    red, green, blue = images.unbind(1)
+    return (green + weights[0] * (red - green) + weights[1] * (blue - green))[:, None]
 
 
 def add_outputs(sums: Outputs, outputs: Outputs) -> None:
@@ -165,7 +198,7 @@ class Extractor:
     world) -> a coder that is fitted to them, which takes the place of the former.
     plain: views are shifted, and neither flipped nor augmented; there is one draw.
     specs: whose flags it reads. own: those of them whose flags are the evaluation's to say, whatever the weights have
-    recorded.
+    recorded. backbone: whether the network has that of --model, which decides the size of images.
     """
 
     files: tuple[str, ...]
@@ -178,6 +211,7 @@ class Extractor:
     plain: bool = False
     specs: tuple[type[Spec], ...] = ()
     own: tuple[type[Spec], ...] = ()
+    backbone: bool = True
 
 
 @dataclass(frozen=True)
@@ -311,6 +345,12 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
     return load_net("rot_trans", state, **_common(flags, path))
 
 
+def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    mode, spec = recorded_flags(path).get("mode"), flags.of(AutoencoderSpec)
+    kind = "vae" if mode == "vae" else spec.autoencoder
+    return load_net("autoencoder", state, spec=spec, **_common(flags, path) | {"model": kind})
+
+
 def _fit_dictionaries(flags: Flags) -> FitCoder:
     sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_rho"))
     transform, rounds = flags.of(FeatureTransform), flags.of(FittedSpec).sr_fit_steps
@@ -362,3 +402,13 @@ ROT_TRANS = Extractor(
     plain=True,
 )
 PLAIN_ROT_TRANS = replace(ROT_TRANS, shifts=lambda flags, needs: ShiftSpec("none").functions(), read=feature_outputs)
+AUTOENCODER = Extractor(
+    ("last.model",),
+    lambda flags, needs: ShiftSpec("none").functions(),
+    _load_autoencoder,
+    _itself,
+    autoencoder_outputs,
+    plain=True,
+    specs=(AutoencoderSpec,),
+    backbone=False,
+)

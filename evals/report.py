@@ -38,8 +38,8 @@ _FACTS = "Comment"
 def write_detection(result: Result, trained: Trained, begun: float) -> None:
     """`result_<mode>_<score>.json`, with --save_score a CSV of every set, and a table of AUROC."""
     flags, spec = trained.flags, trained.flags.of(ScoreSpec)
-    facts = {"score": result.name, **_facts(result, trained, begun)}
-    path = _place(trained, f"result_{flags.mode}_{result.name}", ".json", facts)
+    facts = {"score": result.name, **result_facts(result, trained, begun)}
+    path = result_place(trained, f"result_{flags.mode}_{result.name}", ".json", facts)
     stem = path.stem.replace("result_", "scores_", 1)
     tables = {title: f"{stem}_{set_name(title)}.csv" for title in result.per_image} if spec.save_score else {}
     for title, table in tables.items():
@@ -55,9 +55,9 @@ def write_detection(result: Result, trained: Trained, begun: float) -> None:
 def write_classification(result: Result, trained: Trained, begun: float) -> None:
     """`accuracy_<mode>.json`, with the name of a condition that is not `clean`, and a line."""
     flags = trained.flags
-    facts = {**_facts(result, trained, begun), **result.metrics}
+    facts = {**result_facts(result, trained, begun), **result.metrics}
     name = "" if result.name == "clean" else f"_{file_name(result.name)}"
-    path = _place(trained, f"accuracy_{flags.mode}{name}", ".json", facts)
+    path = result_place(trained, f"accuracy_{flags.mode}{name}", ".json", facts)
     write_json(path, facts)
     under = "" if result.name == "clean" else f" ({result.name})"
     numbers = ", ".join(f"{_WORDS[key]} {100 * value:.1f} %" for key, value in result.metrics.items())
@@ -74,13 +74,13 @@ _WORDS = {
 
 def write_picture(result: Result, trained: Trained, begun: float) -> None:
     """`<mode>_<layer>_shift<k>.png`, a scatter plot whose facts are kept in the file."""
-    facts = _facts(result, trained, begun)
-    path = _place(trained, f"{trained.flags.mode}_{result.name}", ".png", facts, _read_facts)
+    facts = result_facts(result, trained, begun)
+    path = result_place(trained, f"{trained.flags.mode}_{result.name}", ".png", facts, _read_facts)
     draw_points(result.per_image, path, title=facts.pop("title"), facts=facts)
     print(f"wrote {path}", flush=True)
 
 
-def _facts(result: Result, trained: Trained, begun: float) -> dict[str, Any]:
+def result_facts(result: Result, trained: Trained, begun: float) -> dict[str, Any]:
     """What every result says of where it comes from, and its own facts."""
     flags, split = trained.flags, trained.split
     return {
@@ -108,7 +108,7 @@ def _path(trained: Trained) -> Path:
     return trained.path
 
 
-def _place(
+def result_place(
     trained: Trained,
     stem: str,
     ending: str,

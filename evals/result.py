@@ -12,12 +12,14 @@ class Result(NamedTuple):
     metrics: numbers by name. `auroc/<set>` is the AUROC against one test set.
     per_image: by set (or group of points), columns of equal length, one entry an image.
     facts: what the numbers depend on, in types that JSON knows.
+    arrays: what its pictures show, by title.
     """
 
     name: str
     metrics: dict[str, float]
     per_image: dict[str, dict[str, np.ndarray]]
     facts: dict[str, Any]
+    arrays: dict[str, np.ndarray] = {}
 
 
 def nested(metrics: Mapping[str, float]) -> dict[str, Any]:

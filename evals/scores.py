@@ -191,6 +191,17 @@ class TransformationScore(Scorer):
         return torch.stack(parts).sum((0, 2))
 
 
+@dataclass(frozen=True)
+class ReconstructionScore(Scorer):
+    """Minus the norm of an autoencoder's reconstruction error."""
+
+    needs = frozenset({"error"})
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """error (N, 1, 1)."""
+        return -outputs["error"][:, 0, 0]
+
+
 def marginalized(joint: Tensor) -> Tensor:
     """Class logits (N, C) of joint logits (N, 4, 4 C): the mean over the rotations i of those of class + C * i.
 
@@ -295,6 +306,7 @@ SCORES: dict[str, ScoreRow] = {
     "baseline": _given(LabelScore),
     "baseline_marginalized": _given(MarginalizedLabelScore, trained_by=("sup_CSI_linear",)),
     "rot_trans": _given(TransformationScore),
+    "reconstruction": _given(ReconstructionScore),
 }
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.files import load_state_dict, readable
 from models import BACKBONES, backbone_spec
+from models.autoencoder.networks import AutoencoderSpec
+from models.autoencoder.robust_net import RobustNet
 from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
@@ -39,6 +41,7 @@ class NetKind:
         Of other sizes the file's value is used, and a note says so.
     inner: name of the submodule with the backbone, to which `--no_strict` applies. The tensors outside it must all be
         in the file. Empty: the whole network.
+    named_by: the flag that says which network it is.
     """
 
     markers: tuple[str, ...]
@@ -47,6 +50,7 @@ class NetKind:
     sizes: Callable[[State], dict[str, Any]]
     must_agree: Mapping[str, str] = field(default_factory=dict)
     inner: str = ""
+    named_by: str = "model"
 
     def read_sizes(self, state: State) -> dict[str, Any]:
         """`sizes` of any state dict. Raises: Misfit where a marker is missing."""
@@ -68,6 +72,17 @@ def _feature_sizes(state: State) -> dict[str, Any]:
 
 def _build_rot_trans(model: str) -> RotTransNet:
     return RotTransNet(backbone_spec(model).make())
+
+
+def _build_autoencoder(
+    kind: str, *, rows: int, features: int, shape: tuple[int, int, int] | None, spec: AutoencoderSpec
+) -> RobustNet:
+    return RobustNet(spec.build(kind, features, shape), rows, features, shape)
+
+
+def _autoencoder_sizes(state: State) -> dict[str, Any]:
+    rows, features = state["S"].shape
+    return {"rows": rows, "features": features, "shape": tuple(state["image_shape"].tolist()) or None}
 
 
 def _build_cocsr(
@@ -122,6 +137,13 @@ NETS: dict[str, NetKind] = {
         sizes=_cocsr_sizes,
         must_agree=_SHIFTS_AGREE,
         inner="feature_net",
+    ),
+    "autoencoder": NetKind(
+        markers=("L", "S", "threshold", "image_shape"),
+        absent="was not made by train.py --mode rdae, dae or vae",
+        build=_build_autoencoder,
+        sizes=_autoencoder_sizes,
+        named_by="autoencoder",
     ),
 }
 
@@ -221,7 +243,12 @@ def load_net(
         others = {name: value for name, value in expected.items() if name not in sizes}
         net = build_net(kind, model, seed=0, **sizes, **others)
         _load_backbone_and_heads(
-            net.get_submodule(row.inner), _below(row.inner, state), model=model, path=path, strict=strict
+            net.get_submodule(row.inner),
+            _below(row.inner, state),
+            named_by=row.named_by,
+            model=model,
+            path=path,
+            strict=strict,
         )
         if row.inner:
             _load_rest(net, state, row.inner)
@@ -241,7 +268,9 @@ def _below(name: str, state: State) -> State:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _load_backbone_and_heads(net: nn.Module, state: State, *, model: str, path: Path, strict: bool) -> None:
+def _load_backbone_and_heads(
+    net: nn.Module, state: State, *, named_by: str, model: str, path: Path, strict: bool
+) -> None:
     """Load all tensors, or without `strict` those that fit. Raises: UserError where they do not fit."""
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
@@ -251,7 +280,7 @@ def _load_backbone_and_heads(net: nn.Module, state: State, *, model: str, path: 
         fresh = [k for k in own if k not in fitting]
         print(f"--no_strict: loaded {len(fitting)} of {len(own)} tensors; fresh: {', '.join(fresh) or 'none'}")
     elif len(fitting) < len(own) or len(fitting) < len(state):
-        raise UserError(f"--model: {path} does not hold a {model}{_guess(state)}; --no_strict loads what fits")
+        raise UserError(f"--{named_by}: {path} does not hold a {model}{_guess(state)}; --no_strict loads what fits")
     net.load_state_dict(fitting, strict=strict)
 
 

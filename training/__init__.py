@@ -14,10 +14,12 @@ from datasets.one_class import SplitSpec
 from datasets.outliers import TestBatchSpec
 from datasets.views import PassSpec
 from models import ModelSpec
+from models.autoencoder.networks import AutoencoderSpec
+from models.autoencoder.specs import RoundsSpec, SeparationSpec
 from models.feature_net import FeatureTransform
 from models.sparse.dictionary import SparseSpec
 from training.micro_batch import MicroBatchSpec
-from training.modes import cocsr_dict, rot_trans, simclr, sup_linear
+from training.modes import cocsr_dict, rdae, rot_trans, simclr, sup_linear
 from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
 from training.optim import LengthSpec, OptimSpec, RateSpec
@@ -44,8 +46,9 @@ class Mode:
     build: (flags, split, world) -> what `fit` trains. specs: whose flags it reads. name: its part of the run's name.
     shifts: of each image (K); views: how many random views of an image a step loads. Both are for --dry_run and logs.
     defaults: flags that have another default in this mode. start: weights it starts from, where there are any.
-    extensible: whether --resume_path trains a finished run of it for longer. backbone: whether the network has that of
-    --model, which decides the size of images and is part of the run's name.
+    extensible: whether --resume_path trains a finished run of it for longer. length: flags -> --epochs, where other
+    flags decide it. backbone: whether the network has that of --model, which decides the size of images and is part of
+    the run's name.
     """
 
     build: Callable[[Flags, Split, World], Recipe]
@@ -56,6 +59,7 @@ class Mode:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None
     extensible: bool = False
+    length: Callable[[Flags], int] | None = None
     backbone: bool = True
 
 
@@ -124,6 +128,23 @@ def _linear(shifts: Callable[[Flags], ShiftSpec], defaults: Mapping[str, Any] = 
     return Mode(build, specs, _labelled, shifts, defaults=defaults, start=start)
 
 
+def _mode_alone(flags: Flags) -> list[str]:
+    return [flags.mode]
+
+
+def _autoencoder(
+    build: Callable[[Flags, Split, World], Recipe],
+    name: Callable[[Flags], Sequence[str]],
+    defaults: Mapping[str, Any] = {},
+    *,
+    length: Callable[[Flags], int] | None = None,
+) -> Mode:
+    specs = (*COMMON, RateSpec, AutoencoderSpec, SeparationSpec, RoundsSpec)
+    own = {"lr_init": 1e-3, "epochs": 200, **defaults}
+    return Mode(build, specs, name, defaults=own, backbone=False, length=length)
+
+
+_LATENT = {"layers": (400, 20)}
 _TEMPERATURE = {"temperature": 0.07}
 _ROTATION = {"shift_trans_type": "rotation"}
 
@@ -141,6 +162,9 @@ STAGE1: dict[str, Mode] = {
         rotations,
         defaults=_ROTATION,
     ),
+    "rdae": _autoencoder(rdae.build, rdae.robust_name, length=rdae.rounds_and_epochs),
+    "dae": _autoencoder(rdae.build_plain, rdae.plain_name),
+    "vae": _autoencoder(rdae.build_plain, _mode_alone, _LATENT),
 }
 
 STAGE2: dict[str, Mode] = {

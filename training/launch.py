@@ -70,6 +70,7 @@ def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Sp
         flags = one_class.with_table(flags)
         flags, recorded = _inherited(flags, mode)
         flags = flags.filled(mode.defaults)
+        flags = flags.filled({"epochs": mode.length(flags)}) if mode.length else flags
         mode.shifts(flags)
         folder = Path(flags.of(RunSpec, only=["log_root"]).log_root) / run_name(flags, mode)
     reuse_host_memory()

@@ -14,13 +14,14 @@ from common.progress import progress
 from common.run import Run
 from common.seed import generator, seed_of
 from datasets import ImageSet, Loading, PictureSet
+from datasets.table import Table
 from training.keeper import Observer, RunKeeper
 from training.meter import Meter
 from training.recipe import Batch, Recipe
 
 
 def batches(
-    data: ImageSet | PictureSet,
+    data: ImageSet | PictureSet | Table,
     batch_size: int,
     *,
     loading: Loading,
@@ -131,7 +132,7 @@ def set_lr(recipe: Recipe, epoch: float) -> float:
     return lr
 
 
-def speed(data: ImageSet | PictureSet, steps: int, done: int, seconds: float) -> dict[str, float]:
+def speed(data: ImageSet | PictureSet | Table, steps: int, done: int, seconds: float) -> dict[str, float]:
     """How fast `done` of an epoch's `steps` were, and the peak memory so far, by tag."""
     images = len(data) * done / steps / max(seconds, 1e-9)
     found = {"train/batch_time": seconds / max(1, done), "train/images_per_second": images}

@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 from common.dist import Shard
 from common.run import Run
 from datasets import ImageSet, Loading, PictureSet
+from datasets.table import Table
 
 
 @dataclass(frozen=True)
 class Batch:
     """What the losses of one step are computed from; epoch counts from 1, step from 0.
 
-    images (V, B, channels, H, W): uint8, loaded as the recipe's `loading` says.
+    images (V, B, channels, H, W): uint8, loaded as the recipe's `loading` says; of a table rows (1, B, n).
     labels, index (B,): int64, the label of each image and its place in the training set.
     shard: where several ranks share the batch, `images` has those at `shard.indices` only; labels and index are of all.
     """
@@ -101,7 +102,7 @@ class Recipe:
     """
 
     model: nn.Module
-    data: ImageSet | PictureSet
+    data: ImageSet | PictureSet | Table
     losses: Callable[[Batch], Step]
     optimizers: tuple[Optimizer, ...] = ()
     lr: Callable[[float], float] | None = None

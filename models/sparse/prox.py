@@ -9,6 +9,18 @@ def soft(v: Tensor, threshold: float) -> Tensor:
     return v - v.clamp(-threshold, threshold)
 
 
+def soft_group(v: Tensor, threshold: float, dim: int) -> Tensor:
+    """Shrink the Euclidean norm of each group towards 0 by `threshold` >= 0; a norm of at most `threshold` becomes 0.
+
+    A group is a slice along `dim`: in a matrix, dim=1 groups rows and dim=0 columns. The proximal operator of
+    threshold times the sum of the groups' norms, argmin_p 0.5 |p - v|^2 + threshold sum_g |p_g|.
+    """
+    if threshold == 0:
+        return v.clone()
+    norm = torch.linalg.vector_norm(v, dim=dim, keepdim=True)
+    return v * torch.where(norm > threshold, 1 - threshold / norm, 0)
+
+
 def soft_adjoint(gradient: Tensor, v: Tensor, threshold: float) -> Tensor:
     """Backward pass of soft(v, threshold) with respect to v: `gradient` where |v| > threshold, else 0."""
     return torch.ops.aten.softshrink_backward(gradient, v, threshold)

@@ -1,0 +1,261 @@
+"""The robust autoencoder: X = L + S, where an autoencoder reconstructs L well and S is sparse.
+
+Zhou & Paffenroth, "Anomaly Detection with Robust Deep Autoencoders", KDD 2017. In rounds: the autoencoder is trained on
+X - S, L is what it makes of it, and S becomes prox(X - L). The order is borrowed from ADMM and alternating projections;
+it is a heuristic, which descends no common objective, and nothing guarantees that it converges.
+
+Letters: see `models.autoencoder`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from common.seed import generator, seed_of
+from models.sparse.prox import soft, soft_group
+
+# Rows that are reconstructed at a time.
+_BLOCK = 4096
+
+
+class Penalty(NamedTuple):
+    """What makes S sparse, one of `PENALTIES`.
+
+    prox(v, threshold): its proximal operator. sizes(v): what is compared with the threshold: absolute values of entries,
+    norms of rows (N,) or of columns (n,).
+    """
+
+    prox: Callable[[Tensor, float], Tensor]
+    sizes: Callable[[Tensor], Tensor]
+
+
+def _norms(dim: int) -> Penalty:
+    return Penalty(partial(soft_group, dim=dim), partial(torch.linalg.vector_norm, dim=dim))
+
+
+# Entries: noise. Rows: outlying instances. Columns: corrupted features.
+PENALTIES = {"l1": Penalty(soft, torch.abs), "l21_rows": _norms(1), "l21_cols": _norms(0)}
+
+STOPS: dict[str, Callable[[bool, bool], bool]] = {
+    "c2": lambda c1, c2: c2,
+    "any": lambda c1, c2: c1 or c2,
+    "all": lambda c1, c2: c1 and c2,
+}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How the threshold t of the proximal operator is found; in the units of the data.
+
+    value: t itself; None: it follows from `contamination`, the share of entries, rows or columns whose residual after
+    the first round lies above t. No labels are needed for either.
+    """
+
+    value: float | None = None
+    contamination: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.value is not None and not self.value > 0:
+            raise ValueError(f"the threshold must be > 0, got {self.value}")
+        if not 0 < self.contamination < 1:
+            raise ValueError(f"the contamination must lie in (0, 1), got {self.contamination}")
+
+    def of(self, residual: Tensor, penalty: Penalty) -> float:
+        """t, from X - L (N, n) of the first round."""
+        if self.value is not None:
+            return self.value
+        return threshold_from_contamination(self.contamination, residual, penalty)
+
+
+def threshold_from_contamination(contamination: float, residual: Tensor, penalty: Penalty) -> float:
+    """The (1 - contamination) quantile of the sizes of X - L (N, n)."""
+    sizes = penalty.sizes(residual).flatten().sort().values
+    # torch.quantile refuses more than 16 million values.
+    place = (1 - contamination) * (len(sizes) - 1)
+    low = int(place)
+    high = min(low + 1, len(sizes) - 1)
+    return float(torch.lerp(sizes[low].double(), sizes[high].double(), place - low))
+
+
+def mu(X: Tensor) -> float:
+    """mu = N n / (4 sum |X|), the parameter of robust PCA from which the authors take the threshold lambda / mu."""
+    return X.numel() / (4 * float(X.double().abs().sum()))
+
+
+def threshold_from_lambda_mu(lam: float, X: Tensor) -> float:
+    """lambda / mu, with the mu of the literature on robust PCA."""
+    return lam / mu(X)
+
+
+def threshold_from_lambda_n(lam: float, rows: int) -> float:
+    """lambda N: how the authors' program for the l2,1 penalties reads its lambda."""
+    return lam * rows
+
+
+class Round(NamedTuple):
+    """After one round: L and S (N, n), and how far they are from X and from the round before.
+
+    c1 = |X - L - S| / |X|, c2 = |L' + S' - L - S| / |X| with L' + S' of the round before, X at first (Frobenius norms).
+    """
+
+    L: Tensor
+    S: Tensor
+    c1: float
+    c2: float
+    threshold: float
+
+
+def end_round(X: Tensor, L: Tensor, before: Tensor, penalty: Penalty, threshold: float) -> Round:
+    """S and the criteria, from what the autoencoder has made of X - S; before: L + S of the round before, at first X."""
+    S = penalty.prox(X - L, threshold)
+    norm, both = torch.linalg.vector_norm(X), L + S
+    c1, c2 = (torch.linalg.vector_norm(part - both) / norm for part in (X, before))
+    return Round(L, S, float(c1), float(c2), threshold)
+
+
+def stopped_by(c1: float, c2: float, stop: str, eps: float) -> str | None:
+    """Which criterion ends the rounds: "c1", "c2", or None. stop: one of `STOPS`."""
+    if not STOPS[stop](c1 < eps, c2 < eps):
+        return None
+    return "c1" if c1 < eps and stop != "c2" else "c2"
+
+
+class LStep(Protocol):
+    """What reconstructs: trained anew or further in each round."""
+
+    def fit(self, rows: Tensor) -> Any: ...
+
+    def reconstruct(self, rows: Tensor) -> Tensor: ...
+
+
+class Separation(NamedTuple):
+    """X = L + S. history: of each round c1, c2 and the threshold. stopped_by: "c1", "c2" or "rounds"."""
+
+    L: Tensor
+    S: Tensor
+    history: dict[str, list[float]]
+    rounds: int
+    stopped_by: str
+    threshold: float
+
+
+def separate(
+    X: Tensor,
+    step: LStep,
+    *,
+    penalty: str = "l21_rows",
+    threshold: Threshold = Threshold(),
+    rounds: int = 20,
+    stop: str = "c2",
+    eps: float = 1e-3,
+) -> Separation:
+    """The algorithm, with anything that can reconstruct in the autoencoder's place.
+
+    stop: `c2`, `any` as in the paper, or `all` as in its programs; eps <= 0 never stops.
+    """
+    rule, S, before, t = PENALTIES[penalty], torch.zeros_like(X), X, 0.0
+    history: dict[str, list[float]] = {"c1": [], "c2": [], "threshold": []}
+    for number in range(1, rounds + 1):
+        clean = X - S
+        step.fit(clean)
+        L = step.reconstruct(clean)
+        t = threshold.of(X - L, rule) if number == 1 else t
+        found = end_round(X, L, before, rule, t)
+        S, before = found.S, found.L + found.S
+        for name, values in history.items():
+            values.append(getattr(found, name))
+        ended = stopped_by(found.c1, found.c2, stop, eps)
+        if ended:
+            break
+    return Separation(found.L, S, history, number, ended or "rounds", t)
+
+
+@torch.no_grad()
+def reconstruct(net: nn.Module, rows: Tensor) -> Tensor:
+    """Reconstructions (N, n), in blocks."""
+    return torch.cat([net(block) for block in rows.split(_BLOCK)])
+
+
+def adam(net: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Adam, in one kernel for all weights where the device has it."""
+    parameters = list(net.parameters())
+    return torch.optim.Adam(parameters, lr, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def draw_weights(make: Callable[[], nn.Module], seed: int, turn: int = 0) -> nn.Module:
+    """A network whose weights follow from the seed; turn: how often they have been drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "weights", *([turn] if turn else [])))
+        return make()
+
+
+def restart(
+    net: nn.Module, optimizer: torch.optim.Optimizer, make: Callable[[], nn.Module], seed: int, turn: int
+) -> None:
+    """Give a network fresh weights, and its optimizer no memory."""
+    net.load_state_dict(draw_weights(make, seed, turn).state_dict())
+    optimizer.state.clear()
+
+
+@dataclass
+class Gradients:
+    """An `LStep` by mini-batches: `epochs` of Adam in each round, which go on from the weights of the round before.
+
+    make: draws a network. reinit: draw it anew in each round. Two runs of one seed agree, and agree with a training run
+    of `train.py --mode rdae`.
+    """
+
+    make: Callable[[], nn.Module]
+    epochs: int
+    lr: float
+    batch_size: int
+    seed: int
+    reinit: bool = False
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype = torch.float32
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.net = draw_weights(self.make, self.seed).to(self.device, self.dtype)
+        self.optimizer = adam(self.net, self.lr)
+        self._rounds = 0
+
+    def fit(self, rows: Tensor) -> None:
+        """Train on rows (N, n); appends the mean loss of the last epoch to `losses`."""
+        if self._rounds and self.reinit:
+            restart(self.net, self.optimizer, self.make, self.seed, self._rounds)
+        self._rounds += 1
+        first = (self._rounds - 1) * self.epochs
+        for epoch in range(first + 1, first + self.epochs + 1):
+            order = torch.randperm(len(rows), generator=generator(self.seed, "order", epoch))
+            shuffled = rows[order.to(rows.device)]
+            total = torch.zeros((), device=rows.device)
+            for step, batch in enumerate(shuffled.split(self.batch_size)):
+                loss = batch_losses(self.net, batch, self.seed, epoch, step).mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                total += loss.detach() * len(batch)
+        self.losses.append(float(total) / len(rows))
+
+    def reconstruct(self, rows: Tensor) -> Tensor:
+        return reconstruct(self.net, rows)
+
+
+def batch_losses(
+    net: Any, rows: Tensor, seed: int, epoch: int, step: int, own: Tensor | None = None, size: int | None = None
+) -> Tensor:
+    """The loss of each row (B,), with the draws of a step where the network samples.
+
+    own: which rows of a larger batch of `size` they are, for a batch that several processes share.
+    """
+    latents = getattr(net, "latents", None)
+    if latents is None:
+        return net.losses(rows)
+    gen = generator(seed, "latents", epoch, step, device=rows.device)
+    eps = torch.randn(size or len(rows), latents, generator=gen, device=rows.device, dtype=rows.dtype)
+    return net.losses(rows, eps if own is None else eps[own])
