@@ -145,7 +145,7 @@ def _recipe(flags: Flags, net: RobustNet, table: Table, optimizers: tuple[Optimi
 
     def losses(batch: Batch) -> Step:
         own = batch.shard.indices(table.device)[: batch.shard.size]
-        rows = batch.local_images[0]
+        rows = batch.local_images[0].to(net.S.dtype)
         if robust:
             rows = rows - net.S[batch.index[own]]
         found = batch_losses(net.autoencoder, rows, seed, batch.epoch, batch.step, own, batch.shard.batch)
