@@ -166,7 +166,7 @@ def test_a_detector_scores_test_images_by_their_reconstruction(trained, tmp_path
 
 def test_known_flags(golden):
     """Any non-zero entry flags a row; four of them, the nominal label, as well."""
-    g = {name: value.numpy() for name, value in golden("rdae_a").items()}
+    g = {name: np.asarray(value) for name, value in golden("rdae_a").items()}
     outlying = g["out_y"] != g["nominal_label"]
     flagged = (g["out_S"] != 0).any(1)
     assert np.array_equal(flagged, g["out_pred"] == 1)
