@@ -38,10 +38,10 @@ class RobustAutoencoder(OutlierMixin, BaseEstimator):
     layers : sizes of the layers after the input, the code's last. None: n / 2 and n / 4 for n features.
     penalty : "l1", "l21_rows" or "l21_cols".
     threshold : of the proximal operator, > 0, in the units of the data. None: it follows from `contamination`.
-    contamination : share of outliers that is expected, in (0, 0.5]. Without a threshold, this is the
-        (1 - contamination) quantile of the absolute entries (row norms, column norms) of the residual of the first
-        round; a network learns on, so that fewer may lie above at the end. `predict` cuts at the threshold where one
-        is given and `penalty` is "l21_rows", else such that a share `contamination` of the training rows is -1.
+    contamination : share of outliers that is expected, in (0, 0.5]. Without a threshold, it is in each round the
+        (1 - contamination) quantile of the absolute entries (row norms, column norms) of the residual, so that S has
+        that share of them. `predict` cuts at the threshold where one is given and `penalty` is "l21_rows", else such
+        that a share `contamination` of the training rows is -1.
     rounds, inner_epochs : alternations at most, and epochs of training in each.
     lr, batch_size : of Adam.
     reinit : draw the weights anew in each round.

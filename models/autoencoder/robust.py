@@ -52,8 +52,9 @@ STOPS: dict[str, Callable[[bool, bool], bool]] = {
 class Threshold:
     """How the threshold t of the proximal operator is found; in the units of the data.
 
-    value: t itself; None: it follows from `contamination`, the share of entries, rows or columns whose residual after
-    the first round lies above t. No labels are needed for either.
+    value: t itself; None: in each round the (1 - contamination) quantile of the residual's entries, row norms or column
+    norms, so that S has that share of them. No labels are needed for either. A quantile of the first round alone, kept
+    for all, would soon flag nothing: the residuals shrink while training goes on.
     """
 
     value: float | None = None
@@ -66,7 +67,7 @@ class Threshold:
             raise ValueError(f"the contamination must lie in (0, 1), got {self.contamination}")
 
     def of(self, residual: Tensor, penalty: Penalty) -> float:
-        """t, from X - L (N, n) of the first round."""
+        """t, from X - L (N, n) of a round."""
         if self.value is not None:
             return self.value
         return threshold_from_contamination(self.contamination, residual, penalty)
@@ -176,7 +177,7 @@ def separate(
         clean = X - S
         step.fit(clean)
         L = step.reconstruct(clean)
-        t = threshold.of(X - L, rule) if number == 1 else t
+        t = threshold.of(X - L, rule)
         found = end_round(X, L, before, rule, t)
         if not math.isfinite(found.c1):
             raise ValueError(f"the reconstruction of round {number} is not finite: lower lr, or scale the data")

@@ -85,7 +85,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             net.autoencoder.fit(clean)
         L = reconstruct(net.autoencoder, clean)
         before = X if number == 1 else net.L + net.S
-        t = threshold.of(X - L, penalty) if number == 1 else float(net.threshold)
+        t = threshold.of(X - L, penalty)
         found = end_round(X, L, before, penalty, t)
         for buffer, value in (
             (net.L, found.L),

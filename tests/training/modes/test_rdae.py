@@ -108,12 +108,18 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit(mode, more, tmp_path, monkeyp
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
-def test_a_threshold_follows_from_the_contamination(tmp_path, mixture):
-    args = ["--mode", "rdae", "--contamination", "0.2", "--rounds", "1", "--inner_epochs", "5"]
+def test_the_threshold_of_each_round_follows_from_the_contamination(tmp_path, mixture):
+    """A quantile of the first round would flag fewer and fewer, since residuals shrink."""
+    args = ["--mode", "rdae", "--contamination", "0.2", "--rounds", "3", "--inner_epochs", "5", "--eps", "0"]
     _, state, rows = run(tmp_path, *SMALL, *args)
     norms = (mixture.rows - state["L"]).norm(dim=1).double().numpy()
     assert float(state["threshold"]) == pytest.approx(np.quantile(norms, 0.8), rel=1e-6)
-    assert of_rounds(rows, "nonzero") == pytest.approx([0.2], abs=1 / len(norms))
+    assert of_rounds(rows, "nonzero") == pytest.approx([0.2] * 3, abs=1 / len(norms))
+    assert of_rounds(rows, "threshold") == sorted(of_rounds(rows, "threshold"), reverse=True)
+    spec = AutoencoderSpec(layers=(16, 8))
+    step = Gradients(lambda: spec.build("dense", 64, None), epochs=5, lr=3e-3, batch_size=32, seed=0)
+    found = separate(mixture.rows, step, threshold=Threshold(None, 0.2), rounds=3, eps=0)
+    assert torch.equal(found.S, state["S"]) and found.threshold == float(state["threshold"])
 
 
 @pytest.mark.parametrize("convention", ["lambda_mu", "lambda_n"])
