@@ -332,8 +332,9 @@ def _same_data(before: dict[str, Any] | None, now: dict[str, Any] | None, folder
     if changed:
         words = {"fingerprint": "their content", "classes": "their classes"}
         what = ", ".join(words.get(name, f"{name} {before[name]}, now {now[name]}") for name in changed)
+        place = "npz" if now.get("dataset") == "table" else "data_path"
         raise UserError(
-            f"--data_path: the training images changed since the run in {folder} began ({what}); put the former ones"
+            f"--{place}: the training images changed since the run in {folder} began ({what}); put the former ones"
             " back, or give another --suffix (--overwrite replaces the run)"
         )
 

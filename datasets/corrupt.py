@@ -79,7 +79,7 @@ def replaced(images: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
     """
     index, values = noise.positions.to(images.device), noise.values.to(images)
     noisy = images.clone(memory_format=torch.contiguous_format)
-    flat = noisy.view(len(images), -1, images.shape[2:].numel()) if images.ndim == 4 else noisy[:, None]
+    flat = noisy.flatten(2) if images.ndim == 4 else noisy[:, None]
     flat.scatter_(2, index[:, None].expand(-1, flat.shape[1], -1), values.expand(-1, flat.shape[1], -1))
     mask = torch.zeros_like(flat[:, 0], dtype=torch.bool).scatter_(1, index, True)
     return noisy, mask.view(len(images), 1, *images.shape[2:]) if images.ndim == 4 else mask
@@ -148,7 +148,9 @@ class CorruptSpec(Spec, group="data"):
         With --corrupt_fixed the positions are those of all sets. Raises: UserError for more than there are.
         """
         if self.corrupt_pixels > positions:
-            raise UserError(f"--corrupt_pixels {self.corrupt_pixels}: there are {positions} to replace; give fewer")
+            raise UserError(
+                f"--corrupt_pixels {self.corrupt_pixels}: there are {positions} in an image (or row); give fewer"
+            )
         gen = generator_for(self.data_seed, f"noise of {name}")
         places = generator_for(self.data_seed, "corrupted features") if self.corrupt_fixed else None
         per_image, count = not self.corrupt_fixed, self.corrupt_pixels

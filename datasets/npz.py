@@ -49,6 +49,12 @@ class NpzFile:
         """
         name, (names, _) = self._rows_name(split), self.classes()
         rows, labels = self._rows(name), self._labels(split)
+        first = self._rows_name("train")
+        if name != first and (shape := self._array(first).shape)[1:] != rows.shape[1:]:
+            raise UserError(
+                f"--npz: {self.path} has {rows.shape[1]} columns in {name}, and {first} is of shape {shape}; give both"
+                " the same columns"
+            )
         if labels is None:
             labels = np.zeros(len(rows), np.int64)
         if len(labels) != len(rows):

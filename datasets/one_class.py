@@ -180,22 +180,19 @@ class Split:
         Raises: UserError as `train`, and for rows whose entries are all equal.
         """
         if self.spec.table is None:
-            images = self._clean_train(channels)
-            table, grey = Table.of_images(images), all_grey(images.images)
+            table = Table.of_images(self._clean_train(channels))
         else:
-            table, grey = self.spec.table(self.source, "train"), False
+            table = self.spec.table(self.source, "train")
             table = table.where(self._chosen(table.labels))
         if len(table) and table.rows.min() == table.rows.max():
             place = "data_path" if self.spec.table is None else "npz"
             raise UserError(f"--{place}: all entries of the training rows are equal, there is nothing to learn")
-        return self._corrupted_rows(table, TRAIN, grey=grey)
+        return self._corrupted_rows(table, TRAIN)
 
     def test_table(self, channels: int | None = None) -> Table:
         """All test rows, as `test` and `train_table`. Of images, pass the channels that the network takes."""
-        if self.spec.table is not None:
-            return self._corrupted_rows(self.spec.table(self.source, "test"), TEST)
-        images = self.clean_test(channels)
-        return self._corrupted_rows(Table.of_images(images), TEST, grey=all_grey(images.images))
+        table = self.spec.table(self.source, "test") if self.spec.table else Table.of_images(self.clean_test(channels))
+        return self._corrupted_rows(table, TEST)
 
     def corrupted(self, images: ImageSet, name: str) -> ImageSet:
         """The images with the noise of this split, if any. name: of the set, which has draws of its own.
@@ -208,12 +205,13 @@ class Split:
         noise = self.corrupt.noise(len(images), channels, math.prod(images.size), name)
         return images.with_noise(noise, self.corrupt.change(name))
 
-    def _corrupted_rows(self, table: Table, name: str, *, grey: bool = False) -> Table:
-        """As `corrupted`. grey: whether these are grey images, in whatever channels."""
+    def _corrupted_rows(self, table: Table, name: str) -> Table:
+        """As `corrupted`."""
         if not self.corrupt.active:
             return table
-        channels = 1 if grey or table.shape is None else table.shape[0]
-        noise = self.corrupt.noise(len(table), channels, table.positions, name)
+        channels, positions = table.rows.shape[1] // table.positions, table.positions
+        channels = 1 if all_grey(table.rows.view(-1, channels, positions, 1)) else channels
+        noise = self.corrupt.noise(len(table), channels, positions, name)
         return table.with_noise(noise, self.corrupt.change(name))
 
     def stream(self, crop: AlignedSpec, channels: int | None = 3) -> ImageSet | PictureSet:

@@ -59,7 +59,7 @@ class Table:
     @property
     def positions(self) -> int:
         """How many places of a row can be replaced by noise: pixels of an image, entries of a table."""
-        return self.rows.shape[1] // self.shape[0] if self.shape else self.rows.shape[1]
+        return self.rows.shape[1] // (self.shape[0] if self.shape else 1)
 
     def with_noise(self, noise: Noise, change: bytes) -> "Table":
         """The same rows, corrupted. change: distinguishes this noise from others."""

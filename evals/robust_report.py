@@ -76,11 +76,11 @@ def draw_curves(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     best = int(arrays["f1"].argmax())
     x, y = arrays["threshold"][best], arrays["f1"][best]
     axes.plot([x], [y], "o", color="#D55E00")
-    axes.annotate(f"best F1 {y:.3f} at {x:.3g} (oracle)", (x, y), (6, 8), textcoords="offset points")
+    axes.set_title(f"best F1 {y:.3f} at threshold {x:.3g}: oracle, found by the labels", fontsize=11)
     axes.set_xlabel("threshold, of the norm of a row of X - L")
     axes.set_ylim(-0.02, 1.05)
     axes.grid(alpha=0.3)
-    axes.legend(loc="center right", frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3, frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
 
 
@@ -91,7 +91,8 @@ def draw_maps(arrays: Mapping[str, np.ndarray], path: Path) -> None:
     figure = Figure(figsize=(3.1 * len(arrays), 3.3), layout="constrained")
     for axis, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(arrays))), arrays.items(), strict=True):
         shown = values.any(0) if values.dtype == bool else values.sum(0)
-        axis.imshow(shown, cmap="gray" if title == "an image" else "viridis", interpolation="nearest")
+        style = {"cmap": "gray", "vmin": 0, "vmax": 1} if title == "an image" else {"cmap": "viridis"}
+        axis.imshow(shown, interpolation="nearest", **style)
         axis.set_title(title if values.dtype != bool else f"{title} ({int(values.sum())})", fontsize=11)
         axis.set_xticks([])
         axis.set_yticks([])

@@ -26,8 +26,9 @@ from common.dist import SINGLE
 from common.errors import UserError
 from common.flags import build_parser, parse
 from common.seed import generator
-from datasets import SHIFTS, DataSource, split_one_class
+from datasets import SHIFTS, DataSource, Loading, Table, split_one_class
 from datasets.augment import AlignedSpec
+from datasets.corrupt import corrupt_pixels, draw_noise
 from datasets.one_class import SplitSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
@@ -201,6 +202,31 @@ def test_nor_do_other_modes_and_optimisers(arguments):
 
 def test_nor_does_a_step_on_images_that_stay_in_host_memory():
     assert not waits([*SHIFT, "--mode", "simclr_CSI"], memory=0)
+
+
+@pytest.mark.parametrize("memory", [2**34, 0])
+def test_nor_does_loading_rows(memory):
+    images = split_one_class("digits", DataSource(), 3, None).train(1)
+    noisy = Table.of_images(images).with_noise(draw_noise(122, 1, 64, 5, "normal", generator(0, "x")), b"x")
+    with FakeGpu(memory=memory) as gpu:
+        data = noisy.to(gpu.device)
+        assert all(on_gpu(x) is (memory > 0) for x in (data.rows, data.clean, data.mask))
+        found = batches(data, 16, loading=Loading(flip=False), seed=0, epoch=1)  # type: ignore[arg-type]
+        next(found)
+        gpu.waits.clear()
+        batch = next(found)
+        assert on_gpu(batch.images) and on_gpu(batch.index) and not gpu.waits
+        assert torch.equal(batch.images[0].cpu(), noisy.rows[batch.index.cpu()])
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_noise_is_the_same_on_every_device(kind):
+    images = torch.rand(5, 3, 4, 4, generator=generator(0, "x"))
+    expected = corrupt_pixels(images, 4, "normal", generator(1, "x"))
+    with FakeGpu(kind) as gpu:
+        found = corrupt_pixels(images.to(gpu.device), 4, "normal", generator(1, "x"))
+        assert all(map(on_gpu, found))
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize(

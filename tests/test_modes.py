@@ -27,7 +27,12 @@ STARTS = {
     "sup_linear": ("sup_simclr", "--load_path"),
     "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
 }
-EXTRA = {"cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split()}
+AUTOENCODERS = ("rdae", "dae", "vae")
+LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"]}
+EXTRA = {
+    "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),
+    **{mode: ["--layers", "8"] for mode in AUTOENCODERS},
+}
 
 
 def of_mode(mode: str) -> list[str]:
@@ -58,7 +63,7 @@ def trained(pictures, tmp_path_factory):
         if mode not in known:
             before = {p for p in logs.iterdir()}
             args = [*of_mode(mode), "--data_path", str(pictures), "--mode", mode, "--log_root", str(logs)]
-            args += ["--batch_size", "16", "--epochs", "1", *EXTRA.get(mode, [])]
+            args += ["--batch_size", "16", *LENGTH.get(mode, ["--epochs", "1"]), *EXTRA.get(mode, [])]
             if mode in STARTS:
                 start, flag = STARTS[mode]
                 args += [flag, str(run(start)[1])]
@@ -90,7 +95,7 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
         backbone = {k.removeprefix("feature_net."): v for k, v in state.items()}
         assert all(torch.equal(backbone[k], v) for k, v in start.items() if k.startswith(("conv", "bn", "layer")))
     else:
-        assert set(norms) == {steps}
+        assert set(norms) == (set() if mode in AUTOENCODERS else {steps})
     assert script(mode).main(args) == 0 and "is finished" in capsys.readouterr().out
 
 
@@ -209,26 +214,30 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
         written = sorted((tmp_path / copy).glob("*.json"))
         results = [json.loads(path.read_text()) for path in written if path.name != "args.json"]
         tables = {path.name: path.read_text() for path in (tmp_path / copy).glob("scores_*.csv")}
-        found.append(
-            ([{k: r.get(k) for k in ("score", "auroc", "mean", "pooled", "accuracy", "ece")} for r in results], tables)
-        )
+        found.append(([{k: r.get(k) for k in ("score", "auroc", *_SHARES, *_PARTS)} for r in results], tables))
     assert found[0] == found[1] and len(found[0][0]) == max(1, len(scores))
     for result in found[0][0]:
-        values = [v for k, v in result.items() if k in ("mean", "pooled", "accuracy", "ece") and v is not None]
-        assert values and all(0 <= value <= 1 for value in values)
+        values = [v for k, v in result.items() if k in _SHARES and v is not None]
+        assert all(0 <= value <= 1 for value in values)
+        assert values or any(result[name] for name in _PARTS)
     if labelled and detects:
         assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
+
+
+# Metrics of detection and classification; those of a data matrix and its parts.
+_SHARES = ("mean", "pooled", "accuracy", "ece")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero")
 
 
 @pytest.mark.parametrize("mode", TSNES)
 def test_a_picture_mode_draws_every_shift(mode, trained, pictures, tmp_path):
     fitting = TSNES[mode].trained_by
-    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans") if mode in fitting)
+    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans", "rdae") if mode in fitting)
     shutil.copytree(trained(training)[1], tmp_path / "run")
     args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, "--load_path", str(tmp_path / "run")]
     assert tsne.main([*args, "--tsne_points", "8"]) == 0
     pictures_made = sorted((tmp_path / "run").glob(f"{mode}_*_shift*.png"))
-    assert len(pictures_made) == (1 if training == "rot_trans" else 5)
+    assert len(pictures_made) == (1 if training in ("rot_trans", "rdae") else 5)
     assert all(path.stat().st_size > 10_000 for path in pictures_made)
 
 

@@ -144,7 +144,7 @@ def _autoencoder(
     return Mode(build, specs, name, defaults=own, backbone=False, length=length)
 
 
-_LATENT = {"layers": (400, 20)}
+_LATENT = {"layers": [400, 20]}
 _TEMPERATURE = {"temperature": 0.07}
 _ROTATION = {"shift_trans_type": "rotation"}
 

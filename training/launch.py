@@ -163,10 +163,10 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
     }
     settings |= {"save_step": steps.save_step, "save_minutes": steps.save_minutes}
     with world.raise_together():
-        run.open(_facts(flags, split, recipe))
+        run.open(_facts(job, split, recipe))
     with disk_errors(folder), contextlib.closing(run), stop_signals() as stop:
         shifts = job.mode.shifts(flags).count
-        kinds = [f"{len(recipe.data)} images of {split.title}"]
+        kinds = [f"{len(recipe.data)} {'rows' if split.spec.table else 'images'} of {split.title}"]
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
@@ -177,13 +177,14 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         run.say(f"wrote {folder / job.script.weights}")
 
 
-def _facts(flags: Flags, split: Split, recipe: Recipe) -> dict[str, object]:
+def _facts(job: Job, split: Split, recipe: Recipe) -> dict[str, object]:
     """What weights say of their origin."""
-    mode, model = flags.mode, flags.of(ModelSpec, only=["model"]).model
+    flags = job.flags
+    model = {"model": flags.of(ModelSpec, only=["model"]).model} if job.mode.backbone else {}
     # Sizes that came with weights to start from are not in the flags.
     sizes = {name: size for name, size in recorded_sizes(recipe.model).items() if name in flags.as_dict()}
     recorded = flags.recorded() | sizes
-    return {"mode": mode, "model": model, "data": split.facts(recipe.data), "flags": recorded}
+    return {"mode": flags.mode, **model, "data": split.facts(recipe.data), "flags": recorded}
 
 
 def _check_compiler(device: torch.device) -> None:

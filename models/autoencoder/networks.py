@@ -1,13 +1,14 @@
 """Autoencoders of rows: dense, convolutional, variational, and the linear one that needs no training.
 
 All map rows (B, n) to reconstructions (B, n) by `forward` and to codes by `encode`; `losses` gives what training
-descends, one value a row. Weights are drawn by torch's global generator.
+minimises, one value a row (B,). Weights are drawn by torch's global generator (`robust.draw_weights` seeds it).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 OUTPUTS = {name: ACTIVATIONS[name] for name in ("sigmoid", "linear")}
 LIKELIHOODS = ("bernoulli", "gaussian")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,39 @@ class AutoencoderSpec(Spec, group="autoencoder"):
 
 def squared_error(net: Any, rows: Tensor) -> Tensor:
     """Mean squared error of the reconstruction of each row, (B,)."""
-    return (net(rows) - rows).square().mean(1)
+    return F.mse_loss(net(rows), rows, reduction="none").mean(1)
+
+
+def _known(table: Mapping[str, T], what: str, name: str) -> T:
+    """Raises: ValueError for a name that the table does not have."""
+    if name not in table:
+        raise ValueError(f"{what} must be one of {', '.join(table)}, got {name!r}")
+    return table[name]
+
+
+def _pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Inputs and outputs of each layer. Raises: ValueError for no layers."""
+    if len(sizes) < 2:
+        raise ValueError("an autoencoder needs one layer at least: the code")
+    return list(zip(sizes[:-1], sizes[1:], strict=True))
 
 
 class Autoencoder(nn.Module):
     """Dense: linear layers of sizes (n, ..., code) and back, activations between them, a linear code.
 
-    tied: the decoder's weights are the encoder's transposed, with biases of its own.
+    activation: one of `ACTIVATIONS`. output: one of `OUTPUTS`. tied: the decoder's weights are the encoder's
+    transposed, with biases of its own. Raises: ValueError for other names, and for fewer than two sizes.
     """
 
     def __init__(
         self, sizes: Sequence[int], *, activation: str = "sigmoid", output: str = "sigmoid", tied: bool = False
     ) -> None:
         super().__init__()
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = _pairs(sizes)
         self.encoder = nn.ModuleList(_linear(i, o) for i, o in pairs)
         self.decoder = nn.ModuleList(_Bias(i) if tied else _linear(o, i) for i, o in reversed(pairs))
-        self.activation, self.output, self.tied = ACTIVATIONS[activation], OUTPUTS[output], tied
+        self.activation, self.output = _known(ACTIVATIONS, "activation", activation), _known(OUTPUTS, "output", output)
+        self.tied = tied
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes (B, sizes[-1])."""
@@ -117,10 +136,10 @@ class Autoencoder(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Reconstructions (B, n)."""
-        layers: Sequence[Callable[[Tensor], Tensor]] = list(self.decoder)
+        layers: Any = self.decoder
         if self.tied:
-            weights = [layer.weight for layer in reversed(self.encoder)]
-            layers = [lambda x, w=w, b=b: F.linear(x, w.T, b.bias) for w, b in zip(weights, self.decoder, strict=True)]  # type: ignore[misc]
+            both: Any = zip(reversed(self.encoder), self.decoder, strict=True)
+            layers = [partial(F.linear, weight=theirs.weight.T, bias=own.bias) for theirs, own in both]
         return self.output(_through(layers, codes, self.activation))
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -153,8 +172,11 @@ def _through(layers: Any, x: Tensor, activation: Callable[[Tensor], Tensor]) -> 
 
 
 class ConvAutoencoder(nn.Module):
-    """For rows that are images of `shape` (channels, H, W), flattened: strided 3 x 3 convolutions, each to half the
-    size, rounded up; a linear code; nearest-neighbour enlargement and convolutions back."""
+    """For rows that are flattened images of `shape` (channels, H, W), of any size.
+
+    Strided 3 x 3 convolutions of `widths` channels, each to half the size, rounded up; a linear layer to `code` numbers
+    and one back; nearest-neighbour enlargement and convolutions. Raises: ValueError for names of no activation.
+    """
 
     def __init__(
         self,
@@ -166,14 +188,13 @@ class ConvAutoencoder(nn.Module):
         output: str = "sigmoid",
     ) -> None:
         super().__init__()
-        channels = [shape[0], *widths]
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = _pairs([shape[0], *widths])
         self.shape, self.sizes = shape, _halved(shape[1:], len(widths))
         self.down = nn.ModuleList(nn.Conv2d(i, o, 3, stride=2, padding=1) for i, o in pairs)
         inner = widths[-1] * math.prod(self.sizes[-1])
         self.to_code, self.from_code = _linear(inner, code), _linear(code, inner)
         self.up = nn.ModuleList(nn.Conv2d(o, i, 3, padding=1) for i, o in reversed(pairs))
-        self.activation, self.output = ACTIVATIONS[activation], OUTPUTS[output]
+        self.activation, self.output = _known(ACTIVATIONS, "activation", activation), _known(OUTPUTS, "output", output)
 
     def encode(self, rows: Tensor) -> Tensor:
         """Codes (B, code)."""
@@ -207,7 +228,8 @@ class VariationalAutoencoder(nn.Module):
     """Kingma & Welling 2014: dense, with a normal distribution over codes; `forward` decodes its mean.
 
     sizes: (n, ..., latents). likelihood: `bernoulli`, whose output is a probability, or `gaussian` of standard
-    deviation `sigma`, with a linear output. beta: weight of the KL term.
+    deviation `sigma`, with a linear output. beta: weight of the KL term. Raises: ValueError for other names, and for
+    fewer than two sizes.
     """
 
     def __init__(
@@ -220,15 +242,14 @@ class VariationalAutoencoder(nn.Module):
         sigma: float = 0.1,
     ) -> None:
         super().__init__()
-        if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood {likelihood!r} is none of {', '.join(LIKELIHOODS)}")
-        hidden = list(sizes[:-1])
-        pairs = list(zip(hidden[:-1], hidden[1:], strict=True))
+        *pairs, _ = _pairs(sizes)
+        hidden, latents = sizes[-2:]
         self.encoder = nn.ModuleList(_linear(i, o) for i, o in pairs)
-        self.mean, self.log_variance = _linear(hidden[-1], sizes[-1]), _linear(hidden[-1], sizes[-1])
-        self.decoder = nn.ModuleList([_linear(sizes[-1], hidden[-1]), *(_linear(o, i) for i, o in reversed(pairs))])
-        self.activation, self.likelihood, self.beta, self.sigma = ACTIVATIONS[activation], likelihood, beta, sigma
-        self.latents = sizes[-1]
+        self.mean, self.log_variance = _linear(hidden, latents), _linear(hidden, latents)
+        self.decoder = nn.ModuleList([_linear(latents, hidden), *(_linear(o, i) for i, o in reversed(pairs))])
+        self.activation = _known(ACTIVATIONS, "activation", activation)
+        self.likelihood = _known({name: name for name in LIKELIHOODS}, "likelihood", likelihood)
+        self.beta, self.sigma, self.latents = beta, sigma, latents
 
     def distribution(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance of the codes, each (B, latents)."""
@@ -242,7 +263,7 @@ class VariationalAutoencoder(nn.Module):
         return self.distribution(rows)[0]
 
     def _raw(self, codes: Tensor) -> Tensor:
-        """Logits, or for a gaussian reconstructions."""
+        """Logits of a bernoulli, means of a gaussian, (B, n)."""
         return _through(self.decoder, codes, self.activation)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -254,20 +275,24 @@ class VariationalAutoencoder(nn.Module):
         return self.decode(self.encode(rows))
 
     def losses(self, rows: Tensor, eps: Tensor) -> Tensor:
-        """The negative evidence lower bound of each row, constants left out, (B,); eps (B, latents): normal draws."""
+        """Of each row: reconstruction term + beta KL, (B,); eps (B, latents): standard normal draws.
+
+        With beta 1 the negative evidence lower bound, constants left out.
+        """
         mean, log_variance = self.distribution(rows)
         raw = self._raw(reparametrized(mean, log_variance, eps))
         return reconstruction_term(raw, rows, self.likelihood, self.sigma) + self.beta * kl(mean, log_variance)
 
 
 def reparametrized(mean: Tensor, log_variance: Tensor, eps: Tensor) -> Tensor:
-    """Samples of the normal distributions, of standard normal draws `eps`; all of one shape."""
+    """Samples of normal distributions, made of standard normal draws `eps`; all of one shape."""
     return mean + (log_variance / 2).exp() * eps
 
 
 def kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """Divergence of normal distributions (B, latents) from the standard one, summed over latents: (B,), >= 0."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+    # expm1: exp(v) - 1 - v cancels near 0, down to values below 0.
+    return 0.5 * (mean.square() + (log_variance.expm1() - log_variance)).sum(1)
 
 
 def reconstruction_term(raw: Tensor, rows: Tensor, likelihood: str, sigma: float = 1.0) -> Tensor:
@@ -300,7 +325,9 @@ class TruncatedSVD(nn.Module):
         rank = self.components.shape[1]
         if len(rows) < rank:
             raise ValueError(f"{rank} components need as many rows, there are {len(rows)}")
-        _, _, vectors = torch.linalg.svd(rows.double(), full_matrices=False)
+        exact = (rows.cpu() if rows.device.type == "mps" else rows).double()  # Apple's GPUs have no float64.
+        # R of rows = Q R has the same right singular vectors; the left ones, half of the work, nobody needs.
+        _, _, vectors = torch.linalg.svd(torch.linalg.qr(exact, mode="r").R, full_matrices=False)
         self.components.copy_(vectors[:rank].T)
 
     def encode(self, rows: Tensor) -> Tensor:

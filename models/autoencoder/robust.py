@@ -7,7 +7,8 @@ it is a heuristic, which descends no common objective, and nothing guarantees th
 Letters: see `models.autoencoder`.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -25,8 +26,8 @@ _BLOCK = 4096
 class Penalty(NamedTuple):
     """What makes S sparse, one of `PENALTIES`.
 
-    prox(v, threshold): its proximal operator. sizes(v): what is compared with the threshold: absolute values of entries,
-    norms of rows (N,) or of columns (n,).
+    prox(v, threshold): its proximal operator. sizes(v): what is compared with the threshold: absolute values of entries
+    (N, n), norms of rows (N,) or of columns (n,).
     """
 
     prox: Callable[[Tensor, float], Tensor]
@@ -51,8 +52,9 @@ STOPS: dict[str, Callable[[bool, bool], bool]] = {
 class Threshold:
     """How the threshold t of the proximal operator is found; in the units of the data.
 
-    value: t itself; None: it follows from `contamination`, the share of entries, rows or columns whose residual after
-    the first round lies above t. No labels are needed for either.
+    value: t itself; None: in each round the (1 - contamination) quantile of the residual's entries, row norms or column
+    norms, so that S has that share of them. No labels are needed for either. A quantile of the first round alone, kept
+    for all, would soon flag nothing: the residuals shrink while training goes on.
     """
 
     value: float | None = None
@@ -65,7 +67,7 @@ class Threshold:
             raise ValueError(f"the contamination must lie in (0, 1), got {self.contamination}")
 
     def of(self, residual: Tensor, penalty: Penalty) -> float:
-        """t, from X - L (N, n) of the first round."""
+        """t, from X - L (N, n) of a round."""
         if self.value is not None:
             return self.value
         return threshold_from_contamination(self.contamination, residual, penalty)
@@ -77,29 +79,30 @@ def threshold_from_contamination(contamination: float, residual: Tensor, penalty
     # torch.quantile refuses more than 16 million values.
     place = (1 - contamination) * (len(sizes) - 1)
     low = int(place)
-    high = min(low + 1, len(sizes) - 1)
-    return float(torch.lerp(sizes[low].double(), sizes[high].double(), place - low))
+    below, above = sizes[[low, min(low + 1, len(sizes) - 1)]].tolist()
+    return below + (place - low) * (above - below)
 
 
 def mu(X: Tensor) -> float:
-    """mu = N n / (4 sum |X|), the parameter of robust PCA from which the authors take the threshold lambda / mu."""
-    return X.numel() / (4 * float(X.double().abs().sum()))
+    """mu = N n / (4 sum |X|), of the literature on robust PCA; infinite where X is 0."""
+    return float(1 / (4 * X.abs().mean(1).mean()))
 
 
 def threshold_from_lambda_mu(lam: float, X: Tensor) -> float:
-    """lambda / mu, with the mu of the literature on robust PCA."""
+    """lambda / mu: what the literature on robust PCA, and the authors' program for `l1`, make of a lambda."""
     return lam / mu(X)
 
 
 def threshold_from_lambda_n(lam: float, rows: int) -> float:
-    """lambda N: how the authors' program for the l2,1 penalties reads its lambda."""
+    """lambda N: what the authors' program for the l2,1 penalties makes of a lambda."""
     return lam * rows
 
 
 class Round(NamedTuple):
     """After one round: L and S (N, n), and how far they are from X and from the round before.
 
-    c1 = |X - L - S| / |X|, c2 = |L' + S' - L - S| / |X| with L' + S' of the round before, X at first (Frobenius norms).
+    c1 = |X - L - S| / |X|, c2 = |L' + S' - L - S| / |X| with L' + S' of the round before, X at first (Frobenius norms;
+    not divided where X is 0). X - L - S is what the threshold has cut off, so that c1 stays well above 0.
     """
 
     L: Tensor
@@ -110,11 +113,19 @@ class Round(NamedTuple):
 
 
 def end_round(X: Tensor, L: Tensor, before: Tensor, penalty: Penalty, threshold: float) -> Round:
-    """S and the criteria, from what the autoencoder has made of X - S; before: L + S of the round before, at first X."""
+    """S and the criteria, from L, what the autoencoder has made of X - S.
+
+    before: L + S of the round before, at first X.
+    """
     S = penalty.prox(X - L, threshold)
-    norm, both = torch.linalg.vector_norm(X), L + S
-    c1, c2 = (torch.linalg.vector_norm(part - both) / norm for part in (X, before))
-    return Round(L, S, float(c1), float(c2), threshold)
+    norm, both = _norm(X) or 1.0, L + S
+    c1, c2 = (_norm(part - both) / norm for part in (X, before))
+    return Round(L, S, c1, c2, threshold)
+
+
+def _norm(x: Tensor) -> float:
+    """Frobenius norm, by rows: one sum of millions of squares in float32 is off by 1e-4."""
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=1)))
 
 
 def stopped_by(c1: float, c2: float, stop: str, eps: float) -> str | None:
@@ -125,7 +136,7 @@ def stopped_by(c1: float, c2: float, stop: str, eps: float) -> str | None:
 
 
 class LStep(Protocol):
-    """What reconstructs: trained anew or further in each round."""
+    """What reconstructs rows (N, n), of any N; `fit` trains it, anew or further, in each round."""
 
     def fit(self, rows: Tensor) -> Any: ...
 
@@ -153,18 +164,23 @@ def separate(
     stop: str = "c2",
     eps: float = 1e-3,
 ) -> Separation:
-    """The algorithm, with anything that can reconstruct in the autoencoder's place.
+    """The algorithm on X (N, n), with anything that can reconstruct in the autoencoder's place.
 
-    stop: `c2`, `any` as in the paper, or `all` as in its programs; eps <= 0 never stops.
+    penalty: one of `PENALTIES`. rounds: at most. stop: `c2`, `any` as in the paper, or `all` as in its programs;
+    eps <= 0 never stops. Raises: ValueError for no rounds, and for a reconstruction that is not finite.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds must be >= 1, got {rounds}")
     rule, S, before, t = PENALTIES[penalty], torch.zeros_like(X), X, 0.0
     history: dict[str, list[float]] = {"c1": [], "c2": [], "threshold": []}
     for number in range(1, rounds + 1):
         clean = X - S
         step.fit(clean)
         L = step.reconstruct(clean)
-        t = threshold.of(X - L, rule) if number == 1 else t
+        t = threshold.of(X - L, rule)
         found = end_round(X, L, before, rule, t)
+        if not math.isfinite(found.c1):
+            raise ValueError(f"the reconstruction of round {number} is not finite: lower lr, or scale the data")
         S, before = found.S, found.L + found.S
         for name, values in history.items():
             values.append(getattr(found, name))
@@ -187,9 +203,13 @@ def adam(net: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def draw_weights(make: Callable[[], nn.Module], seed: int, turn: int = 0) -> nn.Module:
-    """A network whose weights follow from the seed; turn: how often they have been drawn before."""
+    """A network, made on the CPU, whose weights follow from the seed; turn: how often they have been drawn before.
+
+    Torch's global state stays as it is.
+    """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(seed, "weights", *([turn] if turn else [])))
+        # Not torch.manual_seed, which seeds GPUs as well, for good.
+        torch.default_generator.manual_seed(seed_of(seed, "weights", *([turn] if turn else [])))
         return make()
 
 
@@ -205,8 +225,9 @@ def restart(
 class Gradients:
     """An `LStep` by mini-batches: `epochs` of Adam in each round, which go on from the weights of the round before.
 
-    make: draws a network. reinit: draw it anew in each round. Two runs of one seed agree, and agree with a training run
-    of `train.py --mode rdae`.
+    make: makes a network. reinit: draw its weights anew in each round. device, dtype: of the network, and of the rows
+    that it is given. losses: of each round, the mean loss of its last epoch. Two runs of one seed agree, and they agree
+    with a training run of `train.py --mode rdae`.
     """
 
     make: Callable[[], nn.Module]
@@ -225,16 +246,17 @@ class Gradients:
         self._rounds = 0
 
     def fit(self, rows: Tensor) -> None:
-        """Train on rows (N, n); appends the mean loss of the last epoch to `losses`."""
+        """Train on rows (N, n), shuffled in each epoch; appends to `losses`."""
         if self._rounds and self.reinit:
             restart(self.net, self.optimizer, self.make, self.seed, self._rounds)
+        first = self._rounds * self.epochs + 1
         self._rounds += 1
-        first = (self._rounds - 1) * self.epochs
-        for epoch in range(first + 1, first + self.epochs + 1):
+        for epoch in range(first, first + self.epochs):
             order = torch.randperm(len(rows), generator=generator(self.seed, "order", epoch))
-            shuffled = rows[order.to(rows.device)]
+            shuffled = rows[order.to(rows.device, non_blocking=True)]
+            # Read once a round: reading it waits for the device.
             total = torch.zeros((), device=rows.device)
-            for step, batch in enumerate(shuffled.split(self.batch_size)):
+            for step, batch in enumerate(batches(shuffled, self.batch_size)):
                 loss = batch_losses(self.net, batch, self.seed, epoch, step).mean()
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -244,6 +266,14 @@ class Gradients:
 
     def reconstruct(self, rows: Tensor) -> Tensor:
         return reconstruct(self.net, rows)
+
+
+def batches(rows: Tensor, size: int) -> Iterable[Tensor]:
+    """Rows in batches, in order; a last one of a single row joins the one before, as in every training run."""
+    ends = list(range(size, len(rows), size))
+    if size > 1 and ends and len(rows) - ends[-1] == 1:
+        del ends[-1]
+    return rows.tensor_split(ends)
 
 
 def batch_losses(

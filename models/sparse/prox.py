@@ -13,12 +13,15 @@ def soft_group(v: Tensor, threshold: float, dim: int) -> Tensor:
     """Shrink the Euclidean norm of each group towards 0 by `threshold` >= 0; a norm of at most `threshold` becomes 0.
 
     A group is a slice along `dim`: in a matrix, dim=1 groups rows and dim=0 columns. The proximal operator of
-    threshold times the sum of the groups' norms, argmin_p 0.5 |p - v|^2 + threshold sum_g |p_g|.
+    threshold times the sum of the groups' norms, argmin_p 0.5 |p - v|^2 + threshold sum_g |p_g|. Differentiable; the
+    gradient of a group that becomes 0 is 0.
     """
     if threshold == 0:
         return v.clone()
     norm = torch.linalg.vector_norm(v, dim=dim, keepdim=True)
-    return v * torch.where(norm > threshold, 1 - threshold / norm, 0)
+    kept = norm > threshold
+    # Twice, since the gradient of what `where` leaves out must be finite, too: that of threshold / 0 is not.
+    return v * torch.where(kept, 1 - threshold / torch.where(kept, norm, 1), 0)
 
 
 def soft_adjoint(gradient: Tensor, v: Tensor, threshold: float) -> Tensor:

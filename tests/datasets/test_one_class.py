@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from common.errors import UserError
 from datasets import DATASETS, DataSource, split_one_class
+from datasets.augment import AlignedSpec
 from datasets.catalog import CIFAR100_GROUPS, resize
+from datasets.corrupt import CorruptSpec
 from tests.conftest import SHARED
 
 
@@ -140,3 +143,120 @@ def test_indices_are_places_in_the_whole_set():
     data = split_one_class("digits", DataSource(image_size=8), None, 32).test()
     some = data.where(data.labels == 2)
     assert torch.equal(data.images[some.indices], some.images)
+
+
+# --------------------------------------------------------------------------------- outliers among training images
+
+
+def mixture(dataset: str = "digits", source: DataSource | None = None, idx=3, **more):
+    split = split_one_class(dataset, source or DataSource(), idx, None)
+    return replace(split, **more)
+
+
+def test_training_images_of_other_classes_are_mixed_in():
+    everything, plain = mixture(idx=None).train(), mixture().train()
+    split = mixture(outliers=40)
+    data = split.train()
+    assert len(data) == 122 + 40 and (data.labels == 3).sum() == 122
+    # Labels are the true ones, the order is that of the data set, and all normal images are there once.
+    assert torch.equal(data.labels, everything.labels[data.indices])
+    assert torch.equal(data.images, everything.images[data.indices])
+    assert (data.indices.diff() > 0).all() and set(plain.indices.tolist()) < set(data.indices.tolist())
+    assert len(data.labels.unique()) > 5
+    assert split.normal(data.labels).sum() == 122 and split.title == "class 3 (3), 40 outliers among them"
+    assert torch.equal(split.test().images, mixture().test().images)
+
+
+def test_the_seed_of_the_data_draws_the_outliers():
+    def drawn(seed: int) -> list[int]:
+        data = mixture(outliers=40, corrupt=CorruptSpec(data_seed=seed)).train()
+        return data.indices[data.labels != 3].tolist()
+
+    assert drawn(0) == drawn(0) != drawn(1) and len(set(drawn(0))) == 40
+    assert set(mixture(outliers=1076).train().indices.tolist()) == set(range(1198))  # all that there are
+    with pytest.raises(UserError, match="--outliers 1077: there are 1076 images"):
+        mixture(outliers=1077).train()
+
+
+def test_each_image_of_other_classes_is_drawn_as_often():
+    """10 of 1076, by 400 seeds: a class of the nine comes in proportion to its size, up to five standard deviations."""
+    everything = mixture(idx=None).train()
+    counts = torch.zeros(10)
+    for seed in range(400):
+        chosen = mixture(outliers=10, corrupt=CorruptSpec(data_seed=seed))._chosen(everything.labels)
+        counts += torch.bincount(everything.labels[chosen], minlength=10)
+    share = torch.bincount(everything.labels, minlength=10) / 1076
+    others = [n for n in range(10) if n != 3]
+    assert counts[3] == 400 * 122
+    expected = 4000 * share[others]
+    assert ((counts[others] - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_the_first_images_of_the_data_set_are_used():
+    everything = mixture(idx=None).train()
+    for idx in (3, None):
+        data = mixture(idx=idx, first_images=500).train()
+        expected = [n for n in range(500) if idx is None or everything.labels[n] == idx]
+        assert data.indices.tolist() == expected
+    data = mixture(outliers=30, first_images=500).train()
+    assert data.indices.max() < 500 and (data.labels != 3).sum() == 30
+    assert len(mixture(first_images=1198).train()) == 122
+    with pytest.raises(UserError, match="--first_images 1199: digits has 1198 training images"):
+        mixture(first_images=1199).train()
+    with pytest.raises(UserError, match=r"--first_images 1: none of them is of class 3 \(3\)"):
+        mixture(first_images=1).train()
+
+
+def test_what_is_changed_has_a_fingerprint_of_its_own_and_what_is_not_keeps_it():
+    plain = mixture().train().fingerprint
+    marks = [mixture(**more).train().fingerprint for more in (
+        {"outliers": 40}, {"first_images": 500}, {"outliers": 40, "corrupt": CorruptSpec(data_seed=1)})]  # fmt: skip
+    assert len({plain, *marks}) == 4
+    assert plain == split_one_class("digits", DataSource(image_size=8), 3, 32).train().fingerprint
+    assert mixture(outliers=40, corrupt=CorruptSpec("normal")).train().fingerprint not in marks
+
+
+def test_superclasses_are_mixed_too(monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", FakeTorchvision)
+    data = mixture("cifar100", idx=1, outliers=50).train()
+    assert (data.labels == 1).sum() == 10 and (data.labels != 1).sum() == 50 and data.labels.max() < 20
+
+
+def test_folders_are_mixed_too(tmp_path):
+    from tests.datasets.test_folder import fill
+
+    fill(tmp_path, {"train/a": 3, "train/b": 4, "test/a": 1})
+    source = DataSource(str(tmp_path), image_size=8)
+    data = mixture("folder", source, 1, outliers=2).train()
+    assert data.labels.tolist() == [0, 0, 1, 1, 1, 1] and data.paths is not None
+    assert all(f"train/{'ab'[label]}" in path for label, path in zip(data.labels, data.paths, strict=True))
+    assert mixture("folder", source, 0, first_images=2).train().indices.tolist() == [0, 1]
+
+
+def test_the_published_mixture_of_mnist():
+    if not (SHARED / "data/MNIST/raw").is_dir():
+        pytest.skip("MNIST is not on this machine")
+    split = mixture("mnist", DataSource(str(SHARED / "data")), 4, outliers=265, first_images=50_000)
+    table = split.train_table()
+    assert table.rows.shape == (5124, 784) and table.shape == (1, 28, 28)
+    assert (table.labels == 4).sum() == 4859 and (table.indices < 50_000).all()
+    assert len(table.labels.unique()) == 10 and 0.05 < table.rows.mean() < 0.15
+
+
+def test_pictures_that_are_decoded_during_training_are_not_changed(tmp_path):
+    from tests.datasets.test_pictures import photographs
+
+    photographs(tmp_path, {"one_class_train/acorn": 2, "one_class_train/tank": 2, "one_class_test/acorn": 1})
+    source = DataSource(str(tmp_path), image_size=28, num_worker=0)
+    noise = CorruptSpec("normal")
+    for flag, more in (
+        ("outliers", {"outliers": 1}),
+        ("first_images", {"first_images": 1}),
+        ("corrupt", {"corrupt": noise}),
+    ):
+        split = mixture("imagenet", source, 0, **more)
+        with pytest.raises(UserError, match=f"^--{flag}: .*imagenet .*decoded during training"):
+            split.stream(AlignedSpec())
+        assert len(split.test()) == 1
+    noisy = mixture("imagenet", source, 0, corrupt=noise).test()
+    assert noisy.mask is not None and noisy.mask.sum() == 10

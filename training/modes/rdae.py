@@ -85,7 +85,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             net.autoencoder.fit(clean)
         L = reconstruct(net.autoencoder, clean)
         before = X if number == 1 else net.L + net.S
-        t = threshold.of(X - L, penalty) if number == 1 else float(net.threshold)
+        t = threshold.of(X - L, penalty)
         found = end_round(X, L, before, penalty, t)
         for buffer, value in (
             (net.L, found.L),
@@ -116,9 +116,9 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
 def build_plain(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `dae` and `vae`: the same networks and updates without a sparse part."""
-    table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
-    if not optimizers:
+    if flags.mode == "dae" and flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder == "svd":
         raise UserError(f"--autoencoder svd: --mode {flags.mode} trains by gradients; give --mode rdae")
+    table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
     return _recipe(flags, net, table, optimizers)
 
 
@@ -145,7 +145,7 @@ def _recipe(flags: Flags, net: RobustNet, table: Table, optimizers: tuple[Optimi
 
     def losses(batch: Batch) -> Step:
         own = batch.shard.indices(table.device)[: batch.shard.size]
-        rows = batch.local_images[0]
+        rows = batch.local_images[0].to(net.S.dtype)
         if robust:
             rows = rows - net.S[batch.index[own]]
         found = batch_losses(net.autoencoder, rows, seed, batch.epoch, batch.step, own, batch.shard.batch)
