@@ -171,8 +171,8 @@ def test_outliers_are_judged_by_their_labels_and_the_study_goes_on_where_it_was(
     assert main(outliers(tmp_path)) == 0
     text = capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "outliers.jsonl").read_text().splitlines()]
-    # A seed: three thresholds, two contaminations and none, and a fit of each baseline.
-    assert len(lines) == 2 * (3 + 2 + 1 + 1 + 1)
+    # A seed: three thresholds, three contaminations and none, and a fit of each baseline.
+    assert len(lines) == 2 * (3 + 3 + 1 + 1 + 1)
     table = replace(
         digits(one_class_idx=4, outliers=10, first_images=1000), corrupt=CorruptSpec(data_seed=1)
     ).train_table()
@@ -219,12 +219,17 @@ def flags(f1: float, auc: float = 0.9) -> dict:
 
 def test_the_oracle_takes_the_best_threshold_of_each_seed():
     lines = {1.0: [flags(0.5), flags(0.7)], 2.0: [flags(0.6), flags(0.4)], 3.0: [flags(0.9)]}  # 3.0: one seed only
-    lines |= {"q0.05": [flags(0.3, 0.8), flags(0.5, 0.9)], "none": [flags(0), flags(0)]}
+    lines |= {
+        "q0.05": [flags(0.3, 0.1), flags(0.5, 0.1)],
+        "q0.3": [flags(0.2, 0.8), flags(0.2, 0.9)],
+        "none": [flags(0), flags(0)],
+    }
     header, rows = outlier_table({"rdae": lines})
     row = dict(zip(header, rows[0], strict=True))
     assert row["oracle F1"] == f"0.650 ± {math.sqrt(0.005):.3f}"
     assert row["F1 at q=0.05"] == "0.400 ± 0.141" and row["F1 at q=0.1"] == ""
-    assert row["ROC-AUC"] == "0.850 ± 0.071"
+    assert row["ROC-AUC"] == "0.850 ± 0.071"  # of the largest share
+    assert row["F1 of the top 5 %"] == "0.300 ± 0.000"
     assert rows[1][:3] == ["rdae, nothing split off", "0.600 ± 0.000", "0.300 ± 0.000"]
     assert cell([0.5]) == "0.500" and cell([]) == ""
 
