@@ -84,6 +84,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         if isinstance(net.autoencoder, TruncatedSVD):
             net.autoencoder.fit(clean)
         L = reconstruct(net.autoencoder, clean)
+        world.broadcast([L])  # Other hardware rounds otherwise; all ranks have to converge in the same round.
         before = X if number == 1 else net.L + net.S
         t = threshold.of(X - L, penalty)
         found = end_round(X, L, before, penalty, t)
@@ -93,7 +94,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             (net.threshold, torch.tensor(t, dtype=torch.float64)),
         ):
             buffer.copy_(value)
-        converged = stopped_by(found.c1, found.c2, spec.stop, spec.eps) is not None
+        converged = world.broadcast_object(stopped_by(found.c1, found.c2, spec.stop, spec.eps) is not None)
         if spec.reinit and optimizers and not converged and number < spec.rounds:
             restart(net.autoencoder, optimizers[0], make, seed, number)
         kept = float((penalty.sizes(found.S) > 0).float().mean())
