@@ -27,6 +27,7 @@ from models.sparse.dictionary import SparseSpec
 from training import Mode, run_name
 from training.keeper import Observer
 from training.loop import fit
+from training.micro_batch import MicroBatchSpec
 from training.modes.setup import own_device
 from training.optim import LengthSpec
 from training.recipe import Recipe
@@ -200,7 +201,7 @@ def _remedy(job: Job) -> str:
     values, specs = job.flags.as_dict(), job.mode.specs
     images = values["micro_batch"] or values["batch_size"]
     half = f"give --micro_batch {max(1, images // 2)} (the gradient of the whole batch, batch norm by micro-batch)"
-    smaller = half if images > 1 else ""
+    smaller = half if images > 1 and MicroBatchSpec in specs else ""
     dictionary = f"lower --sr_dict_size {values['sr_dict_size']}" if SparseSpec in specs else ""
     passes = (
         f"--ood_batch_size {values['ood_batch_size']} for k-means"

@@ -72,7 +72,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     if sparse.threshold is not None and flags.given("contamination"):
         raise UserError("--contamination: the threshold follows from it or is --threshold; leave one of them out")
     table, net, optimizers, make = _set_up(flags, split, world, robust=True)
-    X, penalty, seed = table.rows, PENALTIES[sparse.penalty], flags.seed
+    X, penalty, seed = table.rows.to(table.device), PENALTIES[sparse.penalty], flags.seed
     threshold = sparse.rule(X)
     inner = spec.inner_epochs if optimizers else 1
 
@@ -84,16 +84,14 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         if isinstance(net.autoencoder, TruncatedSVD):
             net.autoencoder.fit(clean)
         L = reconstruct(net.autoencoder, clean)
+        world.broadcast([L])  # Other hardware rounds otherwise; all ranks have to converge in the same round.
         before = X if number == 1 else net.L + net.S
         t = threshold.of(X - L, penalty)
         found = end_round(X, L, before, penalty, t)
-        for buffer, value in (
-            (net.L, found.L),
-            (net.S, found.S),
-            (net.threshold, torch.tensor(t, dtype=torch.float64)),
-        ):
-            buffer.copy_(value)
-        converged = stopped_by(found.c1, found.c2, spec.stop, spec.eps) is not None
+        net.L.copy_(found.L)
+        net.S.copy_(found.S)
+        net.threshold.fill_(t)
+        converged = world.broadcast_object(stopped_by(found.c1, found.c2, spec.stop, spec.eps) is not None)
         if spec.reinit and optimizers and not converged and number < spec.rounds:
             restart(net.autoencoder, optimizers[0], make, seed, number)
         kept = float((penalty.sizes(found.S) > 0).float().mean())

@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import models.autoencoder
 from models.autoencoder import RobustAutoencoder
 from models.autoencoder.networks import Autoencoder, ConvAutoencoder, VariationalAutoencoder
-from models.autoencoder.robust import PENALTIES, Gradients, Threshold, separate
+from models.autoencoder.robust import PENALTIES, Gradients, Separation, Threshold, separate
 from tests.conftest import ROOT
 
 SMALL = {"layers": (6, 3), "rounds": 3, "inner_epochs": 4, "lr": 1e-2, "batch_size": 16, "eps": 0.0}
@@ -129,14 +129,36 @@ def test_the_exact_autoencoder_finds_planted_rows_entries_and_columns():
     assert np.flatnonzero(svd(penalty="l21_cols", threshold=4.0).fit(columns).S_.any(0)).tolist() == [5]
 
 
-def test_it_is_the_algorithm_of_the_library():
-    """The same network, seed and settings through `separate`."""
+def through_the_library(X: np.ndarray, seed: int, network: dict, training: dict, **algorithm) -> Separation:
+    """The same through `separate`."""
+    settings = {"epochs": 4, "lr": 1e-2, "batch_size": 16} | training
+    step = Gradients(partial(Autoencoder, (9, 6, 3), **network), seed=seed, **settings)
+    return separate(torch.from_numpy(X), step, **{"rounds": 3, "eps": 0, "threshold": Threshold(0.1)} | algorithm)
+
+
+@pytest.mark.parametrize(
+    "network, training, algorithm",
+    [
+        ({}, {}, {"penalty": "l1"}),
+        ({"tied": True, "activation": "tanh", "output": "linear"}, {}, {"penalty": "l21_cols"}),
+        ({}, {"reinit": True}, {"stop": "any"}),
+        ({}, {"batch_size": 7, "lr": 0.1}, {"stop": "all", "eps": 0.4}),
+        ({}, {}, {"stop": "any", "eps": 0.4}),
+    ],
+)
+def test_it_is_the_algorithm_of_the_library(network, training, algorithm):
     X = matrix().astype(np.float32)
-    found = RobustAutoencoder(**SMALL, penalty="l1", threshold=0.05, random_state=3).fit(X)
-    step = Gradients(partial(Autoencoder, (9, 6, 3)), epochs=4, lr=1e-2, batch_size=16, seed=found.autoencoder_.seed)
-    expected = separate(torch.from_numpy(X), step, penalty="l1", threshold=Threshold(0.05), rounds=3, eps=0)
+    found = RobustAutoencoder(**SMALL | network | training | algorithm, threshold=0.1, random_state=3).fit(X)
+    expected = through_the_library(X, found.autoencoder_.seed, network, training, **algorithm)
     np.testing.assert_array_equal(found.L_, expected.L.numpy())
     np.testing.assert_array_equal(found.S_, expected.S.numpy())
+    assert (found.n_iter_, found.stopped_by_) == (expected.rounds, expected.stopped_by)
+
+
+@pytest.mark.parametrize("features, sizes", [(9, [4, 2]), (64, [32, 16]), (1, [1, 1])])
+def test_layers_shrink_to_a_half_and_a_quarter_by_default(features, sizes):
+    found = RobustAutoencoder(rounds=1, inner_epochs=1).fit(matrix(20, features))
+    assert [layer.out_features for layer in found.autoencoder_.net.encoder] == sizes
 
 
 def test_scores_are_reconstruction_errors_of_any_rows():

@@ -431,7 +431,9 @@ def test_reinit_draws_new_weights_in_each_round_and_forgets_adam():
     assert all(torch.equal(a, b) for a, b in zip(step.net.parameters(), fresh.net.parameters(), strict=True))
 
 
-def test_weights_of_turns_differ_and_leave_global_state_alone():
+def test_weights_of_turns_differ_and_leave_global_state_alone(monkeypatch):
+    """That of GPUs, too, which nothing would bring back."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU is seeded"))
     state = torch.get_rng_state()
     first, again, other, seeded = (draw_weights(NETS["dense"], *key) for key in ((3,), (3, 0), (3, 1), (4,)))
     assert torch.equal(torch.get_rng_state(), state)
