@@ -194,6 +194,7 @@ _RELU = partial(AutoencoderSpec, activation="relu")
 SPLITTERS: Mapping[str, Setting] = {
     "rdae": Setting("dense", _RELU(layers=(400, 32)), rounds=10, epochs=1),
     "rdae_vae": Setting("vae", _RELU(layers=(400, 50), likelihood="gaussian", sigma=0.3), rounds=10, epochs=1),
+    "rdae_vae_bernoulli": Setting("vae", _RELU(layers=(400, 20)), rounds=10),
     "rdae_slides": Setting("dense", _RELU(layers=SLIDES), rounds=3, epochs=5),
     "rdae_release": Setting(
         "dense", AutoencoderSpec(layers=RELEASE, tied=True), rounds=20, epochs=50, batch_size=133, reinit=True
