@@ -204,11 +204,11 @@ SPLITTERS: Mapping[str, Setting] = {
     "vae": Setting("vae", _RELU(layers=(400, 20)), rounds=1, epochs=10),
 }
 # Chosen on training images 50,000 to 54,999 by one seed.
-_NET = _RELU(layers=(400, 100))
+_NET = Setting("dense", _RELU(layers=(400, 100)), rounds=6, epochs=5)
 DENOISERS: Mapping[str, Denoiser] = {
-    "rdae": Denoiser(Setting("dense", _NET, rounds=10, epochs=5), {10: 0.5, 100: 0.5, 250: 0.5}),
-    "autoencoder": Denoiser(Setting("dense", _NET, rounds=10, epochs=5)),
-    "vae": Denoiser(Setting("vae", _RELU(layers=(400, 20), likelihood="gaussian", sigma=0.3), rounds=1, epochs=50)),
-    "robust_pca": Denoiser(Setting("svd", AutoencoderSpec(layers=(60,)), rounds=10), {10: 0.5, 100: 0.5, 250: 0.5}),
-    "slides_dae": Denoiser(Setting("slides", AutoencoderSpec(layers=SLIDES), rounds=10, epochs=5)),
+    "rdae": Denoiser(_NET, {10: 0.6, 100: 0.4, 250: 0.3}),
+    "autoencoder": Denoiser(_NET),
+    "vae": Denoiser(Setting("vae", _RELU(layers=(400, 20), likelihood="gaussian", sigma=0.3), rounds=1, epochs=30)),
+    "robust_pca": Denoiser(Setting("svd", AutoencoderSpec(layers=(40,)), rounds=6), {10: 0.4, 100: 0.3, 250: 0.3}),
+    "slides_dae": Denoiser(Setting("slides", AutoencoderSpec(layers=SLIDES), rounds=6, epochs=5)),
 }
