@@ -19,7 +19,6 @@ from common.dist import SINGLE, World
 from common.errors import UserError
 from common.flags import DeviceSpec, Flags, Spec, WeightsSpec
 from common.progress import progress
-from common.run import recorded_flags
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
@@ -346,9 +345,8 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
 
 
 def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
-    mode, spec = recorded_flags(path).get("mode"), flags.of(AutoencoderSpec)
-    kind = "vae" if mode == "vae" else spec.autoencoder
-    return load_net("autoencoder", state, spec=spec, **_common(flags, path) | {"model": kind})
+    spec = flags.of(AutoencoderSpec)
+    return load_net("autoencoder", state, spec=spec, **_common(flags, path) | {"model": spec.autoencoder})
 
 
 def _fit_dictionaries(flags: Flags) -> FitCoder:

@@ -144,7 +144,7 @@ def _autoencoder(
     return Mode(build, specs, name, defaults=own, backbone=False, length=length)
 
 
-_LATENT = {"layers": [400, 20]}
+_VARIATIONAL = {"autoencoder": "vae", "layers": [400, 20]}
 _TEMPERATURE = {"temperature": 0.07}
 _ROTATION = {"shift_trans_type": "rotation"}
 
@@ -164,7 +164,7 @@ STAGE1: dict[str, Mode] = {
     ),
     "rdae": _autoencoder(rdae.build, rdae.robust_name, length=rdae.rounds_and_epochs),
     "dae": _autoencoder(rdae.build_plain, rdae.plain_name),
-    "vae": _autoencoder(rdae.build_plain, _mode_alone, _LATENT),
+    "vae": _autoencoder(rdae.build_plain, _mode_alone, _VARIATIONAL),
 }
 
 STAGE2: dict[str, Mode] = {

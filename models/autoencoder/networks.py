@@ -40,8 +40,8 @@ class AutoencoderSpec(Spec, group="autoencoder"):
 
     autoencoder: str = flag(
         "dense",
-        "dense, conv (pictures), or svd: the best linear one of that code size, exact (robust PCA)",
-        choices=lambda: ("dense", "conv", "svd"),
+        "dense, conv (pictures), vae (variational), or svd: the best linear one of that code size, exact (robust PCA)",
+        choices=lambda: ("dense", "conv", "vae", "svd"),
         origin="fixed",
     )
     layers: Sequence[int] = flag(
@@ -72,7 +72,7 @@ class AutoencoderSpec(Spec, group="autoencoder"):
     def build(self, kind: str, features: int, shape: tuple[int, int, int] | None) -> nn.Module:
         """A network with fresh weights for rows of `features` entries; `conv` needs the images' shape.
 
-        kind: `vae`, or the name of an autoencoder. Raises: ValueError for `conv` without a shape.
+        kind: of `--autoencoder`. Raises: ValueError for `conv` without a shape.
         """
         if kind == "vae":
             return VariationalAutoencoder(

@@ -36,6 +36,8 @@ from training.optim import RateSpec
 from training.recipe import Batch, EpochEnd, Recipe, Shown, Step
 from training.specs import CompileSpec
 
+# The mode that trains an autoencoder without a sparse part.
+_PLAIN = {"dense": "dae", "conv": "dae", "vae": "vae"}
 # Images in a picture of X, L and S.
 _SHOWN = 8
 
@@ -114,8 +116,11 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
 def build_plain(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `dae` and `vae`: the same networks and updates without a sparse part."""
-    if flags.mode == "dae" and flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder == "svd":
+    kind = flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder
+    if kind == "svd":
         raise UserError(f"--autoencoder svd: --mode {flags.mode} trains by gradients; give --mode rdae")
+    if (kind == "vae") != (flags.mode == "vae"):
+        raise UserError(f"--autoencoder {kind}: --mode {flags.mode} has another; give --mode {_PLAIN[kind]}")
     table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
     return _recipe(flags, net, table, optimizers)
 
@@ -126,8 +131,8 @@ def _set_up(
     """The data matrix, the network with its buffers, its optimizers and what draws its weights."""
     device, spec, seed = own_device(flags, world), flags.of(AutoencoderSpec), flags.seed
     table = split.train_table().to(device)
-    kind = "vae" if flags.mode == "vae" else spec.autoencoder
-    _check(flags, spec, kind, table)
+    kind = spec.autoencoder
+    _check(spec, table, robust=robust)
     rows, features = table.rows.shape
     make = partial(spec.build, kind, features, table.shape)
     net = RobustNet(draw_weights(make, seed), rows if robust else 0, features, table.shape).to(device)
@@ -153,10 +158,13 @@ def _recipe(flags: Flags, net: RobustNet, table: Table, optimizers: tuple[Optimi
     return Recipe(net, table, losses, optimizers, loading=loading, **hooks)
 
 
-def _check(flags: Flags, spec: AutoencoderSpec, kind: str, table: Table) -> None:
+def _check(spec: AutoencoderSpec, table: Table, *, robust: bool) -> None:
     """Raises: UserError for a network that the data does not fit."""
     rows, features = table.rows.shape
-    code = spec.layers[-1]
+    kind, code = spec.autoencoder, spec.layers[-1]
+    bernoulli = kind == "vae" and spec.likelihood == "bernoulli"
+    if bernoulli and robust:
+        raise UserError("--likelihood bernoulli: X - S leaves [0, 1]; give --likelihood gaussian")
     if kind == "conv" and table.shape is None:
         raise UserError("--autoencoder conv: a table has no pictures to convolve; give dense or svd")
     if kind == "svd" and code > min(rows, features):
@@ -168,7 +176,7 @@ def _check(flags: Flags, spec: AutoencoderSpec, kind: str, table: Table) -> None
     low, high = float(data.min()), float(data.max())
     outside = f"values of the data lie in [{low:.4g}, {high:.4g}], not in [0, 1]"
     if low < 0 or high > 1:
-        if kind == "vae" and spec.likelihood == "bernoulli":
+        if bernoulli:
             raise UserError(f"--likelihood bernoulli: {outside}; give --likelihood gaussian")
         if kind != "vae" and spec.output == "sigmoid":
             raise UserError(f"--output sigmoid: {outside}; give --output linear, or scale the data")

@@ -63,6 +63,17 @@ def test_a_training_run_is_the_algorithm_bit_for_bit(penalty, threshold, reinit,
     assert clipped.max() <= threshold * (1 + 1e-5)
 
 
+def test_a_variational_network_takes_the_autoencoders_place(mixture, tmp_path):
+    args = ["--mode", "rdae", "--autoencoder", "vae", "--likelihood", "gaussian", "--sigma", "0.3", "--rounds", "3"]
+    args += ["--contamination", "0.1", "--inner_epochs", "2", "--eps", "0"]
+    folder, state, _ = run(tmp_path, *SMALL, *args)
+    spec = AutoencoderSpec(layers=(16, 8), likelihood="gaussian", sigma=0.3)
+    step = Gradients(lambda: spec.build("vae", 64, None), epochs=2, lr=3e-3, batch_size=32, seed=0)
+    found = separate(mixture.rows, step, threshold=Threshold(None, 0.1), rounds=3, eps=0)
+    assert torch.equal(state["S"], found.S) and "_vae_rdae_l21_rows_q0.1" in folder.name
+    assert evaluate.main(["--load_path", str(folder)]) == 0
+
+
 def test_the_exact_linear_step_is_a_truncated_svd(mixture, tmp_path):
     args = ["--mode", "rdae", "--autoencoder", "svd", "--layers", "3", "--threshold", "1.5", "--rounds", "30"]
     folder, state, rows = run(tmp_path, *DIGITS, *args)
@@ -159,6 +170,9 @@ def test_a_run_ends_with_the_first_round_that_meets_the_criteria(stop, eps, tmp_
         ("--autoencoder svd --layers 999", "--layers 999"),
         ("--mode dae --autoencoder svd", "--autoencoder svd"),
         ("--mode vae --corrupt normal", "--likelihood bernoulli"),
+        ("--autoencoder vae", "--likelihood bernoulli"),
+        ("--mode vae --autoencoder conv", "give --mode dae"),
+        ("--mode dae --autoencoder vae", "give --mode vae"),
         ("--layers 0", "--layers"),
         ("--npz nowhere.npz", "--npz"),
         ("--corrupt normal --corrupt_pixels 65", "--corrupt_pixels 65"),
