@@ -125,7 +125,7 @@ def detect(args: argparse.Namespace) -> None:
         raise UserError("--contamination must lie in (0, 1)")
     wanted = [PLAIN, *map(Threshold, sorted({t for part in args.thresholds for t in part}))]
     wanted += [Threshold(None, q) for q in args.contamination]
-    for seed in args.seeds:
+    for seed in () if args.tables_only else args.seeds:
         table = replace(split, corrupt=CorruptSpec(data_seed=seed)).train_table()
         positive = (~split.normal(table.labels)).numpy()
         if _of_data(args) == _PUBLISHED_SET and (~positive).sum() != _FOURS:
@@ -141,6 +141,11 @@ def detect(args: argparse.Namespace) -> None:
                 found |= _judged(found.pop("score"), found.pop("flagged", None), positive)
                 store.add(of(threshold), found)
             print(f"  {method}: {len(missing)} fits, {time.monotonic() - begun:.0f} s", flush=True)
+    _report_outliers(args, store, wanted)
+
+
+def _report_outliers(args: argparse.Namespace, store: Store, wanted: list[Threshold]) -> None:
+    """Tables and curves of the fits that are there."""
     lines = {method: _by_threshold(args, store, method, _thresholds(method, wanted)) for method in args.methods}
     header, rows = outlier_table(lines)
     if _of_data(args) == _PUBLISHED_SET:
@@ -200,30 +205,37 @@ def _by_threshold(
     return {name: found for name, found in lines.items() if found}
 
 
+_OUTLIER_HEADER = [
+    "method", "oracle F1", "F1 at q=0.05", "F1 at q=0.1", "ROC-AUC", "PR-AUC",
+    "oracle F1 of the score", "F1 of the top 5 %", "oracle F1 over thresholds and cuts",
+]  # fmt: skip
+# Of the score, and what the labels choose where they choose the threshold.
+_RANKED, _ORACLES = ("roc_auc", "pr_auc", "oracle_f1", "f1_at_q0.05"), (("flags", "f1"), ("score", "oracle_f1"))
+
+
 def outlier_table(lines: Mapping[str, Mapping[float | str, list[Facts]]]) -> tuple[list[str], list[list[str]]]:
     """A row for each method as it flags by thresholds, and one for its score where nothing is split off.
 
-    What is said of the score, the norm of the rows of X - L, is that of the largest share that was tried.
+    `oracle F1`: of the flags, at the best threshold of each seed. The score is the norm of the rows of X - L at the
+    largest share q that was tried; its oracle flags what lies above the best cut. The last column has the best
+    threshold and the best cut of each seed.
     """
-    header = ["method", "oracle F1", "F1 at q=0.05", "F1 at q=0.1", "ROC-AUC", "PR-AUC", "oracle F1 of the score",
-              "F1 of the top 5 %"]  # fmt: skip
-    ranked = ("roc_auc", "pr_auc", "oracle_f1", "f1_at_q0.05")
     rows = []
     for method, found in lines.items():
         sweep = [seeds for t, seeds in found.items() if not isinstance(t, str)]
         if sweep:
-            complete = [seeds for seeds in sweep if len(seeds) == max(map(len, sweep))]
-            best = [max(one["flags"]["f1"] for one in of_seed) for of_seed in zip(*complete, strict=True)]
+            by_seed = [*zip(*(seeds for seeds in sweep if len(seeds) == max(map(len, sweep))), strict=True)]
+            best = [[max(one[of][name] for one in seed) for seed in by_seed] for of, name in _ORACLES]
             flags = [[one["flags"]["f1"] for one in found.get(q, [])] for q in ("q0.05", "q0.1")]
             shares = sorted(float(t[1:]) for t in found if isinstance(t, str) and t != "none")
             scored = found[f"q{shares[-1]:g}"] if shares else []
-            scores = [[one["score"][name] for one in scored] for name in ranked]
-            rows.append([method, *map(cell, [best, *flags, *scores])])
+            scores = [[one["score"][name] for one in scored] for name in _RANKED]
+            rows.append([method, *map(cell, [best[0], *flags, *scores, best[1]])])
         if "none" in found:
-            names = ("oracle_f1", "f1_at_q0.05", "f1_at_q0.1", *ranked)
+            names = ("oracle_f1", "f1_at_q0.05", "f1_at_q0.1", *_RANKED)
             name = f"{method}, nothing split off" if sweep else method
-            rows.append([name, *(cell([one["score"][of] for one in found["none"]]) for of in names)])
-    return header, rows
+            rows.append([name, *(cell([one["score"][of] for one in found["none"]]) for of in names), ""])
+    return _OUTLIER_HEADER, rows
 
 
 def cell(values: Sequence[float], digits: int = 3) -> str:
@@ -278,7 +290,7 @@ def denoise(args: argparse.Namespace) -> None:
     """Carry out the study of noise."""
     split, store = read_split(args), Store(args.out / "denoise.jsonl")
     reader: Reader | None = None
-    for seed in args.seeds:
+    for seed in () if args.tables_only else args.seeds:
         for points in args.points:
             missing = {m: [t for t in _levels(args, m, points) if _noise_line(args, m, points, seed, t) not in store]
                        for m in args.methods}  # fmt: skip
@@ -461,6 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
         study.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD",
                            help=f"of {', '.join(methods)}")  # fmt: skip
+        study.add_argument("--tables_only", action="store_true", help="of the fits that are there; make no more")
         study.add_argument("--thresholds", type=numbers, nargs="+", metavar="T", help="T, or FIRST:LAST:STEP")
     detecting, denoising = studies.choices["outliers"], studies.choices["denoise"]
     detecting.set_defaults(thresholds=[numbers("2:7:0.075"), numbers("4.5:5:0.075")])

@@ -192,10 +192,13 @@ def test_outliers_are_judged_by_their_labels_and_the_study_goes_on_where_it_was(
     assert [row["method"] for row in rows] == ["rdae", "rdae, nothing split off", "vae", "pca"]
     assert rows == json.loads((tmp_path / "outliers.json").read_text())["table"]
 
+    monkeypatch.setattr(rdae, "fits", None)
+    before = (tmp_path / "outliers.md").read_text()
+    assert main(outliers(tmp_path, "--tables_only")) == 0 and (tmp_path / "outliers.md").read_text() == before
+
     # Killed in the middle of the last line: that fit is made again, the others are not.
     whole = (tmp_path / "outliers.jsonl").read_text()
     (tmp_path / "outliers.jsonl").write_text(whole[:-30])
-    monkeypatch.setattr(rdae, "fits", None)
     assert main(outliers(tmp_path)) == 0
     again = (tmp_path / "outliers.jsonl").read_text()
     assert again.splitlines()[:-1] == whole.splitlines()[:-1]
@@ -230,6 +233,7 @@ def test_the_oracle_takes_the_best_threshold_of_each_seed():
     assert row["F1 at q=0.05"] == "0.400 ± 0.141" and row["F1 at q=0.1"] == ""
     assert row["ROC-AUC"] == "0.850 ± 0.071"  # of the largest share
     assert row["F1 of the top 5 %"] == "0.300 ± 0.000"
+    assert row["oracle F1 over thresholds and cuts"] == "0.600 ± 0.000" and len(header) == len(set(header))
     assert rows[1][:3] == ["rdae, nothing split off", "0.600 ± 0.000", "0.300 ± 0.000"]
     assert cell([0.5]) == "0.500" and cell([]) == ""
 
