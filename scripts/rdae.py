@@ -180,6 +180,7 @@ def _detections(
         return
     for fit in fits(table.rows, table.shape, SPLITTERS[method], seed, "l21_rows", thresholds):
         found = {"score": (table.rows - fit.parts.L).norm(dim=1).numpy(), "t": fit.parts.threshold}
+        found["dead_outputs"] = dead_outputs(table.rows, fit.parts.L)
         if fit.threshold != PLAIN:
             found["flagged"] = (fit.parts.S != 0).any(1).numpy()
             found["c2"] = fit.parts.history["c2"][-1]
@@ -207,7 +208,7 @@ def _by_threshold(
 
 _OUTLIER_HEADER = [
     "method", "oracle F1", "F1 at q=0.05", "F1 at q=0.1", "ROC-AUC", "PR-AUC",
-    "oracle F1 of the score", "F1 of the top 5 %", "oracle F1 over thresholds and cuts",
+    "oracle F1 of the score", "F1 of the top 5 %", "oracle F1 over thresholds and cuts", "dead outputs",
 ]  # fmt: skip
 # Of the score, and what the labels choose where they choose the threshold.
 _RANKED, _ORACLES = ("roc_auc", "pr_auc", "oracle_f1", "f1_at_q0.05"), (("flags", "f1"), ("score", "oracle_f1"))
@@ -230,11 +231,12 @@ def outlier_table(lines: Mapping[str, Mapping[float | str, list[Facts]]]) -> tup
             shares = sorted(float(t[1:]) for t in found if isinstance(t, str) and t != "none")
             scored = found[f"q{shares[-1]:g}"] if shares else []
             scores = [[one["score"][name] for one in scored] for name in _RANKED]
-            rows.append([method, *map(cell, [best[0], *flags, *scores, best[1]])])
+            rows.append([method, *map(cell, [best[0], *flags, *scores, best[1]]), ""])
         if "none" in found:
             names = ("oracle_f1", "f1_at_q0.05", "f1_at_q0.1", *_RANKED)
             name = f"{method}, nothing split off" if sweep else method
-            rows.append([name, *(cell([one["score"][of] for one in found["none"]]) for of in names), ""])
+            dead = cell([one["dead_outputs"] for one in found["none"] if "dead_outputs" in one], 1)
+            rows.append([name, *(cell([one["score"][of] for one in found["none"]]) for of in names), "", dead])
     return _OUTLIER_HEADER, rows
 
 

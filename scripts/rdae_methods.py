@@ -196,6 +196,7 @@ SPLITTERS: Mapping[str, Setting] = {
     "rdae_vae": Setting("vae", _RELU(layers=(400, 50), likelihood="gaussian", sigma=0.3), rounds=10, epochs=1),
     "rdae_vae_bernoulli": Setting("vae", _RELU(layers=(400, 20)), rounds=10),
     "rdae_slides": Setting("dense", _RELU(layers=SLIDES), rounds=3, epochs=5),
+    "slides_dae": Setting("slides", AutoencoderSpec(layers=SLIDES), rounds=1, epochs=15),
     "rdae_release": Setting(
         "dense", AutoencoderSpec(layers=RELEASE, tied=True), rounds=20, epochs=50, batch_size=133, reinit=True
     ),
