@@ -279,7 +279,7 @@ _SHOWN = 12
 
 def with_table(flags: Flags) -> Flags:
     """The flags, in which --npz without --dataset means a table."""
-    return flags.filled({"dataset": TABLE}) if flags.given("npz") else flags
+    return flags.implied({"dataset": TABLE}) if flags.given("npz") else flags
 
 
 def read_split(flags: Flags, *, training: bool, model_size: int | None, fixed: bool = False) -> Split:

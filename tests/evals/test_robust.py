@@ -126,6 +126,14 @@ def test_other_images_are_scored_by_their_reconstruction(of, capsys):
     assert json.loads((folder / "result_rdae_outliers.json").read_text())["n_out"] == 9
 
 
+def test_weights_of_pictures_score_a_table_by_naming_its_file(of, tmp_path, capsys):
+    """As long as its rows are as long; --dataset table need not be given."""
+    np.savez(tmp_path / "a.npz", X=np.random.default_rng(0).random((20, 64)))
+    result, rows, _ = of("outliers", "outliers", "--npz", str(tmp_path / "a.npz"), "--out", str(tmp_path / "outliers"))
+    assert result["dataset"] == "table" and len(rows) == 20 and result["trained_on"] is False
+    assert "was trained on digits" in capsys.readouterr().out
+
+
 def test_without_a_sparse_part_a_quantile_flags(of):
     result, rows, _ = of("plain", "outliers", "--contamination", "0.03")
     scores = np.array([float(row["score"]) for row in rows])

@@ -186,6 +186,32 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(wrong, told, tmp
     assert not list(tmp_path.iterdir())
 
 
+OF_NETWORKS = "--widths 4 --activation tanh --output linear --tied --likelihood gaussian --beta 2 --sigma 0.2".split()
+OF_ROUNDS = "--stop any --eps 1e-4 --inner_epochs 1 --reinit".split()
+
+
+@pytest.mark.parametrize(
+    "mode, kind, idle",
+    [
+        ("rdae", "dense", {"widths", "likelihood", "beta", "sigma"}),
+        ("dae", "conv", {"tied", "likelihood", "beta", "sigma", "stop", "eps", "inner_epochs", "reinit"}),
+        ("rdae", "vae", {"widths", "output", "tied"}),
+        ("rdae", "svd", {flag[2:] for flag in OF_NETWORKS if flag[:2] == "--"} | {"inner_epochs", "reinit"}),
+    ],
+)
+def test_flags_that_change_nothing_are_reported(mode, kind, idle, tmp_path, capsys):
+    args = ["--mode", mode, "--autoencoder", kind, "--rounds" if mode == "rdae" else "--epochs", "1"]
+    folder, *_ = run(tmp_path, *SMALL, *OF_NETWORKS, *OF_ROUNDS, *args)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert {line.split()[1][2:] for line in notes} - {"lr_init"} == idle
+    # Weights record those that have one, and evaluation reports the others, too.
+    assert evaluate.main(["--load_path", str(folder), *OF_NETWORKS]) == 0
+    told = capsys.readouterr().out
+    assert {line.split()[1][2:] for line in told.splitlines() if "has no effect" in line} == idle & {
+        flag[2:] for flag in OF_NETWORKS
+    }
+
+
 @pytest.mark.parametrize(
     "arrays, told",
     [
