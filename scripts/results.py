@@ -61,12 +61,14 @@ class Result:
         flags, weights = found.get("flags", {}), Path(found.get("checkpoint") or "")
         settings = found.get("settings", {})
         # Autoencoders have no backbone; --model is a default that nothing has read.
-        model = None if "autoencoder" in settings else flags.get("model")
+        model, start = flags.get("model"), f"{dataset}_{flags.get('model')}_"
+        if "autoencoder" in settings:
+            model, start = None, f"{dataset}_"
         facts = {
             "weights": found.get("weights") or weights.stem or None,
             "model": model,
             "epochs": found["epochs"],
-            "run": _run(weights.parent.name, f"{dataset}_{model}_" if model else f"{dataset}_", f"_one_class_{idx}"),
+            "run": _run(weights.parent.name, start, f"_one_class_{idx}"),
         }
         facts = {name: value for name, value in facts.items() if value is not None}
         facts |= {name: value for name, value in settings.items() if name not in _NAMED}
