@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.run import recorded_flags
 from datasets.table import Table
 from evals.metrics import auroc
 from evals.result import Result
@@ -48,11 +49,11 @@ class Separation:
         net: RobustNet = trained.net  # type: ignore[assignment]
         table = trained.split.train_table(net.shape and net.shape[0])
         if table.rows.shape[1] != net.S.shape[1]:
-            raise UserError(
-                f"--load_path: {trained.title} takes rows of {net.S.shape[1]} entries, the data has"
-                f" {table.rows.shape[1]}"
-            )
-        same = trained.facts.get("fingerprint") == table.fingerprint
+            takes = f"{trained.title} takes rows of {net.S.shape[1]} entries, the data has {table.rows.shape[1]}"
+            if table.shape and net.shape:
+                raise UserError(f"--image_size: {takes}; leave the flag out, or give {net.shape[1]}")
+            raise UserError(f"--{'data_path' if table.shape else 'npz'}: {takes}; give data of the same length")
+        same = trained.facts.get("fingerprint") == table.fingerprint and not _read_otherwise(trained)
         if not same:
             print(f"note: {trained.title} was trained on other data; this is scored by its reconstruction error")
         robust, threshold = len(net.S) > 0, float(net.threshold)
@@ -87,7 +88,7 @@ def denoise(trained: Trained) -> Iterator[Result]:
     """
     with trained.world.raise_together():
         parts = Separation.of(trained)
-        test = _test_table(trained, parts.table)
+        test = _test_table(trained, parts.table) if len(parts.table.labels.unique()) > 1 else None
 
     def results() -> Iterator[Result]:
         table = parts.table
@@ -233,8 +234,8 @@ def _thinned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _code_accuracy(trained: Trained, table: Table, test: Table | None) -> dict[str, float]:
-    """How often a random forest on codes tells the class; nothing with a single class or without test rows."""
-    if test is None or len(table.labels.unique()) < 2:
+    """How often a random forest on codes tells the class; nothing without test rows."""
+    if test is None:
         return {}
     from sklearn.ensemble import RandomForestClassifier
 
@@ -245,9 +246,19 @@ def _code_accuracy(trained: Trained, table: Table, test: Table | None) -> dict[s
     return {"code_accuracy": float((forest.predict(codes[1]) == test.labels.numpy()).mean())}
 
 
+def _read_otherwise(trained: Trained) -> bool:
+    """Whether the same pictures have other values than in training; their fingerprint is of the files."""
+    return trained.path is not None and "value_range" in trained.flags.differences(recorded_flags(trained.path))
+
+
 def _test_table(trained: Trained, table: Table) -> Table | None:
-    """Test rows of the classes that the training rows have; None where they are the training rows."""
-    test = trained.split.test_table(table.shape and table.shape[0])
+    """Test rows of the classes that the training rows have; None where they are the training rows, or there are none,
+    which a line reports."""
+    try:
+        test = trained.split.test_table(table.shape and table.shape[0])
+    except UserError as error:
+        print(f"note: codes are not judged without test images ({error})")
+        return None
     if test.rows.shape == table.rows.shape and torch.equal(test.rows, table.rows):
         return None
     known = torch.isin(test.labels, table.labels.unique())

@@ -134,6 +134,50 @@ def test_weights_of_pictures_score_a_table_by_naming_its_file(of, tmp_path, caps
     assert "was trained on digits" in capsys.readouterr().out
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 16-bit pictures of two classes without a test split, and the weights trained on it."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+        for n in range(6):
+            values = rng.integers(100, 4000, (8, 8), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / "pictures" / "train" / name / f"{n}.png")
+    args = "--mode rdae --dataset folder --image_size 8 --layers 4 --rounds 1 --inner_epochs 1 --device cpu".split()
+    assert train.main([*args, "--data_path", str(tmp_path / "pictures"), "--log_root", str(tmp_path / "logs")]) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def test_noise_is_measured_without_test_images(pictures, capsys):
+    assert evaluate.main(["--load_path", str(pictures), "--mode", "rdae_denoise"]) == 0
+    told = capsys.readouterr().out
+    assert "note: codes are not judged without test images (--data_path: no pictures" in told
+    result = json.loads((pictures / "result_rdae_denoise.json").read_text())
+    assert result["mse"]["all"] > 0 and "code_accuracy" not in result
+
+
+def test_pictures_that_are_read_otherwise_are_other_data(pictures, capsys):
+    """L and S are of the values that they had in training."""
+    assert evaluate.main(["--load_path", str(pictures)]) == 0
+    assert json.loads((pictures / "result_rdae_outliers.json").read_text())["trained_on"] is True
+    assert evaluate.main(["--load_path", str(pictures), "--value_range", "0", "65535"]) == 0
+    assert "trained on other data" in capsys.readouterr().out
+    (other,) = pictures.glob("result_rdae_outliers_*.json")
+    assert json.loads(other.read_text())["trained_on"] is False
+
+
+@pytest.mark.parametrize("more, told", [("--image_size 16", "--image_size: "), ("--npz", "--npz: ")])
+def test_rows_of_another_length_are_refused_with_a_remedy(more, told, trained, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", X=np.random.default_rng(0).random((20, 63)))
+    more = [*more.split(), *([str(tmp_path / "a.npz")] if more == "--npz" else [])]
+    args = ["--load_path", str(trained("outliers")), "--mode", "rdae_outliers", *more]
+    assert evaluate.main([*args, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "takes rows of 64 entries" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_sparse_part_a_quantile_flags(of):
     result, rows, _ = of("plain", "outliers", "--contamination", "0.03")
     scores = np.array([float(row["score"]) for row in rows])
