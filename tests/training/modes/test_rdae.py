@@ -254,3 +254,14 @@ def test_a_table_is_split_and_rows_of_another_table_are_scored(tmp_path, capsys)
     result = json.loads(found.read_text())
     assert (result["trained_on"], result["n_in"], result["n_out"], result["roc_auc"]) == (False, 21, 4, 1)
     assert "scored by its reconstruction error" in capsys.readouterr().out
+
+
+def test_rows_without_labels_are_scored_by_weights_of_labelled_ones(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", X=rng.random((30, 4)), y=np.arange(30) % 3)
+    np.savez(tmp_path / "new.npz", X=rng.random((7, 4)))
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--layers", "2", "--rounds", "1", "--inner_epochs", "1"]
+    folder, *_ = run(tmp_path / "logs", *args)
+    assert evaluate.main(["--load_path", str(folder), "--npz", str(tmp_path / "new.npz")]) == 0
+    assert "was trained on rows of other labels (0, 1, 2)" in capsys.readouterr().out
+    assert json.loads((folder / "result_rdae_outliers.json").read_text())["data"]["training"]["images"] == 7
