@@ -85,6 +85,11 @@ def test_noise_is_measured_where_it_is(of):
     assert result["nonzero"] == pytest.approx((S != 0).mean())
 
 
+def test_of_noise_everywhere_nothing_is_intact(of):
+    result, *_ = of("plain", "denoise", "--corrupt_pixels", "64")
+    assert set(result["mse"]) == set(result["psnr"]) == set(result["noisy_mse"]) == {"all", "corrupted"}
+
+
 def test_codes_are_judged_by_a_forest_on_other_images(of):
     result, _, folder = of("plain", "denoise")
     state = torch.load(folder / "last.model", weights_only=True)

@@ -265,3 +265,36 @@ def test_rows_without_labels_are_scored_by_weights_of_labelled_ones(tmp_path, ca
     assert evaluate.main(["--load_path", str(folder), "--npz", str(tmp_path / "new.npz")]) == 0
     assert "was trained on rows of other labels (0, 1, 2)" in capsys.readouterr().out
     assert json.loads((folder / "result_rdae_outliers.json").read_text())["data"]["training"]["images"] == 7
+
+
+def test_test_rows_of_a_table_are_scored(tmp_path, capsys):
+    """By their reconstruction error; labels that training rows do not have are anomalies."""
+    rng = np.random.default_rng(0)
+    basis, y = rng.normal(size=(2, 12)), np.arange(40) < 6
+    X, new = (rng.normal(size=(n, 2)) @ basis for n in (60, 40))
+    new[y] += rng.normal(size=(6, 12))
+    np.savez(tmp_path / "a.npz", X_train=X, X_test=new, y_test=y)
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--autoencoder", "svd", "--layers", "2"]
+    folder, state, _ = run(tmp_path / "logs", *args, "--threshold", "1")
+    assert evaluate.main(["--load_path", str(folder)]) == 0
+    result = json.loads((folder / "result_rdae_outliers.json").read_text())
+    assert result["test"] == {"roc_auc": 1, "pr_auc": pytest.approx(1)} and "roc_auc" not in result
+    lines = (folder / result["scores"]["test"]).read_text().splitlines()
+    V = state["autoencoder.components"].double().numpy()
+    expected = np.linalg.norm(new - new @ V @ V.T, axis=1)
+    assert [float(line.split(",")[-1]) for line in lines[1:]] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert evaluate.main(["--load_path", str(folder), "--mode", "ood_reconstruction"]) == 2
+    assert "evaluated by rdae_outliers" in capsys.readouterr().err
+
+
+def test_rows_that_were_trained_on_are_no_test_rows(tmp_path):
+    """A file with one matrix, of which some rows are used, with noise of another draw."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", X=rng.random((40, 6)), y=np.arange(40) % 2)
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--autoencoder", "svd", "--layers", "2"]
+    folder, *_ = run(tmp_path / "logs", *args, "--one_class_idx", "0", "--outliers", "5", "--corrupt", "uniform",
+                     "--corrupt_pixels", "2")  # fmt: skip
+    for mode in ("rdae_outliers", "rdae_denoise"):
+        assert evaluate.main(["--load_path", str(folder), "--mode", mode]) == 0
+        result = json.loads((folder / f"result_{mode}.json").read_text())
+        assert not {"test", "code_accuracy"} & result.keys() and list(result["scores"]) == ["training"]
