@@ -213,6 +213,13 @@ class Flags:
         flags._filled |= own.keys()
         return flags
 
+    def implied(self, values: Mapping[str, Any]) -> "Flags":
+        """The same with `values`, which follow from flags that were given, as if the user had given them, too."""
+        own = {name: value for name, value in values.items() if name not in self._given}
+        flags = self._with(own)
+        flags._given |= own.keys()
+        return flags
+
     def inherited(self, recorded: Mapping[str, Any], path: Path | str, *, flag: str) -> "Flags":
         """The same with what weights at `path` (of --`flag`) have recorded of their training as defaults.
 

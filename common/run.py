@@ -50,6 +50,7 @@ class Run:
 
     weights: name of the file of weights that other commands read ("last.model").
     resume: name of the file from which an interrupted run goes on ("last.resume").
+    moved: flags that say where the data lies and that had another value when the run began.
     replace: --overwrite, a folder that is there makes way for this run.
     processes: how many train together, each on --batch_size images of a step.
     extensible: whether --resume_path trains a finished run of this mode for longer.
@@ -84,6 +85,7 @@ class Run:
         self._extensible = extensible
         self._data: dict[str, Any] | None = None
         self._facts: dict[str, Any] = {}
+        self.moved: list[str] = []
         try:
             if folder.exists():
                 self._look(replace)
@@ -126,6 +128,7 @@ class Run:
                     " (on CPUs batch normalisation sees the images of one process)"
                 )
         self._started = written.get("started", [])
+        self.moved = _moved(before, now)
         if changed:
             longer = ""
             if [text.split()[0] for text in changed] == ["--epochs"] and self._extensible:
@@ -361,6 +364,13 @@ def _differences(
 
     names = [name for name in before if name in now and not same(name)]
     return [f"--{name} was {before[name]}, is {now[name]}" for name in names]
+
+
+def _moved(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Paths of the data that the run had and that are others now."""
+    names = [name for name in ("data_path", "npz") if before.get(name) and now.get(name)]
+    other = [name for name in names if Path(before[name]).resolve() != Path(now[name]).resolve()]
+    return [f"--{name} was {before[name]}, is {now[name]}" for name in other]
 
 
 def _keep_rows(path: Path, epoch: int) -> None:

@@ -288,7 +288,10 @@ def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -
 
 
 def _no_pictures(source: DataSource, split: str, label: int | None) -> ImageSet:
-    raise UserError("--npz: rows of a table are no pictures; the modes for tables are rdae, dae and vae")
+    raise UserError(
+        "--npz: rows of a table are no pictures; the modes for tables are rdae, dae and vae, evaluated by"
+        " rdae_outliers, rdae_denoise and rdae_features"
+    )
 
 
 _TEN = _names(*"0123456789")

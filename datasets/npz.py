@@ -96,9 +96,12 @@ class NpzFile:
         if name not in self.names:
             if name == "y_test" and "y_train" in self.names:
                 raise UserError(f"--npz: {self.path} has y_train and X_test, and no y_test; add it")
+            if name == "y_train" and "y" in self.names:
+                raise UserError(f"--npz: {self.path} has X_train and y; name the labels y_train")
             return None
         y = self._array(name)
-        if y.ndim != 1 or y.dtype.kind not in "buif" or not (y == np.round(y)).all():
+        # Floats count up to 2^53; infinity equals what it is rounded to.
+        if y.ndim != 1 or y.dtype.kind not in "buif" or not ((y == np.round(y)) & (np.abs(y) <= 2.0**53)).all():
             raise UserError(f"--npz: {name} of {self.path} has to hold a whole number for each row of {rows}")
         return y.astype(np.int64)
 

@@ -109,8 +109,9 @@ class Split:
     def check_trained(self, trained: Mapping[str, Any], path: Path, *, flag: str) -> None:
         """Compare with the `facts` of the images that weights were trained on; empty facts are accepted.
 
-        Prints a note where the data set differs, and where one has a single normal class and the other all classes.
-        Raises: UserError where the data set is the same and the normal class, or the set of classes, differs.
+        Prints a note where the data set differs, where one has a single normal class and the other all classes, and
+        where rows of a table have other labels.
+        Raises: UserError where the data set is the same and the normal class, or the set of picture classes, differs.
         """
         if not trained:
             return
@@ -127,6 +128,10 @@ class Split:
             own = f"class {self.one_class_idx} is {here!r}"
             raise UserError(f"--one_class_idx: {path} was trained on {was}, and here {own}; {remedy}")
         elif here is None and trained["classes"] != self.facts(_NO_IMAGES)["classes"]:
+            if self.spec.table is not None:
+                # Rows that are to be scored need no labels.
+                print(f"note: {path} was trained on rows of other labels ({_listed(trained['classes'])})")
+                return
             raise UserError(
                 f"--data_path: {path} was trained on other classes ({_listed(trained['classes'])}) than there are here"
                 f" ({_listed(self.class_names[: self.n_classes])}); give it the same ones"
@@ -279,7 +284,7 @@ _SHOWN = 12
 
 def with_table(flags: Flags) -> Flags:
     """The flags, in which --npz without --dataset means a table."""
-    return flags.filled({"dataset": TABLE}) if flags.given("npz") else flags
+    return flags.implied({"dataset": TABLE}) if flags.given("npz") else flags
 
 
 def read_split(flags: Flags, *, training: bool, model_size: int | None, fixed: bool = False) -> Split:

@@ -30,7 +30,7 @@ from evals.trained import Trained, evaluation_mode
 from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
-from models.checkpoint import State, load_net
+from models.checkpoint import State, autoencoder_spec, load_net
 from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
@@ -345,7 +345,7 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
 
 
 def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
-    spec = flags.of(AutoencoderSpec)
+    spec = autoencoder_spec(flags)
     return load_net("autoencoder", state, spec=spec, **_common(flags, path) | {"model": spec.autoencoder})
 
 

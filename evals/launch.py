@@ -9,6 +9,7 @@ from common.device import memory_errors, reuse_host_memory
 from common.dist import World, processes, report_once
 from common.files import disk_errors
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, build_parser, parse, print_dry_run
+from datasets import one_class
 from datasets.views import PassSpec
 from evals import Eval, mode_of_run
 from evals.specs import PlaceSpec
@@ -31,6 +32,7 @@ def launch(
         World.of(os.environ)  # What is wrong with the launcher comes first.
         load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
         flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
+        flags = one_class.with_table(flags)
         row = modes[flags.mode]
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.

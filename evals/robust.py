@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.run import recorded_flags
 from datasets.table import Table
 from evals.metrics import auroc
 from evals.result import Result
@@ -48,11 +49,11 @@ class Separation:
         net: RobustNet = trained.net  # type: ignore[assignment]
         table = trained.split.train_table(net.shape and net.shape[0])
         if table.rows.shape[1] != net.S.shape[1]:
-            raise UserError(
-                f"--load_path: {trained.title} takes rows of {net.S.shape[1]} entries, the data has"
-                f" {table.rows.shape[1]}"
-            )
-        same = trained.facts.get("fingerprint") == table.fingerprint
+            takes = f"{trained.title} takes rows of {net.S.shape[1]} entries, the data has {table.rows.shape[1]}"
+            if table.shape and net.shape:
+                raise UserError(f"--image_size: {takes}; leave the flag out, or give {net.shape[1]}")
+            raise UserError(f"--{'data_path' if table.shape else 'npz'}: {takes}; give data of the same length")
+        same = trained.facts.get("fingerprint") == table.fingerprint and not _read_otherwise(trained)
         if not same:
             print(f"note: {trained.title} was trained on other data; this is scored by its reconstruction error")
         robust, threshold = len(net.S) > 0, float(net.threshold)
@@ -87,7 +88,7 @@ def denoise(trained: Trained) -> Iterator[Result]:
     """
     with trained.world.raise_together():
         parts = Separation.of(trained)
-        test = _test_table(trained, parts.table)
+        test = _test_table(trained, parts.table) if len(parts.table.labels.unique()) > 1 else None
 
     def results() -> Iterator[Result]:
         table = parts.table
@@ -98,6 +99,8 @@ def denoise(trained: Trained) -> Iterator[Result]:
             places |= {"corrupted": table.mask, "intact": ~table.mask}
         metrics: dict[str, float] = {}
         for name, place in places.items():
+            if not place.any():  # Noise may be everywhere.
+                continue
             mse = _mean(error[place])
             metrics |= {f"mse/{name}": mse, f"psnr/{name}": _psnr(mse), f"noisy_mse/{name}": _mean(before[place])}
         if parts.S is not None:
@@ -125,10 +128,13 @@ def outliers(trained: Trained) -> Iterator[Result]:
     A row is flagged where its row in S has a non-zero entry; without a sparse part, where its score, the norm of X - L,
     lies above the quantile of --contamination. Where the data has other classes: `precision`, `recall`, `f1`,
     `accuracy` (outlying is positive), `roc_auc` and `pr_auc` of the score, and `oracle_f1` at `oracle_threshold`: the
-    best over all thresholds of the score, which only labels can tell.
+    best over all thresholds of the score, which only labels can tell. Test rows of a table are scored, too (those of
+    pictures by `ood_reconstruction`): `test/roc_auc` and `test/pr_auc`.
     """
     with trained.world.raise_together():
         parts = Separation.of(trained)
+        unseen = trained.split.test_table() if parts.table.shape is None else None
+        unseen = None if unseen is None or _holds(unseen, parts.table) else unseen
 
     def results() -> Iterator[Result]:
         table = parts.table
@@ -151,8 +157,15 @@ def outliers(trained: Trained) -> Iterator[Result]:
             metrics |= {"oracle_f1": float(arrays["f1"][best]), "oracle_threshold": float(arrays["threshold"][best])}
             arrays = _thinned(arrays)
         columns = {"score": score, "flagged": flagged, "norm_S": parts.S_or_zero.norm(dim=1)}
+        per_image = {"training": _columns(table, columns)}
+        if unseen is not None:
+            scores, anomalous = _errors(trained, unseen), ~trained.split.normal(unseen.labels)
+            per_image["test"] = _columns(unseen, {"score": scores})
+            if anomalous.any() and not anomalous.all():
+                found = ranking_metrics(scores.numpy(), anomalous.numpy())
+                metrics |= {f"test/{name}": value for name, value in found.items()}
         facts = _facts(trained, parts) | {"n_in": int((~outlying).sum()), "n_out": int(outlying.sum())}
-        yield Result("outliers", metrics, {"training": _columns(table, columns)}, facts, arrays)
+        yield Result("outliers", metrics, per_image, facts, arrays)
 
     return results()
 
@@ -233,8 +246,8 @@ def _thinned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _code_accuracy(trained: Trained, table: Table, test: Table | None) -> dict[str, float]:
-    """How often a random forest on codes tells the class; nothing with a single class or without test rows."""
-    if test is None or len(table.labels.unique()) < 2:
+    """How often a random forest on codes tells the class; nothing without test rows."""
+    if test is None:
         return {}
     from sklearn.ensemble import RandomForestClassifier
 
@@ -245,10 +258,32 @@ def _code_accuracy(trained: Trained, table: Table, test: Table | None) -> dict[s
     return {"code_accuracy": float((forest.predict(codes[1]) == test.labels.numpy()).mean())}
 
 
+def _holds(test: Table, train: Table) -> bool:
+    """Whether the training rows are among the test rows, whatever the noise: a file may have one matrix for both."""
+    there, here = (part.rows if part.clean is None else part.clean for part in (test, train))
+    return int(train.indices.max()) < len(there) and torch.equal(there[train.indices], here)
+
+
+def _errors(trained: Trained, table: Table) -> Tensor:
+    """The norm of the reconstruction error of each row (N,), on the CPU."""
+    with evaluation_mode(trained.net):
+        return (table.rows - reconstruct(trained.net, table.rows.to(trained.device)).cpu()).norm(dim=1)
+
+
+def _read_otherwise(trained: Trained) -> bool:
+    """Whether the same pictures have other values than in training; their fingerprint is of the files."""
+    return trained.path is not None and "value_range" in trained.flags.differences(recorded_flags(trained.path))
+
+
 def _test_table(trained: Trained, table: Table) -> Table | None:
-    """Test rows of the classes that the training rows have; None where they are the training rows."""
-    test = trained.split.test_table(table.shape and table.shape[0])
-    if test.rows.shape == table.rows.shape and torch.equal(test.rows, table.rows):
+    """Test rows of the classes that the training rows have; None where they hold the training rows, or there are none,
+    which a line reports."""
+    try:
+        test = trained.split.test_table(table.shape and table.shape[0])
+    except UserError as error:
+        print(f"note: codes are not judged without test images ({error})")
+        return None
+    if _holds(test, table):
         return None
     known = torch.isin(test.labels, table.labels.unique())
     return test.where(known) if known.any() else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import load_state_dict, readable
+from common.flags import Flags
 from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
@@ -72,6 +73,24 @@ def _feature_sizes(state: State) -> dict[str, Any]:
 
 def _build_rot_trans(model: str) -> RotTransNet:
     return RotTransNet(backbone_spec(model).make())
+
+
+def autoencoder_spec(flags: Flags) -> AutoencoderSpec:
+    """From the flags; reads only those that the network of --autoencoder has."""
+    kind = flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder
+    own = list(_AUTOENCODER_FLAGS[kind])
+    if kind == "vae" and flags.of(AutoencoderSpec, only=["likelihood"]).likelihood == "gaussian":
+        own.append("sigma")
+    return flags.of(AutoencoderSpec, only=["autoencoder", "layers", *own])
+
+
+# Besides --layers.
+_AUTOENCODER_FLAGS = {
+    "dense": ("activation", "output", "tied"),
+    "conv": ("widths", "activation", "output"),
+    "vae": ("activation", "likelihood", "beta"),
+    "svd": (),
+}
 
 
 def _build_autoencoder(

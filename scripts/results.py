@@ -55,19 +55,23 @@ class Result:
     column: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> "Result":
-        """Raises: OSError, ValueError, KeyError, TypeError, AttributeError for a file that is no result."""
-        found = json.loads(path.read_text())
+    def of_file(cls, found: Any) -> "Result":
+        """Raises: ValueError, KeyError, TypeError, AttributeError for what is no result."""
         dataset, idx, aurocs = found["dataset"], found["one_class_idx"], found["auroc"]
         flags, weights = found.get("flags", {}), Path(found.get("checkpoint") or "")
+        settings = found.get("settings", {})
+        # Autoencoders have no backbone; --model is a default that nothing has read.
+        model, start = flags.get("model"), f"{dataset}_{flags.get('model')}_"
+        if "autoencoder" in settings:
+            model, start = None, f"{dataset}_"
         facts = {
             "weights": found.get("weights") or weights.stem or None,
-            "model": flags.get("model"),
+            "model": model,
             "epochs": found["epochs"],
-            "run": _run(weights.parent.name, f"{dataset}_{flags.get('model')}_", f"_one_class_{idx}"),
+            "run": _run(weights.parent.name, start, f"_one_class_{idx}"),
         }
         facts = {name: value for name, value in facts.items() if value is not None}
-        facts |= {name: value for name, value in found.get("settings", {}).items() if name not in _NAMED}
+        facts |= {name: value for name, value in settings.items() if name not in _NAMED}
         data = {name: of["fingerprint"] or f"{of['images']} images" for name, of in found.get("data", {}).items()}
         same = {name: found[name] for name in ("score", "mode", "dataset", "one_class_idx", "seed", "device")}
         mean, class_name = float(found["mean"]), found.get("class_name")
@@ -80,16 +84,21 @@ def _run(folder: str, start: str, end: str) -> str | None:
 
 
 def read_results(roots: Sequence[Path]) -> list[Result]:
-    """Every result_*.json below the folders. Raises: UserError where there is none, or one cannot be read."""
+    """Every result_*.json of a detection below the folders. Raises: UserError where there is none, or one cannot be
+    read."""
     paths = sorted({path for root in roots for path in root.rglob("result_*.json")})
     if not paths:
         raise UserError(f"no result_*.json below {', '.join(map(str, roots))}; eval.py writes them")
     results = []
     for path in paths:
         try:
-            results.append(Result.read(path))
+            found = json.loads(path.read_text())
+            # What `evals.robust` finds in training data has no score of test images.
+            results += [] if "trained_on" in found else [Result.of_file(found)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is not a result of eval.py") from None
+    if not results:
+        raise UserError(f"no AUROC in the result_*.json below {', '.join(map(str, roots))}; ood_reconstruction has it")
     for group in _grouped(results, lambda r: r.dataset):
         _separate_data(group)
     for group in _grouped(results, lambda r: (r.dataset, r.of, r.one_class_idx)):

@@ -259,7 +259,10 @@ def test_a_table_is_trained_on_by_naming_its_file(tmp_path, capsys):
     file.rename(tmp_path / "moved.npz")
     command = ["--log_root", str(tmp_path / "logs"), "--device", "cpu", "--epochs", "3", *args[2:], "--npz"]
     train.train([*command, str(tmp_path / "moved.npz")], SCRIPT)
-    assert "is finished" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "is finished" in told and f"note: --npz was {file}, is {tmp_path / 'moved.npz'}: not read" in told
+    train.train([*command, str(file)], SCRIPT)
+    assert "note: --npz" not in capsys.readouterr().out
     np.savez(file, X=rng.normal(size=(40, 6)), y=np.arange(40) % 2)
     (folder / "last.resume").rename(folder / "saved.resume")
     state = torch.load(folder / "saved.resume", weights_only=True)

@@ -127,6 +127,8 @@ def open_run(job: Job, world: World) -> Run | None:
     longer = f"; to train it for longer, --resume_path {job.folder} and another --suffix" if mode.extensible else ""
     assert state is not None
     print(f"{job.folder} is finished (epoch {state['epoch']}); --overwrite would run it anew{longer}")
+    if run and run.moved:
+        print(f"note: {', '.join(run.moved)}: not read, and not compared; for other data give another --suffix")
     return None
 
 

@@ -150,6 +150,15 @@ def test_what_weights_recorded_are_defaults_where_the_spec_says_so():
         small("--atoms", "9").inherited(recorded, "w", flag="load_path")
 
 
+def test_what_given_flags_imply_counts_as_given():
+    f = small().implied({"dataset": "mnist"})
+    assert f.given("dataset") and not small().given("dataset") and f.of(Tolerance).dataset == "mnist"
+    # Weights of another data set do not decide it.
+    recorded = {"dataset": "svhn", "place": 4}
+    assert f.inherited(recorded, "w", flag="load_path").of(Tolerance).dataset == "mnist"
+    assert small("--dataset", "svhn").implied({"dataset": "mnist"}).of(Tolerance).dataset == "svhn"
+
+
 def test_defaults_that_are_not_published():
     f = flags(mode="simclr").as_dict()
     expected = {"knn_k": 5, "sr_fit_steps": 300, "sr_tol": None, "save_minutes": 15, "tsne_points": 1000}

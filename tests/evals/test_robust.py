@@ -85,6 +85,11 @@ def test_noise_is_measured_where_it_is(of):
     assert result["nonzero"] == pytest.approx((S != 0).mean())
 
 
+def test_of_noise_everywhere_nothing_is_intact(of):
+    result, *_ = of("plain", "denoise", "--corrupt_pixels", "64")
+    assert set(result["mse"]) == set(result["psnr"]) == set(result["noisy_mse"]) == {"all", "corrupted"}
+
+
 def test_codes_are_judged_by_a_forest_on_other_images(of):
     result, _, folder = of("plain", "denoise")
     state = torch.load(folder / "last.model", weights_only=True)
@@ -124,6 +129,58 @@ def test_other_images_are_scored_by_their_reconstruction(of, capsys):
     found = json.loads(other.read_text())
     assert (found["n_out"], found["trained_on"]) == (30, False) and found["roc_auc"] > 0.9
     assert json.loads((folder / "result_rdae_outliers.json").read_text())["n_out"] == 9
+
+
+def test_weights_of_pictures_score_a_table_by_naming_its_file(of, tmp_path, capsys):
+    """As long as its rows are as long; --dataset table need not be given."""
+    np.savez(tmp_path / "a.npz", X=np.random.default_rng(0).random((20, 64)))
+    result, rows, _ = of("outliers", "outliers", "--npz", str(tmp_path / "a.npz"), "--out", str(tmp_path / "outliers"))
+    assert result["dataset"] == "table" and len(rows) == 20 and result["trained_on"] is False
+    assert "was trained on digits" in capsys.readouterr().out
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 16-bit pictures of two classes without a test split, and the weights trained on it."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+        for n in range(6):
+            values = rng.integers(100, 4000, (8, 8), dtype=np.uint16)
+            Image.fromarray(values).save(tmp_path / "pictures" / "train" / name / f"{n}.png")
+    args = "--mode rdae --dataset folder --image_size 8 --layers 4 --rounds 1 --inner_epochs 1 --device cpu".split()
+    assert train.main([*args, "--data_path", str(tmp_path / "pictures"), "--log_root", str(tmp_path / "logs")]) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    return folder
+
+
+def test_noise_is_measured_without_test_images(pictures, capsys):
+    assert evaluate.main(["--load_path", str(pictures), "--mode", "rdae_denoise"]) == 0
+    told = capsys.readouterr().out
+    assert "note: codes are not judged without test images (--data_path: no pictures" in told
+    result = json.loads((pictures / "result_rdae_denoise.json").read_text())
+    assert result["mse"]["all"] > 0 and "code_accuracy" not in result
+
+
+def test_pictures_that_are_read_otherwise_are_other_data(pictures, capsys):
+    """L and S are of the values that they had in training."""
+    assert evaluate.main(["--load_path", str(pictures)]) == 0
+    assert json.loads((pictures / "result_rdae_outliers.json").read_text())["trained_on"] is True
+    assert evaluate.main(["--load_path", str(pictures), "--value_range", "0", "65535"]) == 0
+    assert "trained on other data" in capsys.readouterr().out
+    (other,) = pictures.glob("result_rdae_outliers_*.json")
+    assert json.loads(other.read_text())["trained_on"] is False
+
+
+@pytest.mark.parametrize("more, told", [("--image_size 16", "--image_size: "), ("--npz", "--npz: ")])
+def test_rows_of_another_length_are_refused_with_a_remedy(more, told, trained, tmp_path, capsys):
+    np.savez(tmp_path / "a.npz", X=np.random.default_rng(0).random((20, 63)))
+    more = [*more.split(), *([str(tmp_path / "a.npz")] if more == "--npz" else [])]
+    args = ["--load_path", str(trained("outliers")), "--mode", "rdae_outliers", *more]
+    assert evaluate.main([*args, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "takes rows of 64 entries" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_sparse_part_a_quantile_flags(of):

@@ -70,6 +70,25 @@ def test_nothing_to_show_and_damaged_files_are_reported(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2 and "result_x.json is not a result" in capsys.readouterr().err
 
 
+def test_what_was_found_in_training_data_has_no_place_in_the_table(tmp_path, capsys):
+    found = {"mode": "rdae_outliers", "dataset": "digits", "one_class_idx": 4, "trained_on": True, "f1": 0.5}
+    (tmp_path / "result_rdae_outliers.json").write_text(json.dumps(found))
+    assert main([str(tmp_path)]) == 2 and "no AUROC in the result_*.json" in capsys.readouterr().err
+    write(tmp_path, "CSI", 4, 0.9, "digits")
+    assert table(tmp_path) == (["CSI (ood_pre)"], [["digits", "class 4", "90.0"]])
+
+
+def test_autoencoders_of_several_modes_are_columns_of_their_own(tmp_path):
+    """Their runs are not named after a backbone, and --model says nothing of them."""
+    for mode, mean in (("rdae_l21_rows_q0.1", 0.9), ("dae", 0.7)):
+        run = f"digits_dense_{mode}_one_class_4"
+        more = {"checkpoint": f"{run}/last.model", "settings": {"autoencoder": "dense"}}
+        write(tmp_path / run, "reconstruction", 4, mean, "digits", "ood_reconstruction", **more)
+    header, rows = table(tmp_path)
+    assert header == [f"reconstruction (ood_reconstruction, dense_{mode})" for mode in ("dae", "rdae_l21_rows_q0.1")]
+    assert rows == [["digits", "class 4", "70.0", "90.0"]]
+
+
 @pytest.mark.parametrize(
     "one, other, names",
     [

@@ -5,6 +5,7 @@ Letters: N images, n entries of each, B images of a batch.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from models.autoencoder.robust import (
 )
 from models.autoencoder.robust_net import RobustNet
 from models.autoencoder.specs import RoundsSpec, SeparationSpec
+from models.checkpoint import autoencoder_spec
 from training.modes.setup import own_device, sheet
 from training.optim import RateSpec
 from training.recipe import Batch, EpochEnd, Recipe, Shown, Step
@@ -44,12 +46,17 @@ _SHOWN = 8
 
 def rounds_and_epochs(flags: Flags) -> int:
     """How many epochs `rdae` trains. Raises: UserError where --epochs asks for another number."""
-    spec = flags.of(RoundsSpec, only=["rounds", "inner_epochs"])
-    exact = flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder == "svd"
-    epochs = spec.rounds * (1 if exact else spec.inner_epochs)
+    spec = _rounds(flags)
     if flags.given("epochs"):
         raise UserError(f"--epochs: --mode {flags.mode} trains --rounds times --inner_epochs epochs; leave it out")
-    return epochs
+    return spec.rounds * spec.inner_epochs
+
+
+def _rounds(flags: Flags) -> RoundsSpec:
+    """From the flags; an exact network is fitted once a round, whatever those of gradients say."""
+    exact = flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder == "svd"
+    spec = flags.of(RoundsSpec, only=["rounds", "stop", "eps", *([] if exact else ["inner_epochs", "reinit"])])
+    return replace(spec, inner_epochs=1) if exact else spec
 
 
 def robust_name(flags: Flags) -> Sequence[str]:
@@ -70,16 +77,15 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
     Raises: UserError for data and networks that do not fit.
     """
-    sparse, spec = flags.of(SeparationSpec), flags.of(RoundsSpec)
+    sparse, spec = flags.of(SeparationSpec), _rounds(flags)
     if sparse.threshold is not None and flags.given("contamination"):
         raise UserError("--contamination: the threshold follows from it or is --threshold; leave one of them out")
     table, net, optimizers, make = _set_up(flags, split, world, robust=True)
     X, penalty, seed = table.rows.to(table.device), PENALTIES[sparse.penalty], flags.seed
     threshold = sparse.rule(X)
-    inner = spec.inner_epochs if optimizers else 1
 
     def end_epoch(epoch: int) -> EpochEnd:
-        number, within = divmod(epoch, inner)
+        number, within = divmod(epoch, spec.inner_epochs)
         if within:
             return EpochEnd()
         clean = X - net.S
@@ -129,7 +135,7 @@ def _set_up(
     flags: Flags, split: Split, world: World, *, robust: bool
 ) -> tuple[Table, RobustNet, tuple[Optimizer, ...], Callable[[], nn.Module]]:
     """The data matrix, the network with its buffers, its optimizers and what draws its weights."""
-    device, spec, seed = own_device(flags, world), flags.of(AutoencoderSpec), flags.seed
+    device, spec, seed = own_device(flags, world), autoencoder_spec(flags), flags.seed
     table = split.train_table().to(device)
     kind = spec.autoencoder
     _check(spec, table, robust=robust)

@@ -186,6 +186,32 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(wrong, told, tmp
     assert not list(tmp_path.iterdir())
 
 
+OF_NETWORKS = "--widths 4 --activation tanh --output linear --tied --likelihood gaussian --beta 2 --sigma 0.2".split()
+OF_ROUNDS = "--stop any --eps 1e-4 --inner_epochs 1 --reinit".split()
+
+
+@pytest.mark.parametrize(
+    "mode, kind, idle",
+    [
+        ("rdae", "dense", {"widths", "likelihood", "beta", "sigma"}),
+        ("dae", "conv", {"tied", "likelihood", "beta", "sigma", "stop", "eps", "inner_epochs", "reinit"}),
+        ("rdae", "vae", {"widths", "output", "tied"}),
+        ("rdae", "svd", {flag[2:] for flag in OF_NETWORKS if flag[:2] == "--"} | {"inner_epochs", "reinit"}),
+    ],
+)
+def test_flags_that_change_nothing_are_reported(mode, kind, idle, tmp_path, capsys):
+    args = ["--mode", mode, "--autoencoder", kind, "--rounds" if mode == "rdae" else "--epochs", "1"]
+    folder, *_ = run(tmp_path, *SMALL, *OF_NETWORKS, *OF_ROUNDS, *args)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "has no effect" in line]
+    assert {line.split()[1][2:] for line in notes} - {"lr_init"} == idle
+    # Weights record those that have one, and evaluation reports the others, too.
+    assert evaluate.main(["--load_path", str(folder), *OF_NETWORKS]) == 0
+    told = capsys.readouterr().out
+    assert {line.split()[1][2:] for line in told.splitlines() if "has no effect" in line} == idle & {
+        flag[2:] for flag in OF_NETWORKS
+    }
+
+
 @pytest.mark.parametrize(
     "arrays, told",
     [
@@ -228,3 +254,47 @@ def test_a_table_is_split_and_rows_of_another_table_are_scored(tmp_path, capsys)
     result = json.loads(found.read_text())
     assert (result["trained_on"], result["n_in"], result["n_out"], result["roc_auc"]) == (False, 21, 4, 1)
     assert "scored by its reconstruction error" in capsys.readouterr().out
+
+
+def test_rows_without_labels_are_scored_by_weights_of_labelled_ones(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", X=rng.random((30, 4)), y=np.arange(30) % 3)
+    np.savez(tmp_path / "new.npz", X=rng.random((7, 4)))
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--layers", "2", "--rounds", "1", "--inner_epochs", "1"]
+    folder, *_ = run(tmp_path / "logs", *args)
+    assert evaluate.main(["--load_path", str(folder), "--npz", str(tmp_path / "new.npz")]) == 0
+    assert "was trained on rows of other labels (0, 1, 2)" in capsys.readouterr().out
+    assert json.loads((folder / "result_rdae_outliers.json").read_text())["data"]["training"]["images"] == 7
+
+
+def test_test_rows_of_a_table_are_scored(tmp_path, capsys):
+    """By their reconstruction error; labels that training rows do not have are anomalies."""
+    rng = np.random.default_rng(0)
+    basis, y = rng.normal(size=(2, 12)), np.arange(40) < 6
+    X, new = (rng.normal(size=(n, 2)) @ basis for n in (60, 40))
+    new[y] += rng.normal(size=(6, 12))
+    np.savez(tmp_path / "a.npz", X_train=X, X_test=new, y_test=y)
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--autoencoder", "svd", "--layers", "2"]
+    folder, state, _ = run(tmp_path / "logs", *args, "--threshold", "1")
+    assert evaluate.main(["--load_path", str(folder)]) == 0
+    result = json.loads((folder / "result_rdae_outliers.json").read_text())
+    assert result["test"] == {"roc_auc": 1, "pr_auc": pytest.approx(1)} and "roc_auc" not in result
+    lines = (folder / result["scores"]["test"]).read_text().splitlines()
+    V = state["autoencoder.components"].double().numpy()
+    expected = np.linalg.norm(new - new @ V @ V.T, axis=1)
+    assert [float(line.split(",")[-1]) for line in lines[1:]] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert evaluate.main(["--load_path", str(folder), "--mode", "ood_reconstruction"]) == 2
+    assert "evaluated by rdae_outliers" in capsys.readouterr().err
+
+
+def test_rows_that_were_trained_on_are_no_test_rows(tmp_path):
+    """A file with one matrix, of which some rows are used, with noise of another draw."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", X=rng.random((40, 6)), y=np.arange(40) % 2)
+    args = ["--mode", "rdae", "--npz", str(tmp_path / "a.npz"), "--autoencoder", "svd", "--layers", "2"]
+    folder, *_ = run(tmp_path / "logs", *args, "--one_class_idx", "0", "--outliers", "5", "--corrupt", "uniform",
+                     "--corrupt_pixels", "2")  # fmt: skip
+    for mode in ("rdae_outliers", "rdae_denoise"):
+        assert evaluate.main(["--load_path", str(folder), "--mode", mode]) == 0
+        result = json.loads((folder / f"result_{mode}.json").read_text())
+        assert not {"test", "code_accuracy"} & result.keys() and list(result["scores"]) == ["training"]
