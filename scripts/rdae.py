@@ -55,16 +55,21 @@ PLACES = ("all", "corrupted", "intact")
 
 
 class Store:
-    """Fits on disk, a line of JSON each: what it was (`of`) and what was measured (`found`)."""
+    """Fits on disk, a line of JSON each: what it was (`of`) and what was measured (`found`).
+
+    Raises: UserError for a file with other lines.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: dict[str, Facts] = {}
         if path.is_file():
             *whole, torn = path.read_text().split("\n")
-            for line in whole:
-                entry = json.loads(line)
-                self.lines[_key(entry["of"])] = entry["found"]
+            try:
+                entries = [json.loads(line) for line in whole]
+                self.lines = {_key(entry["of"]): entry["found"] for entry in entries}
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"--out: {path} holds no fits of this study; give another folder") from None
             if torn:  # by a process that was killed in the middle of it
                 write_text(path, "".join(f"{line}\n" for line in whole))
 

@@ -66,7 +66,9 @@ def test_a_broken_link_is_found(tmp_path):
     assert broken_links(page) == ["#three", "b.md"]
 
 
-@pytest.mark.parametrize("name, count", [("README.md", 2), ("docs/usage.md", 7), ("docs/scaling.md", 1)])
+@pytest.mark.parametrize(
+    "name, count", [("README.md", 2), ("docs/usage.md", 7), ("docs/scaling.md", 1), ("docs/rdae.md", 3)]
+)
 def test_commands_parse_and_name_the_folders_that_earlier_ones_make(name, count, capsys):
     made: set[Path] = set()
     found = commands(ROOT / name)

@@ -215,6 +215,13 @@ def test_a_changed_setting_is_another_fit(tmp_path, methods, monkeypatch):
     assert line in store and line | {"setting": {"lr": 1}} not in store
 
 
+def test_a_file_of_something_else_is_not_overwritten(tmp_path, methods, capsys):
+    (tmp_path / "outliers.jsonl").write_text('{"x": 1}\n')
+    assert main(outliers(tmp_path)) == 2
+    assert "--out: " in capsys.readouterr().err
+    assert (tmp_path / "outliers.jsonl").read_text() == '{"x": 1}\n'
+
+
 def flags(f1: float, auc: float = 0.9) -> dict:
     score = {"roc_auc": auc, "pr_auc": 0.5, "oracle_f1": 0.6, "f1_at_q0.05": 0.3, "f1_at_q0.1": 0.2}
     return {"flags": {"f1": f1}, "score": score}
