@@ -102,7 +102,8 @@ class Round(NamedTuple):
     """After one round: L and S (N, n), and how far they are from X and from the round before.
 
     c1 = |X - L - S| / |X|, c2 = |L' + S' - L - S| / |X| with L' + S' of the round before, X at first (Frobenius norms;
-    not divided where X is 0). X - L - S is what the threshold has cut off, so that c1 stays well above 0.
+    not divided where X is 0). X - L - S is what the threshold has cut off: c1 goes to 0 only where the autoencoder
+    reconstructs X - S exactly, c2 wherever L + S stands still.
     """
 
     L: Tensor
@@ -129,7 +130,7 @@ def _norm(x: Tensor) -> float:
 
 
 def stopped_by(c1: float, c2: float, stop: str, eps: float) -> str | None:
-    """Which criterion ends the rounds: "c1", "c2", or None. stop: one of `STOPS`."""
+    """Which criterion ends the rounds: "c1", "c2", or None; "c1" where both do. stop: one of `STOPS`."""
     if not STOPS[stop](c1 < eps, c2 < eps):
         return None
     return "c1" if c1 < eps and stop != "c2" else "c2"

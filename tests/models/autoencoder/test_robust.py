@@ -304,20 +304,23 @@ def linear_net(lr: float) -> Gradients:
 
 @penalties
 @pytest.mark.parametrize("contamination", [0.01, 0.1, 0.37, 0.999])
-def test_the_threshold_is_the_quantile_of_the_first_residual(penalty, contamination):
+def test_the_threshold_is_the_quantile_of_the_residual_of_each_round(penalty, contamination):
     X, sizes = normal(30, 7), {"l1": np.abs, "l21_rows": 1, "l21_cols": 0}[penalty]
     step = Watched(Exact(7, 2))
     found = separate(X, step, penalty=penalty, threshold=Threshold(contamination=contamination), rounds=3, eps=0)
-    residual = (X - step.L[0]).numpy()
-    values = sizes(residual) if callable(sizes) else np.linalg.norm(residual, axis=sizes)
-    assert found.threshold == pytest.approx(np.quantile(values, 1 - contamination), rel=1e-12)
-    assert found.history["threshold"] == [found.threshold] * 3
+    expected = []
+    for L in step.L:
+        residual = (X - L).numpy()
+        values = sizes(residual) if callable(sizes) else np.linalg.norm(residual, axis=sizes)
+        expected.append(np.quantile(values, 1 - contamination))
+    assert found.history["threshold"] == pytest.approx(expected, rel=1e-12) and len(set(expected)) == 3
+    assert found.threshold == found.history["threshold"][-1]
 
 
-def test_as_many_rows_are_flagged_in_the_first_round_as_expected():
+def test_as_many_rows_are_flagged_as_expected_however_many_rounds():
     X = normal(200, 6)
-    for contamination in (0.05, 0.1, 0.5):
-        found = separate(X, Exact(6, 2), threshold=Threshold(contamination=contamination), rounds=1)
+    for contamination, rounds in ((0.05, 1), (0.1, 4), (0.5, 2)):
+        found = separate(X, Exact(6, 2), threshold=Threshold(contamination=contamination), rounds=rounds, eps=0)
         assert int((found.S != 0).any(1).sum()) == round(200 * contamination)
 
 
@@ -411,10 +414,10 @@ def test_training_is_adam_on_shuffled_batches():
 
 @nets
 def test_training_lowers_the_loss(make):
-    step = gradients(make, epochs=30)
-    for _ in range(3):
+    step = gradients(make, epochs=60)
+    for _ in range(2):
         step.fit(rows())
-    assert step.losses[2] < step.losses[1] < step.losses[0]
+    assert step.losses[1] < step.losses[0]
 
 
 def test_reinit_draws_new_weights_in_each_round_and_forgets_adam():
@@ -456,7 +459,7 @@ def test_what_a_batch_draws_does_not_depend_on_how_processes_share_it():
     whole = batch_losses(net, X, 0, 1, 2)
     for own in (torch.tensor([0, 3, 4]), torch.tensor([8, 1])):
         part = batch_losses(net, X[own], 0, 1, 2, own, len(X))
-        torch.testing.assert_close(part, whole[own], atol=1e-6, rtol=0)
+        torch.testing.assert_close(part, whole[own], atol=1e-5, rtol=0)
     for other in ((0, 1, 3), (0, 2, 2), (1, 1, 2)):
         assert not torch.equal(batch_losses(net, X, *other), whole)
 
