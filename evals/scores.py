@@ -199,7 +199,7 @@ class ReconstructionScore(Scorer):
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """error (N, 1, 1)."""
-        return -outputs["error"][:, 0, 0]
+        return -outputs["error"].flatten(1)[:, 0]
 
 
 def marginalized(joint: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ class Trained:
         cls, net: nn.Module, flags: Flags, split: Split, world: World = SINGLE, *, epoch: int | None = None
     ) -> "Trained":
         """A network in memory, in the middle of its training, say. No evaluation changes its mode or its weights."""
-        return cls(net, flags, split, next(net.parameters()).device, world, epoch=epoch)
+        # A truncated SVD has no parameters.
+        device = next(chain(net.parameters(), net.buffers())).device
+        return cls(net, flags, split, device, world, epoch=epoch)
 
     @property
     def title(self) -> str:

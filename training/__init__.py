@@ -140,7 +140,7 @@ def _autoencoder(
     length: Callable[[Flags], int] | None = None,
 ) -> Mode:
     specs = (*COMMON, RateSpec, AutoencoderSpec, SeparationSpec, RoundsSpec)
-    own = {"lr_init": 1e-3, "epochs": 200, **defaults}
+    own = {"lr_init": 1e-3, "weight_decay": 0.0, "epochs": 200, **defaults}
     return Mode(build, specs, name, defaults=own, backbone=False, length=length)
 
 

@@ -197,10 +197,12 @@ def reconstruct(net: nn.Module, rows: Tensor) -> Tensor:
     return torch.cat([net(block) for block in rows.split(_BLOCK)])
 
 
-def adam(net: nn.Module, lr: float) -> torch.optim.Optimizer:
+def adam(net: nn.Module, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """Adam, in one kernel for all weights where the device has it."""
     parameters = list(net.parameters())
-    return torch.optim.Adam(parameters, lr, fused=parameters[0].device.type in ("cpu", "cuda"))
+    return torch.optim.Adam(
+        parameters, lr, weight_decay=weight_decay, fused=parameters[0].device.type in ("cpu", "cuda")
+    )
 
 
 def draw_weights(make: Callable[[], nn.Module], seed: int, turn: int = 0) -> nn.Module:

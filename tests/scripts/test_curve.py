@@ -53,6 +53,17 @@ def test_a_limit_ends_training_and_a_later_start_goes_on(tmp_path, capsys):
     assert (last["epoch"], last["CSI"]) == (4, rows[-1]["CSI"])
 
 
+def test_an_exact_autoencoder_is_looked_at_while_it_trains(tmp_path):
+    """It has no parameters, by which to tell its device."""
+    network = "--mode rdae --autoencoder svd --layers 5 --rounds 2 --eps 0"
+    args = ["--every", "1e-6", "--train", network, "--evaluate", "--mode ood_reconstruction", "--"]
+    more = ["--dataset", "digits", "--one_class_idx", "3", "--device", "cpu", "--log_root", str(tmp_path)]
+    assert not curve.main([*args, *more])
+    (folder,) = tmp_path.iterdir()
+    rows = curve.read_rows(folder / "curve.csv")
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[-1]["reconstruction"] > 90
+
+
 def test_a_score_that_is_added_later_has_a_column_and_blanks_before(tmp_path, monkeypatch, capsys):
     for epoch, found in ((3, {"CSI": 90.0}), (6, {"CSI": 91.0, "knn": 80.0}), (9, {"knn": 82.0})):
         drawing = curve.Curve(tmp_path, [], 5, 100)

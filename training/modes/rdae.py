@@ -146,7 +146,8 @@ def _set_up(
         net.autoencoder.compile()
     if kind == "svd":
         return table, net, (), make
-    return table, net, (adam(net.autoencoder, flags.of(RateSpec, only=["lr_init"]).lr_init),), make
+    rates = flags.of(RateSpec)
+    return table, net, (adam(net.autoencoder, rates.lr_init, rates.weight_decay),), make
 
 
 def _recipe(flags: Flags, net: RobustNet, table: Table, optimizers: tuple[Optimizer, ...], **hooks: Any) -> Recipe:
@@ -174,7 +175,9 @@ def _check(spec: AutoencoderSpec, table: Table, *, robust: bool) -> None:
     if kind == "conv" and table.shape is None:
         raise UserError("--autoencoder conv: a table has no pictures to convolve; give dense or svd")
     if kind == "svd" and code > min(rows, features):
-        raise UserError(f"--layers {code}: --autoencoder svd has at most {min(rows, features)} components here")
+        raise UserError(
+            f"--layers {code}: --autoencoder svd has at most {min(rows, features)} components here; give fewer"
+        )
     if kind == "svd":
         return
     # Noise on pictures may leave [0, 1]; what is to be reconstructed does not.
