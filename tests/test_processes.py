@@ -33,7 +33,7 @@ def found(stage1, tmp_path_factory):
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
         "rdae": [*tiny, "--mode", "rdae", "--layers", "8"],
-        "vae": [*tiny, "--mode", "vae", "--layers", "8", "3"],
+        "vae": [*tiny, "--mode", "vae", "--autoencoder", "vae", "--layers", "8", "3"],
         "cocsr_dict": [*tiny, *SHIFT, "--mode", "cocsr_dict", "--resume_path", str(stage1), "--epochs", "9"],
     }
     heads = tmp_path_factory.mktemp("heads") / "last.model"
