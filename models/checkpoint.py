@@ -299,7 +299,8 @@ def _load_backbone_and_heads(
         fresh = [k for k in own if k not in fitting]
         print(f"--no_strict: loaded {len(fitting)} of {len(own)} tensors; fresh: {', '.join(fresh) or 'none'}")
     elif len(fitting) < len(own) or len(fitting) < len(state):
-        raise UserError(f"--{named_by}: {path} does not hold a {model}{_guess(state)}; --no_strict loads what fits")
+        what = model if named_by == "model" else f"{model} {named_by} of these sizes"
+        raise UserError(f"--{named_by}: {path} does not hold a {what}{_guess(state)}; --no_strict loads what fits")
     net.load_state_dict(fitting, strict=strict)
 
 

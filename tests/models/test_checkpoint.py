@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from models import BACKBONES, backbone_spec
+from models.autoencoder.networks import AutoencoderSpec
 from models.checkpoint import NETS, NetKind, build_net, kind_of, load_net
 from models.feature_net import BackboneNet, FeatureNet, FeatureTransform
 from models.insert import insert_before_activations
@@ -15,8 +16,17 @@ from models.insert import insert_before_activations
 SIZES = {"n_classes": 3, "simclr_dim": 8, "n_shifts": 2}
 SPARSE = {"sr_dict_size": 7, "sr_lambda": 0.02, "sr_rho": 3.0}
 SETTINGS = {"transform": FeatureTransform(), "steps": 5, "tol": 0.1}
-ARGUMENTS = {"feature": SIZES, "rot_trans": {}, "cocsr": {**SIZES, **SPARSE, **SETTINGS}}
+ROWS = {"rows": 4, "features": 12, "shape": (3, 2, 2)}
+DENSE = {"spec": AutoencoderSpec(layers=(5, 2))}
+ARGUMENTS = {
+    "feature": SIZES,
+    "rot_trans": {},
+    "cocsr": {**SIZES, **SPARSE, **SETTINGS},
+    "autoencoder": {**ROWS, **DENSE},
+}
 FILE = {"model": "resnet8", "path": Path("f.model"), "flag": "load_path"}
+# Kinds of networks with a backbone.
+BACKED = [kind for kind in NETS if kind != "autoencoder"]
 
 
 def fresh(kind: str, seed: int = 1, model: str = "resnet8", **changes):
@@ -24,7 +34,7 @@ def fresh(kind: str, seed: int = 1, model: str = "resnet8", **changes):
 
 
 def settings(kind: str) -> dict:
-    return SETTINGS if kind == "cocsr" else {}
+    return {"cocsr": SETTINGS, "autoencoder": DENSE}.get(kind, {})
 
 
 @pytest.mark.parametrize("kind", NETS)
@@ -33,7 +43,7 @@ def test_a_network_of_every_kind_is_recognised_and_loaded_from_its_state_dict(ki
     state = net.state_dict()
     assert kind_of(state) == kind
     sizes = NETS[kind].read_sizes(state)
-    expected = {k: v for k, v in ARGUMENTS[kind].items() if k not in SETTINGS}
+    expected = {k: v for k, v in ARGUMENTS[kind].items() if k not in settings(kind)}
     assert sizes == {k: pytest.approx(v) for k, v in expected.items()}
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -101,7 +111,7 @@ def test_floats_differ_by_more_than_the_rounding_of_a_file(capsys):
     assert capsys.readouterr().out == "note: --sr_rho 4.0: f.model was trained with 3, which is used\n"
 
 
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize("kind", BACKED)
 def test_the_model_that_a_file_holds_is_named(kind):
     state = fresh(kind, model="resnet18_imagenet").state_dict()
     with pytest.raises(UserError) as error:
@@ -111,6 +121,18 @@ def test_the_model_that_a_file_holds_is_named(kind):
     only = {key: value for key, value in state.items() if "layer3" not in key}
     with pytest.raises(UserError, match="does not hold a resnet8; --no_strict"):
         load_net(kind, only, **FILE, **settings(kind))
+
+
+def test_an_autoencoder_that_a_file_does_not_hold_is_named():
+    state = build_net("autoencoder", "dense", seed=1, **ARGUMENTS["autoencoder"]).state_dict()
+    other = {"spec": AutoencoderSpec(layers=(6, 2))}
+    with pytest.raises(UserError) as error:
+        load_net("autoencoder", state, **{**FILE, "model": "dense"}, **other)
+    why = "does not hold a dense autoencoder of these sizes; --no_strict loads what fits"
+    assert str(error.value) == f"--autoencoder: f.model {why}"
+    del state["S"]
+    with pytest.raises(UserError, match="f.model was not made by train.py --mode rdae, dae or vae"):
+        load_net("autoencoder", state, **FILE, **DENSE)
 
 
 def test_without_strict_a_network_of_which_no_backbone_tensor_fits_is_refused():
