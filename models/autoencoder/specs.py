@@ -23,6 +23,10 @@ CONVENTIONS: dict[str, Callable[[float, Tensor], float]] = {
 }
 
 
+# Files of results have no infinity.
+_LARGEST = 1e30
+
+
 @dataclass(frozen=True)
 class SeparationSpec(Spec, group="autoencoder"):
     """Which part is sparse, and how much of it."""
@@ -34,7 +38,7 @@ class SeparationSpec(Spec, group="autoencoder"):
         origin="fixed",
     )
     threshold: float | None = flag(
-        None, "rdae: of the proximal operator, in the units of the data", type=float, above=0
+        None, "rdae: of the proximal operator, in the units of the data", type=float, above=0, at_most=_LARGEST
     )
     threshold_from: str = flag(
         "data",

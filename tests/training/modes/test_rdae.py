@@ -159,8 +159,9 @@ def test_a_run_ends_with_the_first_round_that_meets_the_criteria(stop, eps, tmp_
 @pytest.mark.parametrize(
     "wrong, told",
     [
-        ("--threshold 0", "--threshold must be > 0"),
-        ("--threshold -1", "--threshold must be > 0"),
+        ("--threshold 0", "--threshold must lie in (0, 1e+30]"),
+        ("--threshold -1", "--threshold must lie in (0, 1e+30]"),
+        ("--threshold inf", "--threshold must lie in (0, 1e+30]"),
         ("--threshold nan", "--threshold"),
         ("--contamination 1", "--contamination must lie in (0, 1)"),
         ("--threshold 1 --contamination 0.1", "--contamination"),
