@@ -23,7 +23,7 @@ from models.autoencoder.specs import SeparationSpec
 
 # Images in a picture.
 _SHOWN = 10
-# Points of a curve at most.
+# Points of a curve, its best one not counted.
 _POINTS = 400
 # Trees of the classifier of codes.
 _TREES = 100
@@ -238,10 +238,11 @@ def curve(scores: np.ndarray, positive: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _thinned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """At most `_POINTS` points of a curve, evenly spread over thresholds."""
+    """Some `_POINTS` points of a curve, evenly spread over thresholds, and the one with the best F1."""
     threshold = arrays["threshold"]
     wanted = np.linspace(threshold[0], threshold[-1], _POINTS)
-    some = np.unique(np.searchsorted(threshold, wanted).clip(max=len(threshold) - 1))
+    some = np.searchsorted(threshold, wanted).clip(max=len(threshold) - 1)
+    some = np.union1d(some, arrays["f1"].argmax())  # The picture names it.
     return {name: values[some] for name, values in arrays.items()}
 
 

@@ -135,10 +135,11 @@ class _Coding(nn.Module):
         self.step.copy_(self.step_ratio / value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The vector of the power iteration has the size of the images that the layer has seen."""
-        saved = state_dict.get(f"{prefix}power")
-        if saved is not None:
-            self.power = self.power.new_empty(saved.shape)
+        """Take sizes from the file: the power iteration's is that of its images, lambda may be one an image."""
+        for name in ("power", "lam"):
+            saved = state_dict.get(f"{prefix}{name}")
+            if saved is not None:
+                setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

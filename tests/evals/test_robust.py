@@ -16,7 +16,7 @@ import train
 from datasets import DataSource, split_one_class
 from datasets.corrupt import CorruptSpec
 from evals.extract import luma
-from evals.robust import curve, flag_metrics, ranking_metrics
+from evals.robust import _thinned, curve, flag_metrics, ranking_metrics
 
 NOISY = "--corrupt normal --corrupt_pixels 5 --data_seed 2".split()
 KINDS = {
@@ -254,6 +254,17 @@ def test_a_curve_has_the_counts_of_every_threshold():
     ranked = ranking_metrics(scores, outlying)
     assert ranked["roc_auc"] == pytest.approx(roc_auc_score(outlying, scores))
     assert ranked["pr_auc"] == pytest.approx(average_precision_score(outlying, scores))
+
+
+def test_a_drawn_curve_has_the_best_point():
+    """Of ten thousand scores, most of which lie close together: few points are kept of them."""
+    rng = np.random.default_rng(2)
+    scores = np.concatenate([rng.normal(size=10_000) * 1e-3, [50.0]])
+    whole = curve(scores, np.append(scores[:-1] > 1e-3, True))
+    drawn = _thinned(whole)
+    assert len(drawn["f1"]) <= 401 < len(whole["f1"]) and np.all(np.diff(drawn["threshold"]) > 0)
+    best = whole["f1"].argmax()
+    assert drawn["f1"].max() == whole["f1"][best] and whole["threshold"][best] in drawn["threshold"]
 
 
 def test_grey_pictures_stay_what_they_are_and_green_weighs_most():

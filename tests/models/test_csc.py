@@ -263,6 +263,9 @@ def test_evaluation_changes_nothing_and_files_keep_everything():
     other = small(seed=1)
     other.load_state_dict(before)
     assert torch.equal(other(x), net(x)) and torch.equal(other.power, net.power)
+    net.set_lambda(torch.tensor([0.1, 0.4], dtype=torch.float64))
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), net(x)) and not torch.equal(other(x)[1], small(seed=0)(x)[1])
 
 
 def test_atoms_keep_their_norm_when_they_are_projected():

@@ -38,8 +38,8 @@ from training.optim import RateSpec
 from training.recipe import Batch, EpochEnd, Recipe, Shown, Step
 from training.specs import CompileSpec
 
-# The mode that trains an autoencoder without a sparse part.
-_PLAIN = {"dense": "dae", "conv": "dae", "vae": "vae"}
+# The mode that trains an autoencoder without a sparse part; an exact one is for `rdae` alone.
+_PLAIN = {"dense": "dae", "conv": "dae", "vae": "vae", "svd": "rdae"}
 # Images in a picture of X, L and S.
 _SHOWN = 8
 
@@ -121,11 +121,12 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
 
 def build_plain(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
-    """The recipe of `dae` and `vae`: the same networks and updates without a sparse part."""
+    """The recipe of `dae` and `vae`: the same networks and updates without a sparse part.
+
+    Raises: UserError for an autoencoder of another mode, and as `build`.
+    """
     kind = flags.of(AutoencoderSpec, only=["autoencoder"]).autoencoder
-    if kind == "svd":
-        raise UserError(f"--autoencoder svd: --mode {flags.mode} trains by gradients; give --mode rdae")
-    if (kind == "vae") != (flags.mode == "vae"):
+    if flags.mode != _PLAIN[kind]:
         raise UserError(f"--autoencoder {kind}: --mode {flags.mode} has another; give --mode {_PLAIN[kind]}")
     table, net, optimizers, _ = _set_up(flags, split, world, robust=False)
     return _recipe(flags, net, table, optimizers)
