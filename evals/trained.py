@@ -1,8 +1,7 @@
 """A trained network with its configuration: what every evaluation starts from."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,6 +21,7 @@ from datasets.one_class import read_split
 from evals.specs import PlaceSpec
 from models import model_size
 from models.checkpoint import State, find_weights
+from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
 _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
@@ -75,18 +75,6 @@ class Trained:
             what = f"{there['images']} there, {here['images']} here" if there["images"] != here["images"] else "content"
             print(f"note: scores are fitted to other images than {self.title} was trained on ({what})")
         return train
-
-
-@contextlib.contextmanager
-def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards each of its modules is in the mode it was in, even after an error."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def load_trained(
