@@ -18,9 +18,10 @@ from datasets.corrupt import CorruptSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, embed, robust
+from evals import classify, detect, embed, inside, robust
 from evals.extract import (
     AUTOENCODER,
+    BACKBONE,
     CONTRASTIVE,
     FITTED_SPARSE,
     LABELLED,
@@ -29,11 +30,12 @@ from evals.extract import (
     SPARSE,
     Extractor,
 )
+from evals.inside_report import write_inside
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
-from evals.specs import PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
+from evals.specs import InsideSpec, PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
 from models.autoencoder.specs import SeparationSpec
@@ -148,6 +150,11 @@ def _separation(
     return Eval(measure, write_separation, specs, AUTOENCODER, lambda flags: frozenset(), trained_by, default_for)
 
 
+def _inside(trained_by: tuple[str, ...]) -> Eval:
+    specs = (*_COMMON, InsideSpec)
+    return Eval(inside.inside, write_inside, specs, BACKBONE, lambda flags: frozenset(), trained_by)
+
+
 _AUTOENCODERS = ("rdae", "dae", "vae")
 
 EVALS: dict[str, Eval] = {
@@ -179,6 +186,7 @@ TSNES: dict[str, Eval] = {
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),
+    "sdnet_inside": _inside((*_CONTRASTIVE, "rot_trans", "supervised")),
 }
 
 

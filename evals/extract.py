@@ -30,7 +30,7 @@ from evals.trained import Trained, evaluation_mode
 from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
-from models.checkpoint import State, autoencoder_spec, load_net
+from models.checkpoint import State, autoencoder_spec, kind_of, load_net
 from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
@@ -340,8 +340,21 @@ def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Modu
     return net
 
 
+def _load_classifier(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    return load_net("classifier", state, **_common(flags, path))
+
+
 def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
     return load_net("rot_trans", state, **_common(flags, path))
+
+
+def _load_backbone_net(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    """Of whatever kind, with a backbone: the heads are not read."""
+    try:
+        load = _OF_KIND[kind_of(state)]
+    except (ValueError, KeyError):
+        raise UserError(f"--load_path: {path} holds no network with a backbone; give weights of an SDNet") from None
+    return load(flags, state, path, shifts)
 
 
 def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
@@ -391,6 +404,20 @@ FITTED_SPARSE = replace(
     own=(SparseSpec,),
 )
 LABELLED = Extractor(("last.model",), _label_shifts, _load_labelled, _itself, class_outputs, plain=True)
+_OF_KIND = {
+    "classifier": _load_classifier,
+    "feature": _load_labelled,
+    "cocsr": _load_labelled,
+    "rot_trans": _load_rot_trans,
+}
+BACKBONE = Extractor(
+    _STAGE1_FILES,
+    lambda flags, needs: ShiftSpec("none").functions(),
+    _load_backbone_net,
+    _itself,
+    feature_outputs,
+    plain=True,
+)
 ROT_TRANS = Extractor(
     ("last.model",),
     lambda flags, needs: rotations_and_translations(),

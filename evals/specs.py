@@ -64,3 +64,15 @@ class TsneSpec(Spec, group="evaluation"):
 
     ood_layer: Sequence[str] = flag(("penultimate",), "t-SNE: penultimate or simclr", nargs="+")
     tsne_points: int = flag(1000, "t-SNE: points of each group at most", above=0)
+
+
+@dataclass(frozen=True)
+class InsideSpec(Spec, group="evaluation"):
+    """Pictures of what sparse coding layers keep."""
+
+    inside_images: int = flag(8, "sdnet_inside: training images to show", above=0)
+    inside_taps: Sequence[str] | None = flag(
+        None, "sdnet_inside: invert from stem, 1.1 (stage.block), ... (default: the published ones, or all)", nargs="+"
+    )
+    keep_mean: bool = flag(False, "sdnet_inside: leave in each inversion what all have in common, as published")
+    equalise: bool = flag(False, "sdnet_inside: equalise the histograms of inversions")

@@ -7,6 +7,7 @@ whose blocks are chains of sparse coding and batch normalisation).
 Letters: B images, C channels and H, W pixels; M atoms of a layer.
 """
 
+import copy
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -58,6 +59,16 @@ class Tap(NamedTuple):
 
     output: str
     layers: tuple[CodingLayer, ...]
+
+    def double(self) -> "Tap":
+        """The same with copies of its layers in float64: the way back from a deep place loses digits, as each layer
+        returns a part of what it coded, beside the mean that batch normalisation adds."""
+        layers = copy.deepcopy(self.layers)
+        for layer in layers:
+            layer.csc.double()
+            if layer.norm is not None:
+                layer.norm.double()
+        return self._replace(layers=layers)
 
 
 def taps(net: nn.Module) -> dict[str, Tap]:
