@@ -188,7 +188,7 @@ TSNES: dict[str, Eval] = {
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),
-    "sdnet_inside": _inside((*_CONTRASTIVE, "rot_trans", "supervised")),
+    "sdnet_inside": _inside(("supervised", *_CONTRASTIVE, "rot_trans")),
 }
 
 

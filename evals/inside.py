@@ -53,7 +53,9 @@ def inside(trained: Trained) -> Iterator[Result]:
         if not layers:
             raise UserError(_no_layer(flags))
         spec = flags.of(InsideSpec)
-        chosen = chosen_taps(net.backbone, spec.inside_taps)
+        # Apple's GPUs have no float64.
+        exact = torch.device("cpu") if trained.device.type == "mps" else trained.device
+        chosen = {name: tap.double(exact) for name, tap in chosen_taps(net.backbone, spec.inside_taps).items()}
         batch_size = flags.of(PassSpec).ood_batch_size
         train = split.train(net.in_channels).to(trained.device)
         if spec.inside_images > len(train):
@@ -62,10 +64,11 @@ def inside(trained: Trained) -> Iterator[Result]:
         shown, measured = spread(train.labels.cpu(), order, spec.inside_images), order[:_MEASURED]
 
     def look(index: Tensor) -> tuple[Tensor, dict[str, Coded], dict[str, Tensor]]:
-        """Normalised images, what layers made of them, and their inversions from each place."""
+        """Normalised images, what layers made of them, and their inversions from each place; images in float64."""
         x = (train.batch(index.to(train.index_device)) - net.input_mean) / net.input_std
         coded, outputs = inspect(net.backbone, x, layers, [tap.output for tap in chosen.values()])
-        return x.double(), coded, _inversions(chosen, outputs, x.shape[2:])
+        outputs = {name: y.to(exact).double() for name, y in outputs.items()}
+        return x.to(exact).double(), coded, _inversions(chosen, outputs, x.shape[2:])
 
     def results() -> Iterator[Result]:
         with trained.world.raise_together():
@@ -75,16 +78,17 @@ def inside(trained: Trained) -> Iterator[Result]:
         sums = [part for parts in trained.world.all_gather_object(own) for part in parts]
         means = {name: torch.stack([part[name] for part in sums]).sum(0) / len(measured) for name in sums[0]}
         metrics = {name: float(means[name].mean()) for kind in _KINDS for name in means if name.startswith(f"{kind}/")}
+        mean, std = (values.to(exact) for values in (net.input_mean, net.input_std))
         arrays = {f"inversions/{IMAGES}": train.batch(shown.to(train.index_device))}
         for name, y in inversions.items():
-            y_mean, x_mean = (means[key].to(x.device) for key in (f"inversion/{name}", "image"))
+            y_mean, x_mean = (means[key].to(exact) for key in (f"inversion/{name}", "image"))
             found = {
                 "correlation": _correlation(x, y),
                 "centred_correlation": _correlation(x - x_mean, y - y_mean),
                 "error": _energy(x - y) / _energy(x).clamp_min(_TINY),
             }
             metrics |= {f"{kind}/{name}": float(value.mean()) for kind, value in found.items()}
-            pixels = (y if spec.keep_mean else y - y_mean) * net.input_std + net.input_mean
+            pixels = (y if spec.keep_mean else y - y_mean) * std + mean
             picture = stretched(pixels)
             arrays[f"inversions/{name}"] = equalised(picture) if spec.equalise else picture
         first, stem = next(iter(layers.items()))
@@ -110,13 +114,13 @@ _KINDS = ("nonzero", "mean", "residual")
 
 def chosen_taps(backbone: nn.Module, asked: Sequence[str] | None) -> dict[str, Tap]:
     """Places to invert from, by name: those that are asked for, else the published ones where the network has them all,
-    else all that it has; in float64. Raises: UserError for one that it does not have."""
+    else all that it has. Raises: UserError for one that it does not have."""
     known = list(taps(backbone)) or [STEM]
     default = PUBLISHED if set(PUBLISHED) <= set(known) else known
     found = {}
     for name in asked or default:
         try:
-            found[name] = tap_of(backbone, name).double()
+            found[name] = tap_of(backbone, name)
         except ValueError as why:
             raise UserError(f"--inside_taps {name}: {why}") from None
     return found
@@ -138,7 +142,7 @@ def _inversions(chosen: Mapping[str, Tap], outputs: Mapping[str, Tensor], size: 
     for name, tap in chosen.items():
         try:
             with torch.no_grad():
-                found[name] = invert_layers(tap.layers, outputs[tap.output].double(), size)
+                found[name] = invert_layers(tap.layers, outputs[tap.output], size)
         except ValueError as why:
             raise UserError(f"--inside_taps {name}: {why}; give other places ({' '.join(found) or STEM})") from None
     return found
@@ -149,7 +153,7 @@ def _sums(x: Tensor, coded: Mapping[str, Coded], inversions: Mapping[str, Tensor
     (C, H, W)."""
     found = {f"{kind}/{name}": getattr(values, kind) for kind in _KINDS for name, values in coded.items()}
     found |= {"image": x} | {f"inversion/{name}": y for name, y in inversions.items()}
-    return {name: values.double().sum(0).cpu() for name, values in found.items()}
+    return {name: values.to(x.device).double().sum(0).cpu() for name, values in found.items()}
 
 
 _TINY = 1e-12

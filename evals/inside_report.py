@@ -17,10 +17,13 @@ from evals.trained import Trained
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _DPI = 110
 # Inches: the longest side of a sheet, and the largest side of an image in it.
 _SHEET, _CELL = 14.0, 1.1
+# Images side by side.
+_COLUMNS = 16
 # Pixels of a side of an image in a sheet, at least.
 _PIXELS = 96
 _SHARE, _RESIDUAL = "#0072B2", "#E69F00"
@@ -69,7 +72,7 @@ def _title(result: Result, trained: Trained) -> str:
     how = "" if settings["keep_mean"] else ", without the mean over images"
     how += ", histograms equalised" if settings["equalise"] else ""
     of = f"{facts['model']}, training images of {trained.split.dataset}"
-    return f"{of}, rebuilt from the codes of each place{how}\nr: correlation with the image, mean of the row"
+    return f"{of}\nrebuilt from the codes of each place{how}\nr: correlation with the image, mean of the row"
 
 
 def draw_inversions(
@@ -81,20 +84,25 @@ def draw_inversions(
     """
     from matplotlib.figure import Figure
 
-    count, lines = len(classes), len(rows)
-    cell = min(_CELL, _SHEET / count)
-    figure = Figure(figsize=(max(cell * count + 1.7, 7), cell * lines + 0.9), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, pad=10)
-    _show(axes, mosaic(np.stack([*rows.values()])), lines, count)
+    lines, columns = len(rows), min(len(classes), _COLUMNS)
+    blocks = math.ceil(len(classes) / columns)
+    cell = min(_CELL, _SHEET / columns)
+    size = (max(cell * columns + 1.7, 7), (cell * lines + 0.4) * blocks + 0.7)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=10)
     labels = [name if name == IMAGES else f"{tap_title(name)}\nr {correlation[name]:.2f}" for name in rows]
-    axes.set_yticks(np.arange(lines) + 0.5, labels, fontsize=10)
-    # A name over each run of images of one class, as there may be no room for more.
-    first = [n for n, name in enumerate(classes) if n == 0 or classes[n - 1] != name]
-    size, turn = (9, 0) if cell > 0.7 else (7, 40)
-    align = "left" if turn else "center"
-    axes.set_xticks([n + 0.5 for n in first], [classes[n] for n in first], fontsize=size, rotation=turn, ha=align)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    sheet = np.stack([*rows.values()])
+    for block, axes in enumerate(figure.subplots(blocks, squeeze=False)[:, 0]):
+        part = slice(block * columns, (block + 1) * columns)
+        images, names = sheet[:, part], classes[part]
+        missing = [(0, 0)] * 5
+        missing[1] = (0, columns - len(names))
+        _show(axes, mosaic(np.pad(images, missing, constant_values=1)), lines, columns)
+        axes.set_yticks(np.arange(lines) + 0.5, labels, fontsize=10)
+        # A name over each run of images of one class: there may be no room for more.
+        first = [n for n, name in enumerate(names) if n == 0 or names[n - 1] != name]
+        axes.set_xticks([n + 0.5 for n in first], [names[n] for n in first], fontsize=9)
+    _write(figure, path)
 
 
 def atoms_title(shape: Sequence[int]) -> str:
@@ -123,7 +131,7 @@ def draw_atoms(atoms: np.ndarray, used: np.ndarray, path: Path) -> None:
     for n, share in enumerate(used):
         place = (n % columns + 0.5, n // columns + 0.965)
         axes.text(*place, f"{100 * share:.1f} %", fontsize=7, ha="center", va="center")
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    _write(figure, path)
 
 
 def draw_sparsity(share: Mapping[str, float], residual: Mapping[str, float], path: Path, *, images: int) -> None:
@@ -145,7 +153,12 @@ def draw_sparsity(share: Mapping[str, float], residual: Mapping[str, float], pat
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axis.invert_yaxis()
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    _write(figure, path)
+
+
+def _write(figure: "Figure", path: Path) -> None:
+    # The layout leaves no room for the names of rows beside pictures of a fixed aspect; `tight` makes it.
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI, bbox_inches="tight", pad_inches=0.1))
 
 
 def mosaic(images: np.ndarray, gap: float = 0.04) -> np.ndarray:

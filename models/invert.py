@@ -60,14 +60,14 @@ class Tap(NamedTuple):
     output: str
     layers: tuple[CodingLayer, ...]
 
-    def double(self) -> "Tap":
-        """The same with copies of its layers in float64: the way back from a deep place loses digits, as each layer
-        returns a part of what it coded, beside the mean that batch normalisation adds."""
+    def double(self, device: torch.device | str) -> "Tap":
+        """The same with copies of its layers on `device`, in float64: the way back from a deep place loses digits, as
+        each layer returns a part of what it coded, beside the mean that batch normalisation adds."""
         layers = copy.deepcopy(self.layers)
         for layer in layers:
-            layer.csc.double()
+            layer.csc.to(device).double()
             if layer.norm is not None:
-                layer.norm.double()
+                layer.norm.to(device).double()
         return self._replace(layers=layers)
 
 
