@@ -33,9 +33,9 @@ def inside(trained: Trained) -> Iterator[Result]:
     """One result, `inside`, of training images as they are. The published program shows them randomly cropped and
     flipped: its pictures cannot be repeated, and black borders of the augmentation look like losses of the codes.
 
-    The inversions y of a deep place are an offset, which comes of the batch normalisations and is the same for all
-    images, and 1 % or less of it what the image adds. So their mean over the measured images is subtracted, without
-    --keep_mean, before a picture is made of them.
+    The inversion y of a deep place is an offset, which comes of the batch normalisations and is the same for all
+    images, and beside it what the image adds: half a percent of it at the end of an sdnet8. So their mean over the
+    measured images is subtracted, without --keep_mean, before a picture is made of them.
     metrics: of each layer, averaged over up to 512 images, `nonzero/<layer>` (share of the code's entries), `mean/...`
     (of their absolute values) and `residual/...` (|x - A(z)|^2 / |x|^2 of its input x); of each place of --inside_taps,
     averaged over the images shown, `correlation/<place>` of y with the normalised image x over pixels and channels,
@@ -53,9 +53,7 @@ def inside(trained: Trained) -> Iterator[Result]:
         if not layers:
             raise UserError(_no_layer(flags))
         spec = flags.of(InsideSpec)
-        # Apple's GPUs have no float64.
-        exact = torch.device("cpu") if trained.device.type == "mps" else trained.device
-        chosen = {name: tap.double(exact) for name, tap in chosen_taps(net.backbone, spec.inside_taps).items()}
+        chosen = chosen_taps(net.backbone, spec.inside_taps)
         batch_size = flags.of(PassSpec).ood_batch_size
         train = split.train(net.in_channels).to(trained.device)
         if spec.inside_images > len(train):
@@ -63,32 +61,33 @@ def inside(trained: Trained) -> Iterator[Result]:
         order = torch.randperm(len(train), generator=generator(flags.seed, "inside"))
         shown, measured = spread(train.labels.cpu(), order, spec.inside_images), order[:_MEASURED]
 
-    def look(index: Tensor) -> tuple[Tensor, dict[str, Coded], dict[str, Tensor]]:
-        """Normalised images, what layers made of them, and their inversions from each place; images in float64."""
+    def look(index: Tensor) -> tuple[dict[str, Coded], dict[str, Tensor]]:
+        """What layers made of images; the images, normalised, and the outputs of each place."""
         x = (train.batch(index.to(train.index_device)) - net.input_mean) / net.input_std
         coded, outputs = inspect(net.backbone, x, layers, [tap.output for tap in chosen.values()])
-        outputs = {name: y.to(exact).double() for name, y in outputs.items()}
-        return x.to(exact).double(), coded, _inversions(chosen, outputs, x.shape[2:])
+        return coded, {IMAGES: x} | {name: outputs[tap.output] for name, tap in chosen.items()}
 
     def results() -> Iterator[Result]:
         with trained.world.raise_together():
-            batches = trained.world.shard_list(list(measured.split(batch_size)))
-            own = [_sums(*look(index)) for index in batches]
-            x, _, inversions = look(shown)
+            seen = look(shown)[1]
+            x = seen[IMAGES]
+            # First, so that a place without inverse is known at once.
+            plain = _inversions(chosen, seen, x.shape[2:])
+            own = [_sums(*look(index)) for index in trained.world.shard_list(list(measured.split(batch_size)))]
         sums = [part for parts in trained.world.all_gather_object(own) for part in parts]
         means = {name: torch.stack([part[name] for part in sums]).sum(0) / len(measured) for name in sums[0]}
         metrics = {name: float(means[name].mean()) for kind in _KINDS for name in means if name.startswith(f"{kind}/")}
-        mean, std = (values.to(exact) for values in (net.input_mean, net.input_std))
+        centred = {name: values - means[f"output/{name}"].float().to(values.device) for name, values in seen.items()}
+        differences = _inversions(chosen, centred, x.shape[2:], offset=False)
         arrays = {f"inversions/{IMAGES}": train.batch(shown.to(train.index_device))}
-        for name, y in inversions.items():
-            y_mean, x_mean = (means[key].to(exact) for key in (f"inversion/{name}", "image"))
+        for name, y in plain.items():
             found = {
                 "correlation": _correlation(x, y),
-                "centred_correlation": _correlation(x - x_mean, y - y_mean),
+                "centred_correlation": _correlation(centred[IMAGES], differences[name]),
                 "error": _energy(x - y) / _energy(x).clamp_min(_TINY),
             }
             metrics |= {f"{kind}/{name}": float(value.mean()) for kind, value in found.items()}
-            pixels = (y if spec.keep_mean else y - y_mean) * std + mean
+            pixels = y * net.input_std + net.input_mean if spec.keep_mean else differences[name] * net.input_std
             picture = stretched(pixels)
             arrays[f"inversions/{name}"] = equalised(picture) if spec.equalise else picture
         first, stem = next(iter(layers.items()))
@@ -136,24 +135,28 @@ def spread(labels: Tensor, order: Tensor, count: int) -> Tensor:
     return taken[labels[taken].argsort(stable=True)]
 
 
-def _inversions(chosen: Mapping[str, Tap], outputs: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
-    """Normalised images (N, C, H, W), from the outputs of each place. Raises: UserError where there is no inverse."""
+def _inversions(
+    chosen: Mapping[str, Tap], outputs: Mapping[str, Tensor], size: Sequence[int], *, offset: bool = True
+) -> dict[str, Tensor]:
+    """Normalised images (N, C, H, W), from the outputs of each place. offset: as `invert_layers`.
+
+    Raises: UserError where a batch normalisation has no inverse."""
     found: dict[str, Tensor] = {}
     for name, tap in chosen.items():
         try:
             with torch.no_grad():
-                found[name] = invert_layers(tap.layers, outputs[tap.output], size)
+                found[name] = invert_layers(tap.layers, outputs[name], size, offset=offset)
         except ValueError as why:
             raise UserError(f"--inside_taps {name}: {why}; give other places ({' '.join(found) or STEM})") from None
     return found
 
 
-def _sums(x: Tensor, coded: Mapping[str, Coded], inversions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Over a batch, on the CPU: `nonzero/<layer>` (M,), `mean/...` and `residual/...` (), `image`, `inversion/<place>`
-    (C, H, W)."""
+def _sums(coded: Mapping[str, Coded], outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Over a batch, on the CPU: `nonzero/<layer>` (M,), `mean/...` and `residual/...` (), `output/<place>` (M, h, w)
+    and of the images (C, H, W)."""
     found = {f"{kind}/{name}": getattr(values, kind) for kind in _KINDS for name, values in coded.items()}
-    found |= {"image": x} | {f"inversion/{name}": y for name, y in inversions.items()}
-    return {name: values.to(x.device).double().sum(0).cpu() for name, values in found.items()}
+    found |= {f"output/{name}": values for name, values in outputs.items()}
+    return {name: values.cpu().double().sum(0) for name, values in found.items()}
 
 
 _TINY = 1e-12
@@ -165,9 +168,13 @@ def _energy(images: Tensor) -> Tensor:
 
 
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Of each two images over pixels, all channels together (N,); 0 where one is constant."""
-    a, b = (images.flatten(1) - images.flatten(1).mean(1, keepdim=True) for images in (x, y))
-    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(_TINY)
+    """Of each two images over pixels, all channels together (N,), however small their values; 0 where one is constant.
+
+    On the CPU."""
+    rows = [images.cpu().double().flatten(1) for images in (x, y)]
+    a, b = (row - row.mean(1, keepdim=True) for row in rows)
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    return (a * b).sum(1) / lengths.where(lengths > 0, 1)
 
 
 def _settings(layer: CSC2d) -> dict[str, Any]:

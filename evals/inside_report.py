@@ -152,7 +152,7 @@ def draw_sparsity(share: Mapping[str, float], residual: Mapping[str, float], pat
         axis.set_xlim(0, 1.2 * max(float(values.max()), 1e-9))
         axis.set_yticks(range(len(names)), names, fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.4, -0.6)
     _write(figure, path)
 
 

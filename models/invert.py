@@ -7,7 +7,6 @@ whose blocks are chains of sparse coding and batch normalisation).
 Letters: B images, C channels and H, W pixels; M atoms of a layer.
 """
 
-import copy
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,9 +23,10 @@ _TINY = 1e-12
 STEM = "stem"
 
 
-def batch_norm_inverse(bn: nn.BatchNorm2d, y: Tensor, name: str = "the layer") -> Tensor:
+def batch_norm_inverse(bn: nn.BatchNorm2d, y: Tensor, name: str = "the layer", *, offset: bool = True) -> Tensor:
     """The input (B, M, H, W) of a batch normalisation in evaluation mode, from its output y.
 
+    offset: without, y is a difference of two outputs, and what is returned the difference of their inputs.
     name: of the layer, for errors. Raises: ValueError for a layer without running statistics, and for one that has a
     channel with |gamma| < 1e-8.
     """
@@ -40,7 +40,7 @@ def batch_norm_inverse(bn: nn.BatchNorm2d, y: Tensor, name: str = "the layer") -
             raise ValueError(f"channel {tiny[0]} of {name} has gamma {gamma:.3g}, without inverse")
         scale, shift = scale / bn.weight, bn.bias
     scale, shift, mean = (values.view(-1, 1, 1) for values in (scale, shift, bn.running_mean))
-    return (y - shift) * scale + mean
+    return (y - shift) * scale + mean if offset else y * scale
 
 
 class CodingLayer(NamedTuple):
@@ -59,16 +59,6 @@ class Tap(NamedTuple):
 
     output: str
     layers: tuple[CodingLayer, ...]
-
-    def double(self, device: torch.device | str) -> "Tap":
-        """The same with copies of its layers on `device`, in float64: the way back from a deep place loses digits, as
-        each layer returns a part of what it coded, beside the mean that batch normalisation adds."""
-        layers = copy.deepcopy(self.layers)
-        for layer in layers:
-            layer.csc.to(device).double()
-            if layer.norm is not None:
-                layer.norm.to(device).double()
-        return self._replace(layers=layers)
 
 
 def taps(net: nn.Module) -> dict[str, Tap]:
@@ -141,9 +131,11 @@ def invert(net: nn.Module, y: Tensor, upto: str, size: Sequence[int]) -> Tensor:
     return invert_layers(tap_of(net, upto).layers, y, size)
 
 
-def invert_layers(layers: Iterable[CodingLayer], y: Tensor, size: Sequence[int]) -> Tensor:
+def invert_layers(layers: Iterable[CodingLayer], y: Tensor, size: Sequence[int], *, offset: bool = True) -> Tensor:
     """The input (B, C, H, W) of `size` (H, W) of a chain of layers, from its output y (B, M, h, w).
 
+    offset: without, from a difference of outputs the difference of inputs. Beside the offset, which grows with depth
+    while each layer returns a part of what it coded, the differences of images would be lost in rounding.
     Raises: ValueError as `batch_norm_inverse`, and for an output that does not belong to inputs of this size.
     """
     layers, sizes = list(layers), [tuple(size)]
@@ -153,7 +145,7 @@ def invert_layers(layers: Iterable[CodingLayer], y: Tensor, size: Sequence[int])
         there, expected = (" x ".join(map(str, sides)) for sides in (y.shape[2:], sizes[-1]))
         raise ValueError(f"an output of {there} entries is not of images of {size[0]} x {size[1]}, but {expected} is")
     for layer, before in zip(reversed(layers), reversed(sizes[:-1]), strict=True):
-        z = y if layer.norm is None else batch_norm_inverse(layer.norm, y, layer.norm_name)
+        z = y if layer.norm is None else batch_norm_inverse(layer.norm, y, layer.norm_name, offset=offset)
         y = layer.csc.synthesise(z, before)
     return y
 

@@ -148,6 +148,18 @@ def test_a_network_is_inverted_layer_by_layer(size):
         torch.testing.assert_close(found.detach(), z, atol=1e-10, rtol=1e-10)
 
 
+def test_differences_of_outputs_become_differences_of_images():
+    net, size = network(widths=(4, 6)), (9, 8)
+    y = net.layer2(net.layer1(net.bn1(net.conv1(images(*size))))).detach()
+    layers = taps(net)["2.1"].layers
+    expected = (invert_layers(layers, y[:1], size) - invert_layers(layers, y[1:], size)).detach()
+    found = invert_layers(layers, y[:1] - y[1:], size, offset=False).detach()
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+    # One part in 1e20 of the output, which no offset leaves anything of.
+    small = invert_layers(layers, 1e-20 * (y[:1] - y[1:]), size, offset=False).detach()
+    torch.testing.assert_close(1e20 * small, expected, atol=1e-10, rtol=1e-8)
+
+
 def test_what_the_codes_explain_comes_back():
     """Signed codes without a penalty, of many more atoms than channels, reconstruct their inputs."""
     layers, x = [], images(7, 6, count=1)
