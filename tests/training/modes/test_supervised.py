@@ -1,6 +1,7 @@
 """`supervised`: its schedule, its groups of parameters, and the epoch that held-out images select."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,18 +122,13 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_as_one_that_was_not(trained
 
 
 def test_the_first_of_equal_epochs_is_kept(tmp_path, monkeypatch):
-    import training.modes.supervised as supervised
-
-    build = supervised.build
+    build = STAGE1["supervised"].build
     values = {1: 0.5, 2: 0.7, 3: 0.7, 4: 0.6}
 
-    def fixed(*args, **kwargs):
-        from dataclasses import replace
+    def fixed(*args):
+        return replace(build(*args), end_epoch=lambda epoch: EpochEnd({"a": values[epoch]}, select="a"))
 
-        return replace(build(*args, **kwargs), end_epoch=lambda e: EpochEnd({"a": values[e]}, select="a"))
-
-    monkeypatch.setitem(STAGE1, "supervised", STAGE1["supervised"].__class__(**{
-        **{f: getattr(STAGE1["supervised"], f) for f in STAGE1["supervised"].__dataclass_fields__}, "build": fixed}))  # fmt: skip
+    monkeypatch.setitem(STAGE1, "supervised", replace(STAGE1["supervised"], build=fixed))
     folder, _ = run(tmp_path, "--epochs", "4", "--first_images", "200")
     assert read_facts(folder / "best.model")["epoch"] == 2
     assert "a: last 0.6000 (epoch 4), best 0.7000 (epoch 2, best.model)" in (folder / "log.txt").read_text()
@@ -171,4 +167,4 @@ def test_64_random_images_are_learnt_by_heart(model):
         loss.backward()
         optimizer.step()
         follow_weights(sizes)
-    assert float(loss) < 0.1 and bool((net(x).argmax(1) == y).all())
+    assert loss.item() < 0.1 and bool((net(x).argmax(1) == y).all())
