@@ -128,11 +128,12 @@ class CorruptSpec(Spec, group="data"):
     )
     corrupt_pixels: int = flag(10, "pixels of each image that --corrupt replaces", at_least=1, origin="data")
     corrupt_fixed: bool = flag(False, "replace the same pixels in every image (corrupted features)", origin="data")
-    data_seed: int = flag(0, "draws the noise of --corrupt and the images of --outliers", origin="data")
+    data_seed: int = flag(0, "draws the noise of --corrupt and the images of --outliers and --held_out", origin="data")
 
     @classmethod
     def of(cls, flags: Flags, *, mixed: bool = False) -> "CorruptSpec":
-        """From the flags; reads only those that have an effect. mixed: images of other classes are drawn."""
+        """From the flags; reads only those that have an effect. mixed: images are drawn, those of
+        other classes or to be held out."""
         noisy = flags.of(cls, only=["corrupt"]).corrupt != NONE
         more = ["corrupt_pixels", "corrupt_fixed"] if noisy else []
         return flags.of(cls, only=["corrupt", *more, *(["data_seed"] if noisy or mixed else [])])

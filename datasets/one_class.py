@@ -3,6 +3,7 @@
 Training images may hold some of other classes, and all images noise.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -27,8 +28,19 @@ from datasets.sets import ImageSet, image_set
 from datasets.table import Table
 
 TABLE = "table"
+AUTO, _AUTO_IMAGES, _AUTO_SHARE = "auto", 5000, 10
 # Sets with draws of noise of their own.
-TRAIN, TEST = "training images", "test images"
+TRAIN, TEST, HELD_OUT = "training images", "test images", "held-out images"
+
+
+def images_or_auto(value: str) -> int | str:
+    """A type for `flag`: a number of images, or `auto`."""
+    if value == AUTO:
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a number nor {AUTO}") from None
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,13 @@ class SplitSpec(Spec, group="data"):
     first_images: int | None = flag(
         None, "use only so many training images, the first of the data set", type=int, above=0, origin="data"
     )
+    held_out: int | str = flag(
+        0,
+        "training images to set aside, drawn by --data_seed (supervised: auto, 5,000 or a tenth if that is less)",
+        type=images_or_auto,
+        at_least=0,
+        origin="data",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,7 +82,8 @@ class Split:
     n_classes: fine classes of the training split, the outputs of a linear head.
     class_names: of the classes that can be normal, then of those that only the test split has.
     outliers: how many training images of other classes are mixed into the normal ones. first_images: how many training
-    images are used, the first of the data set; None: all. corrupt: noise of all images, and the seed of the outliers.
+    images are used, the first of the data set; None: all. held_out: how many of them are set aside, or `auto`.
+    corrupt: noise of all images, and the seed of the outliers and of those that are held out.
     """
 
     dataset: str
@@ -74,6 +94,7 @@ class Split:
     class_names: list[str]
     outliers: int = 0
     first_images: int | None = None
+    held_out: int | str = 0
     corrupt: CorruptSpec = CorruptSpec()
 
     @property
@@ -150,7 +171,34 @@ class Split:
         channels: 1, 3, or None for 1 where all of them are grey, else 3.
         Raises: UserError where there are fewer images, or pixels, than flags ask for.
         """
-        return self.corrupted(self._clean_train(channels), TRAIN)
+        return self.corrupted(self._train_part(self._clean_train(channels)), TRAIN)
+
+    def held_out_images(self) -> ImageSet | PictureSet | None:
+        """The training images that are set aside, with noise of their own and not augmented; None where there are none.
+
+        Raises: UserError as `train`.
+        """
+        if self.spec.stream is None:
+            found = self._part(self._clean_train(3), held=True)
+            return found and self.corrupted(found, HELD_OUT)
+        return self._part(self.spec.stream(self.source, AlignedSpec(), self.one_class_idx), held=True)
+
+    def _train_part(self, data: Any) -> Any:
+        """Training images, or rows, without those that are held out."""
+        part = self._part(data, held=False)
+        return data if part is None else part
+
+    def _part(self, data: Any, *, held: bool) -> Any:
+        """The images that are held out, or the others; None where none is held out."""
+        n = len(data)
+        count = min(_AUTO_IMAGES, n // _AUTO_SHARE) if isinstance(self.held_out, str) else self.held_out
+        if count >= n > 0:
+            raise UserError(f"--held_out {count}: there are {n} training images; give fewer")
+        if count == 0:
+            return None
+        chosen = torch.zeros(n, dtype=torch.bool)
+        chosen[torch.randperm(n, generator=generator(self.corrupt.data_seed, "held-out"))[:count]] = True
+        return data.where(chosen if held else ~chosen)
 
     def _clean_train(self, channels: int | None) -> ImageSet:
         chosen = self.outliers > 0 or self.first_images is not None
@@ -185,10 +233,10 @@ class Split:
         Raises: UserError as `train`, and for rows whose entries are all equal.
         """
         if self.spec.table is None:
-            table = Table.of_images(self._clean_train(channels))
+            table = Table.of_images(self._train_part(self._clean_train(channels)))
         else:
             table = self.spec.table(self.source, "train")
-            table = table.where(self._chosen(table.labels))
+            table = self._train_part(table.where(self._chosen(table.labels)))
         if len(table) and table.rows.min() == table.rows.max():
             place = "data_path" if self.spec.table is None else "npz"
             raise UserError(f"--{place}: all entries of the training rows are equal, there is nothing to learn")
@@ -237,7 +285,7 @@ class Split:
                 f"--dataset {self.dataset}: its pictures are decoded during training, in three channels only; choose"
                 " another data set for one channel"
             )
-        return self.spec.stream(self.source, crop, self.one_class_idx)
+        return self._train_part(self.spec.stream(self.source, crop, self.one_class_idx))
 
     def test(self, channels: int | None = 3) -> ImageSet:
         """All test images, with noise; `normal(labels)` says which are normal.
@@ -298,8 +346,9 @@ def read_split(flags: Flags, *, training: bool, model_size: int | None, fixed: b
         raise UserError(f"--npz: --dataset {which.dataset} is no table; leave one of the two out")
     source = DataSource.of(flags, which.dataset, training=training)
     split = split_one_class(which.dataset, source, which.one_class_idx, model_size, fixed=fixed)
-    corrupt = CorruptSpec.of(flags, mixed=which.outliers > 0)
-    return replace(split, outliers=which.outliers, first_images=which.first_images, corrupt=corrupt)
+    corrupt = CorruptSpec.of(flags, mixed=which.outliers > 0 or which.held_out != 0)
+    own = {name: getattr(which, name) for name in ("outliers", "first_images", "held_out")}
+    return replace(split, **own, corrupt=corrupt)
 
 
 def split_one_class(

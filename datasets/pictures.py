@@ -35,7 +35,7 @@ from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, report_skipped
 from datasets.listing import common_folder, printable
 from datasets.loading import Loading
-from datasets.sets import floats
+from datasets.sets import derived, floats
 
 
 class Pixels(Protocol):
@@ -191,6 +191,20 @@ def loading_errors() -> Iterator[None]:
         if "DataLoader worker" in text:
             raise RunStopped(f"a process that loads pictures has ended ({text.strip().splitlines()[0]})") from None
         raise
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Some pictures of a sequence."""
+
+    pixels: Pixels
+    places: list[int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        return self.pixels[self.places[n]]
 
 
 class _OrError(Dataset):
@@ -351,6 +365,14 @@ class PictureSet:
                 yield batch.to(self.device, non_blocking=True)
         finally:
             del found  # Ends its processes now; a traceback that refers to it would keep them.
+
+    def where(self, keep: Tensor) -> "PictureSet":
+        """The pictures where `keep` (N,) is true. Where it is true everywhere, the fingerprint stays."""
+        if keep.all():
+            return self
+        places = keep.nonzero()[:, 0].tolist()
+        fingerprint = derived(self.fingerprint, bytes(keep.tolist()))
+        return replace(self, pixels=_Chosen(self.pixels, places), labels=self.labels[keep], fingerprint=fingerprint)
 
     def to(self, device: torch.device) -> "PictureSet":
         """Deliver batches on `device`."""

@@ -22,6 +22,7 @@ from datasets.views import PassSpec
 from evals import classify, detect, embed, robust
 from evals.extract import (
     AUTOENCODER,
+    CLASSIFIER,
     CONTRASTIVE,
     FITTED_SPARSE,
     LABELLED,
@@ -160,13 +161,13 @@ EVALS: dict[str, Eval] = {
     "ood_pre_cocsr_refmix": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), "reference"),
     "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
-    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), _LABELLED),
+    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_LABELLED, "supervised")),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
     "rdae_denoise": _separation(robust.denoise, _AUTOENCODERS),
     "rdae_features": _separation(robust.features, ("rdae",)),
-    "test_acc": _classification(False, (*_PROBED, *_LABELLED), (*_PROBED, "sup_linear")),
+    "test_acc": _classification(False, (*_PROBED, *_LABELLED, "supervised"), (*_PROBED, "sup_linear", "supervised")),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
 }
 
@@ -179,6 +180,7 @@ TSNES: dict[str, Eval] = {
     "ood_pre_tsne_dict": _picture(SPARSE, ("cocsr_dict",), "s", default_for=("cocsr_dict",)),
     "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
     "ood_tsne_codes": _picture(AUTOENCODER, _AUTOENCODERS, layers={"penultimate": "h"}, default_for=_AUTOENCODERS),
+    "supervised_tsne": _picture(CLASSIFIER, ("supervised",), layers={"penultimate": "h"}, default_for=("supervised",)),
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),

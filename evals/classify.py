@@ -18,7 +18,7 @@ from common.device import autocast
 from common.errors import RunStopped, UserError
 from common.flags import DeviceSpec
 from common.seed import generator
-from datasets import ImageSet, ShiftSpec
+from datasets import ImageSet, PictureSet, ShiftSpec
 from datasets.views import PassSpec
 from evals import metrics
 from evals.result import Result
@@ -216,7 +216,7 @@ def _frozen(net: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def correct_of(predict: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> Tensor:
+def correct_of(predict: Callable[[Tensor], Tensor], images: ImageSet | PictureSet, batch_size: int) -> Tensor:
     """Whether each image is classified correctly, (N,) bool, on the images' device.
 
     predict: images (b, 3, H, W) in [0, 1] -> logits (b, C). The network's mode is the caller's business.
@@ -224,8 +224,8 @@ def correct_of(predict: Callable[[Tensor], Tensor], images: ImageSet, batch_size
     labels = images.labels.to(images.device)
     with torch.inference_mode():
         found = [
-            predict(images.batch(index)).argmax(1) == labels[index]
-            for index in torch.arange(len(images), device=images.device).split(batch_size)
+            predict(images.batch(index)).argmax(1) == labels[index.to(images.device)]
+            for index in torch.arange(len(images), device=images.index_device).split(batch_size)
         ]
     return torch.cat(found)
 

@@ -31,7 +31,7 @@ from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.checkpoint import State, autoencoder_spec, load_net
-from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.feature_net import BackboneNet, Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
 # What a network makes of views (b, K, 3, H, W): outputs (b, K, .).
@@ -54,17 +54,19 @@ def net_outputs(net: FeatureNet | RotTransNet) -> Reader:
     return outputs
 
 
-def feature_outputs(net: RotTransNet) -> Reader:
+def feature_outputs(net: BackboneNet) -> Reader:
     """h (b, K, F) of any network with a backbone."""
     return lambda views: {"h": net.features(views.flatten(0, 1)).unflatten(0, views.shape[:2])}
 
 
-def class_outputs(net: FeatureNet) -> Reader:
-    """Logits linear (b, K, C) of the class, joint (b, K, 4 C) of class + C * rotation."""
+def class_outputs(net: FeatureNet | Classifier) -> Reader:
+    """Logits linear (b, K, C) of the class, joint (b, K, 4 C) of class + C * rotation, unless it is a `Classifier`."""
 
     def outputs(views: Tensor) -> Outputs:
         h = net.features(views.flatten(0, 1))
-        logits = {"linear": net.linear(h), "joint": net.joint_distribution_layer(h)}
+        logits = {"linear": net.linear(h)}
+        if isinstance(net, FeatureNet):
+            logits["joint"] = net.joint_distribution_layer(h)
         return {name: value.float().unflatten(0, views.shape[:2]) for name, value in logits.items()}
 
     return outputs
@@ -319,8 +321,14 @@ def _load_stage1(flags: Flags, state: State, path: Path, shifts: int | None) -> 
 
 
 def _load_labelled(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
-    """However many shifts the network was trained with: its shift head is not read."""
-    return _load_stage1(flags, state, path, None)
+    """A classifier, or a stage-1 network, however many shifts it was trained with: its shift head is not read."""
+    if "simclr_layer.2.weight" in state or "linear.weight" not in state:
+        return _load_stage1(flags, state, path, None)
+    return _load_classifier(flags, state, path, shifts)
+
+
+def _load_classifier(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    return load_net("classifier", state, **_common(flags, path))
 
 
 def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
@@ -391,6 +399,14 @@ FITTED_SPARSE = replace(
     own=(SparseSpec,),
 )
 LABELLED = Extractor(("last.model",), _label_shifts, _load_labelled, _itself, class_outputs, plain=True)
+CLASSIFIER = Extractor(
+    ("last.model",),
+    lambda flags, needs: ShiftSpec("none").functions(),
+    _load_classifier,
+    _itself,
+    feature_outputs,
+    plain=True,
+)
 ROT_TRANS = Extractor(
     ("last.model",),
     lambda flags, needs: rotations_and_translations(),

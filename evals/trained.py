@@ -33,7 +33,7 @@ _NO_SETTINGS = frozenset(
     " ood_batch_size print_score save_score skip_bad_images no_strict npz".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
-UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "test_noise": "none"}
+UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "held_out": 0, "test_noise": "none"}
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ size; P projection size; K shifts, each with its own dictionary; M atoms of a di
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from common.errors import UserError
 from common.flags import Flags, Spec, flag, one_component, path_flag
 from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.sdnet import VARIANTS, sdnet
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,27 @@ class ModelSpec(Spec, group="network and device"):
 
 
 _WIDTHS = (64, 128, 256, 512)
+_SMALL, _18, _34 = ((1, 1, 1), (16, 32, 64)), ((2, 2, 2, 2), _WIDTHS), ((3, 4, 6, 3), _WIDTHS)
 
 BACKBONES: dict[str, BackboneSpec] = {
-    "resnet8": BackboneSpec(lambda: ResNet(BasicBlock, (1, 1, 1), (16, 32, 64))),
-    "resnet18": BackboneSpec(lambda: ResNet(BasicBlock, (2, 2, 2, 2), _WIDTHS)),
-    "resnet34": BackboneSpec(lambda: ResNet(BasicBlock, (3, 4, 6, 3), _WIDTHS)),
-    "resnet50": BackboneSpec(lambda: ResNet(Bottleneck, (3, 4, 6, 3), _WIDTHS)),
+    "resnet8": BackboneSpec(lambda: ResNet(BasicBlock, *_SMALL)),
+    "resnet18": BackboneSpec(lambda: ResNet(BasicBlock, *_18)),
+    "resnet34": BackboneSpec(lambda: ResNet(BasicBlock, *_34)),
+    "resnet50": BackboneSpec(lambda: ResNet(Bottleneck, *_34)),
     "resnet18_imagenet": BackboneSpec(_imagenet("resnet18"), image_size=224),
+    "resnet34_imagenet": BackboneSpec(_imagenet("resnet34"), image_size=224),
     "resnet50_imagenet": BackboneSpec(_imagenet("resnet50"), image_size=224),
+    # sdnet8, sdnet8_all, sdnet8_all_noshortcut, and so on.
+    **{
+        f"sdnet{depth}{variant}": BackboneSpec(partial(sdnet, variant, *size))
+        for depth, size in {8: _SMALL, 18: _18, 34: _34}.items()
+        for variant in VARIANTS
+    },
+    **{
+        f"sdnet{depth}{variant}_imagenet": BackboneSpec(partial(sdnet, variant, *size, large=True), image_size=224)
+        for depth, size in {18: _18, 34: _34}.items()
+        for variant in VARIANTS
+    },
 }
 
 TIMM = "timm_"

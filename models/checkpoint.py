@@ -19,7 +19,7 @@ from common.flags import Flags
 from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
-from models.feature_net import CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.feature_net import Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 State = dict[str, Tensor]
@@ -69,6 +69,10 @@ def _build_feature(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int
 def _feature_sizes(state: State) -> dict[str, Any]:
     keys = {"n_classes": "linear.weight", "simclr_dim": "simclr_layer.2.weight", "n_shifts": "shift_cls_layer.weight"}
     return {size: len(state[key]) for size, key in keys.items()}
+
+
+def _build_classifier(model: str, *, n_classes: int) -> Classifier:
+    return Classifier(backbone_spec(model).make(), n_classes=n_classes)
 
 
 def _build_rot_trans(model: str) -> RotTransNet:
@@ -143,6 +147,12 @@ NETS: dict[str, NetKind] = {
         sizes=_feature_sizes,
         must_agree=_SHIFTS_AGREE,
     ),
+    "classifier": NetKind(
+        markers=("linear.weight",),
+        absent="holds no classifier (no {key!r})",
+        build=_build_classifier,
+        sizes=lambda state: {"n_classes": len(state["linear.weight"])},
+    ),
     "rot_trans": NetKind(
         markers=("rotation.weight",),
         absent="was not made by train.py --mode rot_trans",
@@ -212,7 +222,7 @@ def load_pretrained(backbone: nn.Module, path: str, *, model: str) -> None:
     """
     state = load_state_dict(Path(path), flag="pretrained_path")
     own = backbone.state_dict()
-    missing = [k for k, v in own.items() if k not in state or state[k].shape != v.shape]
+    missing = [k for k, v in own.items() if k not in state or not _fits(v, state[k])]
     if missing:
         raise UserError(
             f"--pretrained_path: {path} does not hold a {model}: {len(missing)} of {len(own)} tensors are missing or of"
@@ -292,7 +302,7 @@ def _load_backbone_and_heads(
 ) -> None:
     """Load all tensors, or without `strict` those that fit. Raises: UserError where they do not fit."""
     own = net.state_dict()
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    fitting = {k: v for k, v in state.items() if k in own and _fits(own[k], v)}
     if not strict:
         if not any(k in fitting for k in getattr(net, "backbone", net).state_dict()):
             raise UserError(f"--no_strict: no tensor of a {model} fits {path}{_guess(state)}")
@@ -302,6 +312,11 @@ def _load_backbone_and_heads(
         what = model if named_by == "model" else f"{model} {named_by} of these sizes"
         raise UserError(f"--{named_by}: {path} does not hold a {what}{_guess(state)}; --no_strict loads what fits")
     net.load_state_dict(fitting, strict=strict)
+
+
+def _fits(own: Tensor, saved: Tensor) -> bool:
+    """Whether a file's tensor is one of this network's. An empty one takes its size from the file."""
+    return own.shape == saved.shape or own.numel() == 0
 
 
 def _load_rest(net: nn.Module, state: State, inner: str) -> None:
@@ -321,8 +336,8 @@ def _guess(state: State) -> str:
     fitting = {}
     for name, spec in BACKBONES.items():
         with torch.device("meta"):  # Shapes only: no memory, no random draws.
-            shapes = {key: value.shape for key, value in spec.make().state_dict().items()}
-        if all(key in state and state[key].shape == shape for key, shape in shapes.items()):
-            fitting[name] = len(shapes)
+            own = spec.make().state_dict()
+        if all(key in state and _fits(value, state[key]) for key, value in own.items()):
+            fitting[name] = len(own)
     # The tensors of a resnet18 are among those of a resnet34.
     return f" but a {max(fitting, key=fitting.__getitem__)}" if fitting else ""

@@ -8,7 +8,7 @@ A*(r) the convolution of r, its exact adjoint. The layer takes K proximal gradie
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,44 +16,70 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# (r, t or None for 0) -> eta A*(r) - t.
+Ascend = Callable[[Tensor, Tensor | None], Tensor]
+
 GRADIENTS = ("extrapolated", "iterate")
 # The power iteration of a fresh start: steps at most, and the squared change of its unit vector that ends it.
 _STEPS, _TOLERANCE = 50, 1e-5
-# Frequencies on a side at which the bound of a fresh layer is computed.
-_GRID = 32
+# Frequencies on a side at which the bound of a fresh layer is computed, and for how many channels that is fast.
+_GRID, _FEW = 32, 8
 _TINY = 1e-12
 
 
 class Solver(NamedTuple):
     """How a code is computed. steps: K >= 1. gradient_at: `extrapolated` is FISTA (Beck & Teboulle 2009), `iterate` the
-    released program of SDNet, the same for K <= 2."""
+    released program of SDNet, the same for K <= 2.
+
+    Raises, from `checked`: ValueError for a setting out of range.
+    """
 
     steps: int
     mu: float
     nonneg: bool
     gradient_at: str
 
-    def prox(self, v: Tensor, eta: Tensor, lam: Tensor) -> Tensor:
-        """The proximal operator of eta (lam |z|_1 + mu/2 |z|^2)."""
-        shrunk = torch.relu(v - lam * eta) if self.nonneg else v - torch.clamp(v, min=-lam * eta, max=lam * eta)
-        return shrunk / (1 + self.mu * eta) if self.mu else shrunk
+    def checked(self) -> "Solver":
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if not self.mu >= 0:
+            raise ValueError(f"mu must be >= 0, got {self.mu}")
+        if self.gradient_at not in GRADIENTS:
+            raise ValueError(f"gradient_at must be one of {', '.join(GRADIENTS)}, got {self.gradient_at!r}")
+        return self
+
+    def tensor(self) -> Tensor:
+        """The settings as numbers, (4,) float64, as a file holds them."""
+        numbers = [self.steps, self.mu, self.nonneg, GRADIENTS.index(self.gradient_at)]
+        return torch.tensor(numbers, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> "Solver":
+        """From `tensor`."""
+        steps, mu, nonneg, gradient_at = numbers.tolist()
+        return cls(int(steps), mu, bool(nonneg), GRADIENTS[int(gradient_at)])
 
     def solve(
-        self,
-        x: Tensor,
-        analyse: Callable[[Tensor], Tensor],
-        synthesise: Callable[[Tensor], Tensor],
-        eta: Tensor,
-        lam: Tensor,
+        self, x: Tensor, ascend: Ascend, synthesise: Callable[[Tensor], Tensor], eta: Tensor, t: Tensor
     ) -> Tensor:
-        """The K-th iterate."""
-        z = self.prox(eta * analyse(x), eta, lam)
-        before, t = torch.zeros_like(z), 1.0
+        """The K-th iterate.
+
+        ascend(r, t): eta A*(r) - t, a tensor of its own. t: lam eta, one number or one for each image. The operator of
+        a code that is not negative takes t off before the ReLU, so that it comes with the bias of a convolution.
+        """
+
+        def shrink(v: Tensor) -> Tensor:
+            shrunk = v.relu_() if self.nonneg else v - torch.clamp(v, min=-t, max=t)
+            return shrunk / (1 + self.mu * eta) if self.mu else shrunk
+
+        taken = t if self.nonneg else None
+        z = shrink(ascend(x, taken))
+        before, momentum = None, 1.0
         for _ in range(self.steps - 1):
-            t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
-            y = z if last == 1 else z + (last - 1) / t * (z - before)
+            momentum, last = (1 + math.sqrt(1 + 4 * momentum * momentum)) / 2, momentum
+            y = z if before is None else z + (last - 1) / momentum * (z - before)
             at = y if self.gradient_at == "extrapolated" else z
-            before, z = z, self.prox(y + eta * analyse(x - synthesise(at)), eta, lam)
+            before, z = z, shrink(ascend(x - synthesise(at), taken).add_(y))
         return z
 
 
@@ -61,39 +87,30 @@ class _Coding(nn.Module):
     """What `CSC2d` and `CSC1d` share: atoms of unit norm, a step size from a power iteration, lambda.
 
     step: eta, a buffer; 0.9 over the largest eigenvalue of A* A. power: the unit vector of the power iteration, empty
-    before the first. Both are saved. Evaluation changes neither.
+    before the first. settings: those of the solver. All are saved, and so is lambda. Evaluation changes none of them.
     """
 
     step: Tensor
     power: Tensor
     lam: Tensor
+    settings: Tensor
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        *,
-        lam: float,
-        steps: int,
-        mu: float,
-        nonneg: bool,
-        step_ratio: float,
-        gradient_at: str,
-    ) -> None:
+    def __init__(self, shape: Sequence[int], solver: Solver, *, lam: float, step_ratio: float) -> None:
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps must be >= 1, got {steps}")
-        if not mu >= 0:
-            raise ValueError(f"mu must be >= 0, got {mu}")
-        if gradient_at not in GRADIENTS:
-            raise ValueError(f"gradient_at must be one of {', '.join(GRADIENTS)}, got {gradient_at!r}")
-        self.solver, self.step_ratio = Solver(steps, mu, nonneg, gradient_at), step_ratio
+        self.solver, self.step_ratio = solver.checked(), step_ratio
         self.weight = nn.Parameter(torch.empty(*shape))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.register_buffer("step", torch.zeros(()))
         self.register_buffer("power", torch.zeros(0))
         self.register_buffer("lam", torch.zeros(()))
+        self.register_buffer("settings", solver.tensor())
         self.set_lambda(lam)
         self.project_()
+
+    def set_solver(self, solver: Solver) -> None:
+        """Compute codes in another way. Raises: ValueError for a setting out of range."""
+        self.solver = solver.checked()
+        self.settings = solver.tensor().to(self.settings.device)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -104,15 +121,22 @@ class _Coding(nn.Module):
     def set_lambda(self, value: float | Tensor) -> None:
         """One lambda >= 0 for all images, or one for each image of the batches to come, (B,).
 
-        It acts at once. Raises: ValueError for a negative or non-finite one.
+        It acts at once. Raises: ValueError for a negative or non-finite one; of a tensor on a GPU that is not looked
+        at, since it would wait for the device.
         """
-        lam = torch.as_tensor(value, dtype=self.lam.dtype, device=self.lam.device)
-        if lam.ndim > 1 or not bool((lam >= 0).all()) or not bool(lam.isfinite().all()):
+        if isinstance(value, Tensor):
+            lam = value.to(self.lam)
+            valid = lam.ndim <= 1 and (lam.is_cuda or bool(((lam >= 0) & lam.isfinite()).all()))
+        else:
+            lam, valid = self.lam.new_full((), value), 0 <= value < math.inf
+        if not valid:
             raise ValueError(f"lambda must be >= 0, one or one for each image, got {value}")
         self.lam = lam
 
-    def _lambda(self, ndim: int) -> Tensor:
-        return self.lam if self.lam.ndim == 0 else self.lam.view(-1, *[1] * (ndim - 1))
+    @staticmethod
+    def _over_codes(lam: Tensor, ndim: int) -> Tensor:
+        """Lambda in a shape that broadcasts with codes of so many dimensions."""
+        return lam if lam.ndim == 0 else lam.view(-1, *[1] * (ndim - 1))
 
     @torch.no_grad()
     def _refresh(self, start: Sequence[int], square: Callable[[Tensor], Tensor], fresh: bool) -> None:
@@ -141,6 +165,8 @@ class _Coding(nn.Module):
             if saved is not None:
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}settings" in state_dict:
+            self.solver = Solver.of(self.settings)
 
 
 class CSC2d(_Coding):
@@ -148,7 +174,7 @@ class CSC2d(_Coding):
 
     recompute: the iterates are not kept for the gradient but computed again, which costs one more forward pass.
     step_ratio: of eta to 1 / the largest eigenvalue; that is estimated a little too low, hence 0.9 and not 1.
-    A fresh layer has a step that is safe for every size, from the largest singular value over frequencies.
+    A fresh layer has a step that is safe for every size, if short; `refresh_step` finds that of one size.
     """
 
     def __init__(
@@ -168,15 +194,8 @@ class CSC2d(_Coding):
         recompute: bool = True,
     ) -> None:
         self.stride, self.padding, self.kernel_size = stride, padding, kernel_size
-        super().__init__(
-            (atoms, in_channels, kernel_size, kernel_size),
-            lam=lam,
-            steps=steps,
-            mu=mu,
-            nonneg=nonneg,
-            step_ratio=step_ratio,
-            gradient_at=gradient_at,
-        )
+        shape = (atoms, in_channels, kernel_size, kernel_size)
+        super().__init__(shape, Solver(steps, mu, nonneg, gradient_at), lam=lam, step_ratio=step_ratio)
         self.recompute = recompute
         self.step.fill_(step_ratio / self._bound())
 
@@ -198,16 +217,23 @@ class CSC2d(_Coding):
         return sides
 
     def forward(self, x: Tensor) -> Tensor:
-        lam = self._lambda(4)
         size = x.shape[2:]
         self.code_size(size)
-
-        def solve(x: Tensor, weight: Tensor) -> Tensor:
-            return self.solver.solve(x, self.analyse, lambda z: self.synthesise(z, size), self.step, lam)
-
         if self.recompute and self.solver.steps > 1 and torch.is_grad_enabled():
-            return checkpoint(solve, x, self.weight, use_reentrant=False, preserve_rng_state=False)
-        return solve(x, self.weight)
+            return checkpoint(self._solve, x, self.weight, self.lam, use_reentrant=False, preserve_rng_state=False)
+        return self._solve(x, self.weight, self.lam)
+
+    def _solve(self, x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
+        eta, size = self.step, x.shape[2:]
+        t = self._over_codes(lam, 4) * eta
+        scaled = eta * weight
+
+        def ascend(r: Tensor, t: Tensor | None) -> Tensor:
+            bias = -t.expand(len(weight)) if t is not None and t.ndim == 0 else None
+            found = F.conv2d(r, scaled, bias, self.stride, self.padding)
+            return found if t is None or bias is not None else found - t
+
+        return self.solver.solve(x, ascend, lambda z: self.synthesise(z, size), eta, t)
 
     def objective(self, x: Tensor, z: Tensor) -> Tensor:
         """1/2 |x - A(z)|^2 + lam |z|_1 + mu/2 |z|^2 of each image, (B,)."""
@@ -226,10 +252,62 @@ class CSC2d(_Coding):
 
     @torch.no_grad()
     def _bound(self) -> Tensor:
-        """The largest eigenvalue of A* A on an endless image of stride 1, which no other exceeds."""
-        n = max(_GRID, self.kernel_size)
-        symbols = torch.fft.fft2(self.weight.double(), s=(n, n)).permute(2, 3, 0, 1)  # (n, n, M, C)
-        return torch.linalg.matrix_norm(symbols, ord=2).square().max()
+        """Of the largest eigenvalue of A* A, for all sizes of images.
+
+        For few channels the largest at any frequency of an endless image of stride 1, which no other exceeds. Else that
+        of atoms which do not overlap, times the number of those that overlap in a pixel: up to four times too large.
+        """
+        W, n = self.weight.double(), max(_GRID, self.kernel_size)
+        if min(W.shape[:2]) <= _FEW:
+            symbols = torch.fft.fft2(W, s=(n, n)).permute(2, 3, 0, 1)  # (n, n, M, C)
+            return torch.linalg.matrix_norm(symbols, ord=2).square().max()
+        rows = W.flatten(1)
+        return math.ceil(self.kernel_size / self.stride) ** 2 * torch.linalg.matrix_norm(rows @ rows.T, ord=2)
+
+
+def csc_layers(net: nn.Module) -> dict[str, CSC2d]:
+    """The layers of a network by name, in the order of its modules."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, CSC2d)}
+
+
+def stem_of(net: nn.Module) -> CSC2d | None:
+    """The layer that codes images, the first of a network; None for one without."""
+    return next(iter(csc_layers(net).values()), None)
+
+
+@torch.no_grad()
+def input_sizes(backbone: nn.Module, channels: int, size: Sequence[int]) -> dict[CSC2d, tuple[int, int]]:
+    """(H, W) of what each layer codes when the network gets images (N, channels, H, W) of `size`.
+
+    Raises: ValueError for images that are smaller than a kernel.
+    """
+    found: dict[CSC2d, tuple[int, int]] = {}
+
+    def look(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[layer] = tuple(inputs[0].shape[2:])  # type: ignore[index, assignment]
+
+    layers = csc_layers(backbone)
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()  # Batch normalisation must not count an image that is none.
+    try:
+        backbone(next(iter(layers.values())).weight.new_zeros(1, channels, *size))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return found
+
+
+def follow_weights(sizes: Mapping[CSC2d, tuple[int, int]], *, fresh: bool = False) -> None:
+    """What has to be done after each step of an optimizer: atoms of norm 1, and the step of the solver that fits them.
+
+    fresh: see `CSC2d.refresh_step`.
+    """
+    for layer, size in sizes.items():
+        layer.project_()
+        layer.refresh_step(size, fresh=fresh)
 
 
 class CSC1d(_Coding):
@@ -247,15 +325,8 @@ class CSC1d(_Coding):
         step_ratio: float = 0.9,
         gradient_at: str = "extrapolated",
     ) -> None:
-        super().__init__(
-            (atoms, in_features),
-            lam=lam,
-            steps=steps,
-            mu=mu,
-            nonneg=nonneg,
-            step_ratio=step_ratio,
-            gradient_at=gradient_at,
-        )
+        solver = Solver(steps, mu, nonneg, gradient_at)
+        super().__init__((atoms, in_features), solver, lam=lam, step_ratio=step_ratio)
         with torch.no_grad():
             self.step.fill_(step_ratio / torch.linalg.matrix_norm(self.weight.double(), ord=2).square())
 
@@ -268,12 +339,18 @@ class CSC1d(_Coding):
         return z @ self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.solver.solve(x, self.analyse, self.synthesise, self.step, self._lambda(x.ndim))
+        eta = self.step
+        t, scaled = self._over_codes(self.lam, x.ndim) * eta, eta * self.weight
+
+        def ascend(r: Tensor, t: Tensor | None) -> Tensor:
+            return r @ scaled.T if t is None else r @ scaled.T - t
+
+        return self.solver.solve(x, ascend, self.synthesise, eta, t)
 
     def objective(self, x: Tensor, z: Tensor) -> Tensor:
         """1/2 |x - A(z)|^2 + lam |z|_1 + mu/2 |z|^2 of each row."""
         fit = (x - self.synthesise(z)).square().sum(-1) / 2
-        return fit + self._lambda(x.ndim - 1) * z.abs().sum(-1) + self.solver.mu / 2 * z.square().sum(-1)
+        return fit + self._over_codes(self.lam, x.ndim - 1) * z.abs().sum(-1) + self.solver.mu / 2 * z.square().sum(-1)
 
     def refresh_step(self, *, fresh: bool = False) -> None:
         """Follow the weights with the step, as `CSC2d.refresh_step`."""

@@ -1,4 +1,5 @@
-"""Networks on a backbone: stage 1 (FeatureNet), Rot+Trans (RotTransNet) and stage 2 (CocsrNet).
+"""Networks on a backbone: stage 1 (FeatureNet), classification (Classifier), Rot+Trans (RotTransNet), stage 2
+(CocsrNet).
 
 Dimension letters: see `models`.
 """
@@ -81,6 +82,18 @@ class FeatureNet(BackboneNet):
         return Features(
             full_precision(h), full_precision(self.simclr_layer(h)), full_precision(self.shift_cls_layer(h))
         )
+
+
+class Classifier(BackboneNet):
+    """A backbone and one linear head, for classes with labels."""
+
+    def __init__(self, backbone: nn.Module, *, n_classes: int):
+        super().__init__(backbone)
+        self.linear = nn.Linear(self.feature_dim, n_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class logits (N, C), float32 or float64, of images (N, in_channels, H, W) in [0, 1]."""
+        return full_precision(self.linear(self.features(images)))
 
 
 class Transformation(NamedTuple):

@@ -44,6 +44,10 @@ def resnet18() -> nn.Module:
     return _build(BasicBlock, (2, 2, 2, 2))
 
 
+def resnet34() -> nn.Module:
+    return _build(BasicBlock, (3, 4, 6, 3))
+
+
 def resnet50() -> nn.Module:
     return _build(Bottleneck, (3, 4, 6, 3))
 

@@ -81,10 +81,11 @@ class ResNet(nn.Module):
     blocks: number of residual blocks in each stage; widths: their channels. The first stage keeps the resolution, each
     later one halves it.
 
-    stem(inputs, outputs): makes the first convolution.
+    stem(inputs, outputs): makes the first convolution. pool(channels): what follows its activation; None: nothing.
     conv(inputs, outputs, stride): makes every other 3 x 3 convolution; those of 1 x 1 stay.
     act(): makes each activation; stem_act() that of the stem, by default as `act`.
     last_block: class of the last `n_last` blocks in place of `block`, called with the same arguments.
+    input_mean, input_std: by which images in [0, 1] are to be normalised, for each channel; None: 0.5.
     """
 
     def __init__(
@@ -100,11 +101,16 @@ class ResNet(nn.Module):
         stem_act: Act | None = None,
         last_block: Callable[..., nn.Module] | None = None,
         n_last: int = 1,
+        pool: Callable[[int], nn.Module] | None = None,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
     ):
         super().__init__()
         self.in_channels = in_channels
+        self.input_mean, self.input_std = input_mean or (0.5,) * in_channels, input_std or (0.5,) * in_channels
         channels = widths[0]
         self.conv1, self.bn1, self.act1 = stem(in_channels, channels), nn.BatchNorm2d(channels), (stem_act or act)()
+        self.pool = pool(channels) if pool is not None else nn.Identity()
         self.stages = len(widths)
         left = sum(blocks)
         for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
@@ -118,7 +124,7 @@ class ResNet(nn.Module):
         self.feature_dim = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.pool(self.act1(self.bn1(self.conv1(x))))
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f"layer{stage}")(x)
         # Channels last, as `x` lies in memory: its gradient then lies there in the same way.

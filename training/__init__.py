@@ -17,9 +17,10 @@ from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.specs import RoundsSpec, SeparationSpec
 from models.feature_net import FeatureTransform
+from models.sdnet import CSCSpec
 from models.sparse.dictionary import SparseSpec
 from training.micro_batch import MicroBatchSpec
-from training.modes import cocsr_dict, rdae, rot_trans, simclr, sup_linear
+from training.modes import cocsr_dict, rdae, rot_trans, simclr, sup_linear, supervised
 from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
 from training.optim import LengthSpec, OptimSpec, RateSpec
@@ -90,7 +91,7 @@ def run_name(flags: Flags, mode: Mode) -> str:
     split, suffix = flags.of(SplitSpec), flags.of(RunSpec, only=["suffix"]).suffix
     normal = [] if split.one_class_idx is None else ["one_class", file_name(str(split.one_class_idx))]
     normal += ["outliers", str(split.outliers)] if split.outliers else []
-    corrupt = CorruptSpec.of(flags, mixed=split.outliers > 0)
+    corrupt = CorruptSpec.of(flags, mixed=split.outliers > 0 or split.held_out != 0)
     noise = ["corrupt", f"{corrupt.corrupt}{corrupt.corrupt_pixels}"] if corrupt.active else []
     network = [flags.of(ModelSpec, only=["model"]).model] if mode.backbone else []
     return joined_name([split.dataset, *network, *mode.name(flags), *normal, *noise, *([suffix] if suffix else [])])
@@ -112,7 +113,7 @@ def _contrastive(
 ) -> Mode:
     return Mode(
         partial(simclr.build, shifts=shifts, labelled=labelled),
-        (*COMMON, *_VIEWS, OptimSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
+        (*COMMON, *_VIEWS, OptimSpec, CSCSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
         name,
         shifts,
         views=simclr.LOADING.views,
@@ -157,10 +158,16 @@ STAGE1: dict[str, Mode] = {
     "sup_CSI_linear": _linear(rotations, _ROTATION),
     "rot_trans": Mode(
         rot_trans.build,
-        (*COMMON, *_VIEWS, OptimSpec),
+        (*COMMON, *_VIEWS, OptimSpec, CSCSpec),
         _unlabelled,
         rotations,
         defaults=_ROTATION,
+    ),
+    "supervised": Mode(
+        supervised.build,
+        (*COMMON, RateSpec, supervised.SupervisedSpec, AlignedSpec, CSCSpec),
+        _mode_alone,
+        defaults={"lr_init": 0.1, "weight_decay": 5e-4, "epochs": 220, "held_out": "auto"},
     ),
     "rdae": _autoencoder(rdae.build, rdae.robust_name, length=rdae.rounds_and_epochs),
     "dae": _autoencoder(rdae.build_plain, rdae.plain_name),

@@ -11,6 +11,8 @@ from common.run import Run
 from training.meter import Meter
 from training.recipe import EpochEnd, Recipe
 
+# The weights of the epoch that held-out images, say, select.
+BEST = "best.model"
 _CONTINUE = "The same command continues from there"
 
 
@@ -61,6 +63,7 @@ class RunKeeper:
         self._save_due = world.max_over_ranks(lambda: time.monotonic() >= self._save_at)
         self._observe_due = world.max_over_ranks(lambda: time.monotonic() >= self._observe_at)
         self._warned: set[str] = set()
+        self._best: tuple[float, int] | None = None
         self._first = recipe.first_epoch
         self._started = self._printed = time.monotonic()
 
@@ -83,6 +86,7 @@ class RunKeeper:
                 f" {self._steps}; put its training images back, or give another --suffix"
             )
         _restore(self._recipe, state)
+        self._best = state.get("best")
         within = f", step {step} of {self._steps} of the next" if step else ""
         self._run.say(f"continuing after epoch {self._first}{within}")
         return Position(self._first, step, Meter.of(state.get("meter")))
@@ -103,6 +107,7 @@ class RunKeeper:
         """Record, warn, show, save, each where it is due. Raises: Terminated when asked to stop."""
         last = epoch == self._epochs or end.converged
         values = values | end.values
+        self._select(epoch, end)
         observe = self._observe_due()
         if self._observer is not None and (observe or last):
             values |= self._observer.measure(epoch)
@@ -118,6 +123,11 @@ class RunKeeper:
             estimate = "converged" if end.converged else f"about {left:.0f} s left"
             self._run.say(f"epoch {epoch}/{self._epochs}  {_line(values)}  {seconds:.1f} s, {estimate}")
             self._printed = time.monotonic()
+        if last and self._best and end.select:
+            value, at = self._best
+            self._run.say(
+                f"{end.select}: last {values[end.select]:.4f} (epoch {epoch}), best {value:.4f} (epoch {at}, {BEST})"
+            )
         asked = self._stop()
         if last:
             self._finish()
@@ -137,12 +147,20 @@ class RunKeeper:
             raise self._world.error_on_main(error, 1)
         return values
 
+    def _select(self, epoch: int, end: EpochEnd) -> None:
+        """Keep the weights of an epoch that is better than those before."""
+        if end.select is None or (self._best and end.values[end.select] <= self._best[0]):
+            return
+        self._best = end.values[end.select], epoch
+        self._run.keep(BEST, self._recipe.model.state_dict(), epoch)
+
     def _finish(self) -> None:
         if self._world.is_main:
             self._recipe.finish(self._run)
 
     def _save(self, epoch: int, step: int = 0, meter: Meter | None = None, *, converged: bool = False) -> None:
-        self._run.save(*_state(self._recipe, epoch, step, meter, converged))
+        weights, state = _state(self._recipe, epoch, step, meter, converged)
+        self._run.save(weights, state | ({"best": self._best} if self._best else {}))
         self._save_at = _in_minutes(self._save_minutes)
 
     def _end(self, text: str, signal: int) -> None:

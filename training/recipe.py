@@ -44,10 +44,12 @@ class Step(NamedTuple):
 
 
 class EpochEnd(NamedTuple):
-    """values: further ones to record, by tag. converged: there is nothing left to train."""
+    """values: further ones to record, by tag. converged: there is nothing left to train. select: the tag of a value;
+    the weights of the epoch where it is largest, the first of equals, are kept as `best.model`."""
 
     values: dict[str, float] = {}
     converged: bool = False
+    select: str | None = None
 
 
 class Shown(NamedTuple):

@@ -180,7 +180,7 @@ def test_recomputing_keeps_no_iterates():
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):  # noqa: B023
             net(x)
         kept[recompute] = sum(sizes)
-    assert kept[True] <= x.numel() + net.weight.numel() < kept[False] / 8
+    assert kept[True] <= x.numel() + net.weight.numel() + 1 < kept[False] / 8
 
 
 def test_one_step_without_lambda_is_a_convolution_and_a_relu():

@@ -20,6 +20,8 @@ from models.checkpoint import build_net
 from models.feature_net import Transformation
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
+    coding_settings,
+    keep_atoms,
     own_device,
     precision,
     rotations,
@@ -44,8 +46,10 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     crop = flags.of(AlignedSpec) if split.spec.stream else AlignedSpec()
     data, _ = training_images(split, rotations(flags), crop, device)
     net = build_net("rot_trans", flags.of(ModelSpec, only=["model"]).model, seed=seed_of(seed, "weights"))
+    coding_settings(flags, net)
     start_from_pretrained(flags, net)
     net = with_shared_statistics(net.to(device), world).train()
+    after_step = keep_atoms(net, data.size)
     optimizer = optim.build(list(net.parameters()))
     amp = precision(flags, world)
     micro_batch = micro_batch_size(flags)
@@ -59,7 +63,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})
 
-    return Recipe(net, data, losses, (optimizer,), optim.lr)
+    return Recipe(net, data, losses, (optimizer,), optim.lr, after_step=after_step)
 
 
 def transformed(images: Tensor, generator: Generator, shard: Shard | None = None) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """What several modes set up alike: their shifts, their images, the network they start from."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,10 @@ from datasets.shifts import Shift
 from datasets.views import render_views, train_views
 from models import ModelSpec
 from models.checkpoint import build_net, load_pretrained
+from models.csc import csc_layers, follow_weights, input_sizes
 from models.feature_net import BackboneNet, FeatureNet
+from models.sdnet import CSCSpec
+from training.recipe import do_nothing
 from training.specs import CompileSpec, StepSpec
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -153,8 +157,30 @@ def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
         n_shifts=n_shifts,
         seed=seed_of(flags.seed, "weights"),
     )
+    coding_settings(flags, net)
     start_from_pretrained(flags, net)
     return net
+
+
+def coding_settings(flags: Flags, net: nn.Module) -> None:
+    """Give the sparse coding layers of a fresh network, where it has any, the settings of the flags."""
+    if csc_layers(net):
+        flags.of(CSCSpec).apply(net)
+
+
+def keep_atoms(net: BackboneNet, size: tuple[int, int]) -> Callable[[], None]:
+    """The `after_step` of a network that trains its backbone on images of `size` (H, W): see `follow_weights`.
+
+    Raises: UserError for images that are smaller than a kernel.
+    """
+    if not csc_layers(net.backbone):
+        return do_nothing
+    try:
+        sizes = input_sizes(net.backbone, net.in_channels, size)
+    except ValueError as error:
+        raise UserError(f"--image_size: {error}; give larger ones") from None
+    follow_weights(sizes, fresh=True)
+    return partial(follow_weights, sizes)
 
 
 def start_from_pretrained(flags: Flags, net: BackboneNet) -> None:

@@ -36,6 +36,7 @@ from training.modes.setup import (
     asked_projection,
     few_views,
     fresh_net,
+    keep_atoms,
     own_device,
     precision,
     same_classes,
@@ -103,6 +104,7 @@ def build(
     else:
         net = fresh_net(flags, split, n_shifts)
     net = with_shared_statistics(net.to(device), world).train()
+    after_step = keep_atoms(net, data.size)
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
@@ -146,6 +148,7 @@ def build(
         optimizers,
         optim.lr,
         LOADING,
+        after_step=after_step,
         end_epoch=end_epoch,
         show=show,
         checks=(_COLLAPSE,),
