@@ -15,6 +15,7 @@ from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, flags_of
 from common.run import recorded_flags
 from datasets import DataSource
 from datasets.corrupt import CorruptSpec
+from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
@@ -96,6 +97,8 @@ _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
 _COMMON = (RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
+# Of evaluations that look at test pictures.
+_TESTED = (*_COMMON, TestNoiseSpec)
 
 
 def _partners(partner: str) -> tuple[type[Spec], ...]:
@@ -115,14 +118,14 @@ def _detection(
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
-    specs = (*_COMMON, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
+    specs = (*_TESTED, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 
 def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
     measure = partial(classify.classify, predict=classify.marginalized_logits if marginal else classify.linear_logits)
     needs = frozenset({"joint" if marginal else "linear"})
-    return Eval(measure, write_classification, _COMMON, LABELLED, lambda flags: needs, trained_by, default_for)
+    return Eval(measure, write_classification, _TESTED, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
 def _picture(
@@ -138,7 +141,7 @@ def _picture(
         return frozenset(embed.shown_outputs(flags, output, layers).values())
 
     measure = partial(embed.embed, extractor=extractor, output=output, layers=layers, partner=partner)
-    specs = (*_COMMON, *extractor.specs, TsneSpec, *_partners(partner))
+    specs = (*_TESTED, *extractor.specs, TsneSpec, *_partners(partner))
     return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for)
 
 

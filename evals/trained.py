@@ -18,7 +18,8 @@ from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
 from datasets import ImageSet, Split
-from datasets.one_class import read_split
+from datasets.noise import TestNoiseSpec
+from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
 from models import model_size
 from models.checkpoint import State, find_weights
@@ -32,7 +33,7 @@ _NO_SETTINGS = frozenset(
     " ood_batch_size print_score save_score skip_bad_images no_strict npz".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
-_UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "held_out": 0}
+UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "held_out": 0, "test_noise": "none"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,14 @@ class Trained:
             what = f"{there['images']} there, {here['images']} here" if there["images"] != here["images"] else "content"
             print(f"note: scores are fitted to other images than {self.title} was trained on ({what})")
         return train
+
+    def test_images(self) -> ImageSet:
+        """All test images as an evaluation sees them: with the noise of the split, and that of --test_noise.
+
+        Raises: UserError as `TestNoiseSpec.of`.
+        """
+        noise = TestNoiseSpec.of(self.flags)
+        return noise.applied(self.split.test(), TEST)
 
 
 @contextlib.contextmanager
@@ -166,7 +175,7 @@ def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str
     """The flags that numbers depend on, of those read so far. without: more that do not count."""
     values = flags.as_dict()
     found = {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
-    return {name: value for name, value in found.items() if name not in _UNCHANGED or value != _UNCHANGED[name]}
+    return {name: value for name, value in found.items() if name not in UNCHANGED or value != UNCHANGED[name]}
 
 
 def identity(images: ImageSet) -> dict[str, Any]:
