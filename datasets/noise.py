@@ -160,7 +160,8 @@ _BLOCK = 2**20
 def noisy(images: ImageSet, kind: str, level: float, seed: int, *, name: str = TEST) -> ImageSet:
     """The images with noise, rounded to 8 bits.
 
-    kind: of `NOISES`. level: see there. name: of the set, each of which has draws of its own.
+    kind: of `NOISES`. level: see there. name: of the set, each of which has draws of its own; training images that are
+    held out are `datasets.one_class.HELD_OUT`.
     What is drawn for an image follows from the seed, the kind, the name and the image's index in its data set alone. It
     does not depend on its neighbours, nor on the level: a curve over levels is of more and more of the same noise. Each
     channel has numbers of its own, those of grey images too, which become coloured; images of one channel have one

@@ -37,7 +37,7 @@ EXTRA = {
 
 def of_mode(mode: str) -> list[str]:
     """The flags that the runs and the evaluations of a mode of training share."""
-    labelled = mode.startswith("sup_")
+    labelled = mode.startswith("sup")
     shifted = SHIFTED if mode in ("simclr_CSI", "cocsr_dict") else []
     return [*SMALL, *shifted, *([] if labelled else ["--one_class_idx", "0"])]
 
@@ -194,7 +194,7 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
 ):
     folder = trained(training)[1]
-    labelled = training.startswith("sup_")
+    labelled = training.startswith("sup")
     detects = mode.startswith(("ood", "rot"))
     # A score that looks at a head is for the modes that train this head.
     scores = [n for n in EVALS[mode].scores if detects and training in (SCORES[n].trained_by or [training])]
@@ -232,12 +232,12 @@ _PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero")
 @pytest.mark.parametrize("mode", TSNES)
 def test_a_picture_mode_draws_every_shift(mode, trained, pictures, tmp_path):
     fitting = TSNES[mode].trained_by
-    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans", "rdae") if mode in fitting)
+    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans", "rdae", "supervised") if mode in fitting)
     shutil.copytree(trained(training)[1], tmp_path / "run")
     args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, "--load_path", str(tmp_path / "run")]
     assert tsne.main([*args, "--tsne_points", "8"]) == 0
     pictures_made = sorted((tmp_path / "run").glob(f"{mode}_*_shift*.png"))
-    assert len(pictures_made) == (1 if training in ("rot_trans", "rdae") else 5)
+    assert len(pictures_made) == (1 if training in ("rot_trans", "rdae", "supervised") else 5)
     assert all(path.stat().st_size > 10_000 for path in pictures_made)
 
 
