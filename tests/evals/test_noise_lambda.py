@@ -279,7 +279,7 @@ def test_ranks_together_find_what_one_finds(trained):
     """Two threads, each with a network of its own, that exchange what ranks would."""
     expected = measured(trained)
     boxes: list = [None, None]
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=120)
 
     class Pair(World):
         def all_gather_object(self, value):
