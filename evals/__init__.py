@@ -19,7 +19,7 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, embed, inside, robust
+from evals import classify, detect, embed, inside, noise_lambda, robust
 from evals.extract import (
     AUTOENCODER,
     BACKBONE,
@@ -33,11 +33,13 @@ from evals.extract import (
     Extractor,
 )
 from evals.inside_report import write_inside
+from evals.noise_lambda_report import write_noise_lambda
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
-from evals.specs import InsideSpec, PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
+from evals.specs import InsideSpec, NoiseLambdaSpec, PlaceSpec, ReferenceSpec, ScoreSpec, StemSpec, TsneSpec
+from evals.stem_lambda import with_stem_lambda
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
 from models.autoencoder.specs import SeparationSpec
@@ -75,10 +77,13 @@ class Eval:
         return flags.inherited(recorded, path, flag="load_path")
 
     def load(self, flags: Flags, world: World = SINGLE) -> Trained:
-        """The network of --load_path. Raises: UserError as `load_trained`, and for a score that is not offered."""
+        """The network of --load_path, with lambda of --stem_lambda where the row takes it.
+
+        Raises: UserError as `load_trained` and `with_stem_lambda`, and for a score that is not offered.
+        """
         names = chosen_scores(flags, self.scores) if self.scores else []
         own = [SCORES[name].trained_by or self.trained_by for name in names]
-        return load_trained(
+        trained = load_trained(
             flags,
             world,
             files=self.extractor.files,
@@ -87,6 +92,7 @@ class Eval:
             scores=names,
             backbone=self.extractor.backbone,
         )
+        return with_stem_lambda(trained) if StemSpec in self.specs else trained
 
 
 # A stage-2 file holds the stage-1 network; linear heads leave it as it was.
@@ -98,7 +104,8 @@ _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
-_COMMON = (RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
+_DATA = (SplitSpec, CorruptSpec, DataSource)
+_COMMON = (RunSpec, WeightsSpec, *_DATA, ModelSpec, DeviceSpec, PassSpec, PlaceSpec, StemSpec)
 # Of evaluations that look at test pictures.
 _TESTED = (*_COMMON, TestNoiseSpec)
 
@@ -159,6 +166,13 @@ def _inside(trained_by: tuple[str, ...]) -> Eval:
     return Eval(inside.inside, write_inside, specs, BACKBONE, lambda flags: frozenset(), trained_by)
 
 
+def _noise_lambda(task: noise_lambda.Task, trained_by: tuple[str, ...]) -> Eval:
+    measure = partial(noise_lambda.noise_lambda, task=task)
+    # It is about lambda itself, hence without --stem_lambda.
+    specs = (*(spec for spec in _COMMON if spec is not StemSpec), *task.extractor.specs, NoiseLambdaSpec)
+    return Eval(measure, write_noise_lambda, specs, task.extractor, lambda flags: frozenset(), trained_by)
+
+
 _AUTOENCODERS = ("rdae", "dae", "vae")
 
 EVALS: dict[str, Eval] = {
@@ -176,6 +190,9 @@ EVALS: dict[str, Eval] = {
     "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, "supervised"), (*_PROBED, "sup_linear", "supervised")),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
+    "noise_lambda": _noise_lambda(noise_lambda.CLASSES, ("supervised",)),
+    "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
+    "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, ("rot_trans",)),
 }
 
 TSNES: dict[str, Eval] = {

@@ -30,10 +30,17 @@ _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
     " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict npz".split()
+    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
-UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "held_out": 0, "test_noise": "none"}
+UNCHANGED = {
+    "corrupt": "none",
+    "outliers": 0,
+    "first_images": None,
+    "held_out": 0,
+    "test_noise": "none",
+    "stem_lambda": None,
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Trained:
     """A network, the flags it is evaluated under, the data it is evaluated on, and where.
 
     path: its file; None for a network that is in memory only. epoch: how long it was trained, where that is known.
-    facts: what the file says of the images it was trained on.
+    facts: what the file says of the images it was trained on. settings: what its numbers depend on besides flags.
     """
 
     net: nn.Module
@@ -52,6 +59,7 @@ class Trained:
     path: Path | None = None
     epoch: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(

@@ -49,15 +49,15 @@ class Solver(NamedTuple):
         return self
 
     def tensor(self) -> Tensor:
-        """The settings as numbers, (4,) float64, as a file holds them."""
-        numbers = [self.steps, self.mu, self.nonneg, GRADIENTS.index(self.gradient_at)]
-        return torch.tensor(numbers, dtype=torch.float64)
+        """The settings as numbers, (4,) float32, as a file holds them."""
+        return torch.tensor([self.steps, self.mu, self.nonneg, GRADIENTS.index(self.gradient_at)], dtype=torch.float32)
 
     @classmethod
     def of(cls, numbers: Tensor) -> "Solver":
         """From `tensor`."""
         steps, mu, nonneg, gradient_at = numbers.tolist()
-        return cls(int(steps), mu, bool(nonneg), GRADIENTS[int(gradient_at)])
+        # To the digits that a float32 keeps: 0.1 is 0.1 again.
+        return cls(int(steps), float(f"{mu:.7g}"), bool(nonneg), GRADIENTS[int(gradient_at)])
 
     def solve(
         self, x: Tensor, ascend: Ascend, synthesise: Callable[[Tensor], Tensor], eta: Tensor, t: Tensor
