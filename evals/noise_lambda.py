@@ -37,12 +37,14 @@ from evals.trained import Trained, evaluation_mode, identity, settings_of
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net
 from models.csc import stem_of
-from models.lambda_line import LambdaLine, fit_line, fixed, measured
+from models.lambda_line import MEASURES, LambdaLine, fit_line, fixed, measured
 
 # What lambda is predicted for.
 PER = ("set", "batch", "image")
-# Columns of the table: how lambda is chosen. `oracle` alone sees labels of test images.
-COLUMNS = ("control", "fixed", *PER, "oracle")
+# Columns of the table: how lambda is chosen, where it is predicted by which measure of the residual and for what.
+# `oracle` alone sees labels of test images.
+PREDICTED = tuple(f"{measure}_{per}" for measure in MEASURES for per in PER)
+COLUMNS = ("control", "fixed", *PREDICTED, "oracle")
 CLEAN = 0
 _CALIBRATION = "calibration images"
 # Pictures that are decoded at a time.
@@ -106,12 +108,12 @@ ROTATIONS = Task(
 class Seen(NamedTuple):
     """What a set of images gave.
 
-    accuracy (S,): at each lambda of the grid. residual: the mean at the reference. predicted: by name of a line and
-    then of `PER`, the accuracy. lambdas: likewise, the mean of what was predicted. control: its accuracy.
+    accuracy (S,): at each lambda of the grid. residual: the mean at the reference, by measure. predicted: by name of a
+    line and then of `PER`, the accuracy. lambdas: likewise, the mean of what was predicted. control: its accuracy.
     """
 
     accuracy: np.ndarray
-    residual: float
+    residual: dict[str, float]
     predicted: dict[str, dict[str, float]]
     lambdas: dict[str, dict[str, float]]
     control: float | None
@@ -152,7 +154,8 @@ class Bench:
         lam0, net = self.grid[self.reference], self.net
         n = len(images) * len(self.views.shifts)
         right: dict[Any, Tensor | int] = {}
-        residuals: list[Tensor] = []
+        residuals: list[Tensor] = []  # of each batch, (measures, v)
+        row = {measure: n for n, measure in enumerate(MEASURES)}
 
         def count(key: Any, ask: nn.Module, setting: AbstractContextManager[Any] | None, batch: "_Batch") -> None:
             right[key] = right.get(key, 0) + self._right(ask, setting, batch)
@@ -160,36 +163,36 @@ class Bench:
         for batch in self._batches(images):
             with measured(net, lam0) as last:
                 count(self.reference, net, fixed(net, lam0), batch)
-                residual = last()
+                residual = torch.stack([measure(last()) for measure in MEASURES.values()])
             residuals.append(residual)
             for index, lam in enumerate(self.grid):
                 if index != self.reference:
                     count(index, net, fixed(net, lam), batch)
             for name, line in lines.items():
-                count((name, "image"), net, fixed(net, line.predict(residual)), batch)
-                count((name, "batch"), net, fixed(net, line.predict(residual.mean())), batch)
+                own = residual[row[line.measure]]
+                count((name, "image"), net, fixed(net, line.predict(own)), batch)
+                count((name, "batch"), net, fixed(net, line.predict(own.mean())), batch)
             if control and self.control is not None:
                 count("control", self.control, None, batch)
         # In float64 and in the order of the images, whatever the ranks.
         parts = self.world.all_gather_object([part.double().cpu() for part in residuals])
         of_batch = list(chain.from_iterable(parts))
-        mean = torch.cat(of_batch).mean()
-        for batch in self._batches(images) if lines else ():
-            for name, line in lines.items():
-                count((name, "set"), net, fixed(net, float(line.predict(mean))), batch)
-        totals = self._totals(right)
-        share = {key: total / n for key, total in totals.items()}
+        of_image = torch.cat(of_batch, 1)
+        # Of each image, what is predicted from its own residual, from the mean of its batch and from that of all.
+        means = [part.mean(1, keepdim=True).expand_as(part) for part in of_batch]
+        known = {"set": of_image.mean(1, keepdim=True), "batch": torch.cat(means, 1), "image": of_image}
         lambdas = {
-            name: {
-                "set": float(line.predict(mean)),
-                "batch": float(_weighed([line.predict(part.mean()) for part in of_batch], of_batch)),
-                "image": float(line.predict(torch.cat(of_batch)).mean()),
-            }
+            name: {per: float(line.predict(known[per][row[line.measure]]).mean()) for per in PER}
             for name, line in lines.items()
         }
+        for batch in self._batches(images) if lines else ():
+            for name in lines:
+                count((name, "set"), net, fixed(net, lambdas[name]["set"]), batch)
+        totals = self._totals(right)
+        share = {key: total / n for key, total in totals.items()}
         return Seen(
             np.array([share[index] for index in range(len(self.grid))]),
-            float(mean),
+            {measure: float(known["set"][n]) for measure, n in row.items()},
             {name: {per: share[name, per] for per in PER} for name in lines},
             lambdas,
             share.get("control"),
@@ -226,12 +229,6 @@ class _Batch(NamedTuple):
     labels: Tensor
 
 
-def _weighed(values: Sequence[Tensor], of: Sequence[Tensor]) -> Tensor:
-    """The mean of one value for each batch, over images."""
-    sizes = torch.tensor([len(part) for part in of], dtype=torch.float64)
-    return torch.stack(list(values)) @ sizes / sizes.sum()
-
-
 def best_lambda(accuracy: np.ndarray, grid: Sequence[float], reference: float) -> int:
     """The index of the lambda with the highest accuracy; of equals that closest to the reference, then the smaller.
 
@@ -245,37 +242,42 @@ def best_lambda(accuracy: np.ndarray, grid: Sequence[float], reference: float) -
 class Calibration(NamedTuple):
     """One kind of noise on calibration images.
 
-    levels, seen, best (the index of the best lambda): L each, the first without noise.
+    levels, seen, best (the index of the best lambda): L each, the first without noise. lines: by measure.
     """
 
     levels: list[float | None]
     seen: list[Seen]
     best: list[int]
-    line: LambdaLine
+    lines: dict[str, LambdaLine]
 
     def facts(self, grid: Sequence[float]) -> dict[str, Any]:
         """As JSON knows it."""
         return {
             "levels": self.levels,
-            "residual": [seen.residual for seen in self.seen],
+            "residual": {measure: [seen.residual[measure] for seen in self.seen] for measure in MEASURES},
             "best": [grid[index] for index in self.best],
             "accuracy": [seen.accuracy.tolist() for seen in self.seen],
         }
 
 
 def calibrate(
-    bench: Bench, levels: Mapping[str, Mapping[int, float]], images: ImageSet, seed: int
+    bench: Bench, levels: Mapping[str, Mapping[int, float]], measures: Sequence[str], images: ImageSet, seed: int
 ) -> dict[str, Calibration]:
-    """For each kind of noise: the best lambda and the mean residual of each level, level 0 included, and their line."""
+    """For each kind of noise: the best lambda and the residual of each level, the clean one among them; their lines."""
     reference = bench.grid[bench.reference]
     clean, found = bench.see(images, {}), {}
     for kind, of_kind in levels.items():
         noise = partial(noisy, images, kind, seed=seed, name=_CALIBRATION)
         seen = [clean, *(bench.see(noise(level), {}) for level in of_kind.values())]
         best = [best_lambda(one.accuracy, bench.grid, reference) for one in seen]
-        residuals, lambdas = [one.residual for one in seen], [bench.grid[index] for index in best]
-        line = fit_line(residuals, lambdas, bench.grid[0], bench.grid[-1], reference)
-        found[kind] = Calibration([None, *of_kind.values()], seen, best, line)
+        lambdas = [bench.grid[index] for index in best]
+        lines = {
+            measure: fit_line(
+                [one.residual[measure] for one in seen], lambdas, bench.grid[0], bench.grid[-1], reference, measure
+            )
+            for measure in measures
+        }
+        found[kind] = Calibration([None, *of_kind.values()], seen, best, lines)
     return found
 
 
@@ -324,14 +326,15 @@ def noise_lambda(trained: Trained, *, task: Task) -> Iterator[Result]:
 
     def results() -> Iterator[Result]:
         sets = {"calibration": 1 + sum(map(len, levels.values())), "test": 1 + sum(map(len, asked.values()))}
-        text, total = _work(bench, sets, len(set(of.values())), images, test)
+        text, total = _work(bench, sets, len(set(of.values())), len(spec.measures), images, test)
         print(text, flush=True)
         ticks = progress(range(total), total=total, label="noise x lambda")
         running = replace(bench, tick=partial(next, ticks, None))
         with evaluation_mode(net):
-            found = calibrate(running, levels, images, flags.seed)
-            lines = {kind: calibration.line for kind, calibration in found.items()}
-            clean = running.see(test, {name: lines[name] for name in dict.fromkeys(of.values())}, control=True)
+            found = calibrate(running, levels, spec.measures, images, flags.seed)
+            lines = {kind: _named(kind, calibration.lines) for kind, calibration in found.items()}
+            every = {name: line for kind in dict.fromkeys(of.values()) for name, line in lines[kind].items()}
+            clean = running.see(test, every, control=True)
             data = {_CALIBRATION: identity(images), split.dataset: identity(test)}
             seen: dict[str, dict[int, Seen]] = {}
             for kind in asked:
@@ -340,7 +343,7 @@ def noise_lambda(trained: Trained, *, task: Task) -> Iterator[Result]:
                     images_there = tests(kind, number, level)
                     if spec.cifar10c is not None:
                         data[f"CIFAR-10-C {kind} {number}"] = identity(images_there)
-                    seen[kind][number] = running.see(images_there, {of[kind]: lines[of[kind]]}, control=True)
+                    seen[kind][number] = running.see(images_there, lines[of[kind]], control=True)
         next(ticks, None)
         facts = {
             "data": data,
@@ -352,14 +355,17 @@ def noise_lambda(trained: Trained, *, task: Task) -> Iterator[Result]:
             "lambdas": list(grid),
             "levels": {kind: [None, *of_kind.values()] for kind, of_kind in asked.items()},
             "line_of": of,
-            "lines": {kind: asdict(line) for kind, line in lines.items()},
+            "lines": {
+                kind: {measure: asdict(line) for measure, line in calibration.lines.items()}
+                for kind, calibration in found.items()
+            },
             "calibration": {kind: calibration.facts(grid) for kind, calibration in found.items()},
             "test": {
                 kind: {str(number): one.facts() for number, one in of_kind.items()} for kind, of_kind in seen.items()
             },
         }
         rows = [
-            _row(bench, kind, number, level, one, of[kind])
+            _row(bench, kind, number, level, one, lines[of[kind]])
             for kind in asked
             for (number, one), level in zip(seen[kind].items(), [None, *asked[kind].values()], strict=True)
         ]
@@ -368,23 +374,29 @@ def noise_lambda(trained: Trained, *, task: Task) -> Iterator[Result]:
     return results()
 
 
-def _row(bench: Bench, kind: str, number: int, level: float | None, seen: Seen, line: str) -> dict[str, Any]:
+def _named(kind: str, lines: Mapping[str, LambdaLine]) -> dict[str, LambdaLine]:
+    """The lines of one kind of noise, with names that are of this kind alone."""
+    return {f"{kind} {measure}": line for measure, line in lines.items()}
+
+
+def _row(
+    bench: Bench, kind: str, number: int, level: float | None, seen: Seen, lines: Mapping[str, LambdaLine]
+) -> dict[str, Any]:
     """A row of the table: accuracies by column, the residual, and which lambda was chosen."""
     oracle = best_lambda(seen.accuracy, bench.grid, bench.grid[bench.reference])
-    accuracies = {
-        "control": np.nan if seen.control is None else seen.control,
-        "fixed": float(seen.accuracy[bench.reference]),
-        **seen.predicted[line],
-        "oracle": float(seen.accuracy[oracle]),
-    }
-    chosen = {**seen.lambdas[line], "oracle": bench.grid[oracle]}
+    columns = [(f"{line.measure}_{per}", name, per) for name, line in lines.items() for per in PER]
     return {
         "noise": kind,
         "number": number,
         "level": np.nan if level is None else level,
-        "residual": seen.residual,
-        **accuracies,
-        **{f"lambda_{name}": lam for name, lam in chosen.items()},
+        **{f"residual_{measure}": value for measure, value in seen.residual.items()},
+        **dict.fromkeys(COLUMNS, np.nan),
+        "control": np.nan if seen.control is None else seen.control,
+        "fixed": float(seen.accuracy[bench.reference]),
+        **{column: seen.predicted[name][per] for column, name, per in columns},
+        "oracle": float(seen.accuracy[oracle]),
+        **{f"lambda_{column}": seen.lambdas[name][per] for column, name, per in columns},
+        "lambda_oracle": bench.grid[oracle],
     }
 
 
@@ -405,13 +417,15 @@ def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _work(bench: Bench, sets: Mapping[str, int], lines: int, images: ImageSet, test: ImageSet) -> tuple[str, int]:
+def _work(
+    bench: Bench, sets: Mapping[str, int], kinds: int, measures: int, images: ImageSet, test: ImageSet
+) -> tuple[str, int]:
     """What is to do, as a line, and how many passes of batches that is for this rank.
 
-    sets: of calibration and of test images. lines: that clean test images are seen under.
+    sets: of calibration and of test images. kinds: of noise whose lines clean test images are seen under.
     """
     calibration = sets["calibration"] * len(bench.grid)
-    tests = bench.passes(lines) + (sets["test"] - 1) * bench.passes(1)
+    tests = bench.passes(kinds * measures) + (sets["test"] - 1) * bench.passes(measures)
     total = len(bench.views.shifts) * (calibration * len(images) + tests * len(test))
     text = (
         f"noise x lambda: {sets['calibration']} sets of {len(images)} calibration images and {sets['test']} of"

@@ -19,8 +19,9 @@ _DPI = 110
 _COLUMNS = {
     "control": ("#999999", "-", "s", "control, without sparse coding"),
     "fixed": ("#0072B2", "-", "o", "lambda of training"),
-    "set": ("#009E73", "--", "^", "lambda predicted for the set"),
-    "image": ("#D55E00", "-", "v", "lambda predicted for each image"),
+    "energy_set": ("#009E73", "--", "^", "predicted for the set, energy"),
+    "energy_image": ("#E69F00", "-", "v", "predicted for each image, energy"),
+    "highpass_image": ("#D55E00", "-", "D", "predicted for each image, highpass"),
     "oracle": ("#000000", ":", "", "oracle: the best lambda by the test labels"),
 }
 # Kinds of noise: colour, marker, what a level is.
@@ -30,7 +31,8 @@ _NOISES = {
     "speckle": ("#009E73", "^", "standard deviation"),
     "impulse": ("#CC79A7", "D", "share of entries"),
 }
-_TITLES = {"set": "per set", "batch": "per batch", "image": "per image", "oracle": "oracle*"}
+# Measures of the residual, as axes name them.
+_MEASURES = {"energy": "energy: mean of |r|^2", "highpass": "highpass: mean absolute second difference of r"}
 
 
 def write_noise_lambda(result: Result, trained: Trained, begun: float) -> None:
@@ -61,16 +63,21 @@ def _write_lines(trained: Trained, facts: Mapping[str, Any]) -> Path:
         "images": facts["n_calibration"],
         "seed": trained.flags.seed,
     }
-    lines = {kind: LambdaLine(**numbers) for kind, numbers in facts["lines"].items()}
     points = ("levels", "residual", "best")
-    from_what = {kind: {**shared, **{name: facts["calibration"][kind][name] for name in points}} for kind in lines}
-    return write_lines(trained, lines, from_what)
+    lines = {
+        kind: {**of_kind, **shared, **{name: facts["calibration"][kind][name] for name in points}}
+        for kind, of_kind in facts["lines"].items()
+    }
+    return write_lines(trained, lines)
 
 
 def table_lines(rows: Mapping[str, np.ndarray]) -> Iterator[str]:
     """The table as text: for each noise its levels and the mean over them. Columns without numbers are left out."""
     columns = [name for name in COLUMNS if not np.isnan(rows[name]).any()]
-    yield f"{'noise':<9}{'level':<13}" + "".join(f"{_TITLES.get(name, name):>10}" for name in columns)
+    measured, plain = (name.partition("_") for name in columns), {"oracle": "oracle*"}
+    heads = [(first, second) if second else ("", plain.get(first, first)) for first, _, second in measured]
+    yield f"{'':<22}" + "".join(f"{first:>10}" for first, _ in heads)
+    yield f"{'noise':<9}{'level':<13}" + "".join(f"{second:>10}" for _, second in heads)
     for kind in dict.fromkeys(rows["noise"].tolist()):
         of_kind = {name: column[rows["noise"] == kind] for name, column in rows.items()}
         names = ["clean", *(f"{n} ({x:g})" for n, x in zip(of_kind["number"][1:], of_kind["level"][1:], strict=True))]
@@ -80,7 +87,10 @@ def table_lines(rows: Mapping[str, np.ndarray]) -> Iterator[str]:
 
 
 def draw_accuracies(rows: Mapping[str, np.ndarray], path: Path) -> None:
-    """A panel for each kind of noise: accuracy against level, of the columns that are told apart by eye."""
+    """A panel for each kind of noise: accuracy against level, of the columns that are told apart by eye.
+
+    Predictions per batch lie close to those per set, and so do those by the other measure.
+    """
     from matplotlib.figure import Figure
 
     kinds = list(dict.fromkeys(rows["noise"].tolist()))
@@ -111,24 +121,32 @@ def draw_accuracies(rows: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 def draw_lines(facts: Mapping[str, Any], path: Path) -> None:
-    """The best lambda of each level of noise against the mean residual, on calibration images, and the fitted lines."""
+    """The best lambda of each level of noise against the residual, on calibration images, and the fitted lines.
+
+    A panel for each measure of the residual.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for kind, numbers in facts["lines"].items():
+    measures = list(next(iter(facts["lines"].values())))
+    figure = Figure(figsize=(5.2 * len(measures), 5), layout="constrained")
+    for axes, measure in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures, strict=True):
+        _draw_lines_of(axes, measure, facts)
+    of = f"of {facts['n_calibration']} training images"
+    figure.suptitle(f"r = x - A(z) at lambda {facts['lambda']:g}, {of}", fontsize=11)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+
+
+def _draw_lines_of(axes: Any, measure: str, facts: Mapping[str, Any]) -> None:
+    for kind, lines in facts["lines"].items():
         color, marker, _ = _NOISES[kind]
-        x, y = (np.array(facts["calibration"][kind][name]) for name in ("residual", "best"))
-        line = LambdaLine(**numbers)
+        calibration, line = facts["calibration"][kind], LambdaLine(**lines[measure])
+        x, y = np.array(calibration["residual"][measure]), np.array(calibration["best"])
         ends = np.linspace(x.min(), x.max(), 200)
         axes.plot(ends, np.clip(line.a * ends + line.b, line.low, line.high), color=color, lw=1.6)
         title = f"{kind}: {line.a:.3g} r {'-' if line.b < 0 else '+'} {abs(line.b):.3g}"
         # Open markers, since points of several kinds fall together.
         axes.plot(x, y, marker, color=color, ms=7, mfc="none", mew=1.6, label=title)
-    axes.set_xlabel(
-        f"r: mean of |x - A(z)|^2 at lambda {facts['lambda']:g}, of {facts['n_calibration']} training images"
-    )
+    axes.set_xlabel(_MEASURES[measure])
     axes.set_ylabel("lambda of the highest accuracy")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from common.flags import Spec, flag, path_flag
 from datasets.noise import LEVELS, NOISES
+from models.lambda_line import MEASURES
 
 # Lambda from the residual of each image.
 AUTO = "auto"
@@ -115,6 +116,9 @@ class StemSpec(Spec, group="evaluation"):
     lambda_line: str = flag(
         "gaussian", "--stem_lambda auto: by the line of which kind of noise", choices=lambda: sorted(NOISES)
     )
+    lambda_measure: str = flag(
+        "highpass", "--stem_lambda auto: by which measure of the residual", choices=lambda: sorted(MEASURES)
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,9 @@ class NoiseLambdaSpec(Spec, group="noise and lambda"):
         tuple(n / 10 for n in range(1, 15)), "lambdas to try, that of training among them", type=lambda_value, nargs="+"
     )
     calibration_images: int = flag(2000, "training images that lines are fitted to, at most", above=0)
+    measures: Sequence[str] = flag(
+        tuple(MEASURES), "measures of the residual that lines start from", nargs="+", choices=lambda: sorted(MEASURES)
+    )
     line_of: str = flag(
         SAME,
         "the kind of noise whose line predicts lambda for all kinds; same: each by its own",

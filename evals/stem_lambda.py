@@ -5,7 +5,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from models.csc import stem_of
 from models.lambda_line import LambdaLine, follow
 
 _REMEDY = "eval.py --mode noise_lambda writes it"
+_NUMBERS = ("a", "b", "low", "high", "reference")
 
 
 def with_stem_lambda(trained: Trained) -> Trained:
@@ -34,7 +35,8 @@ def with_stem_lambda(trained: Trained) -> Trained:
     if lam != AUTO:
         stem.set_lambda(float(lam))
         return trained
-    line = read_line(trained, trained.flags.of(StemSpec, only=["lambda_line"]).lambda_line)
+    spec = trained.flags.of(StemSpec)
+    line = read_line(trained, spec.lambda_line, spec.lambda_measure)
     follow(trained.net, line)
     return replace(trained, settings={**trained.settings, "line": asdict(line)})
 
@@ -45,9 +47,10 @@ def line_file(weights: Path, folder: Path) -> Path:
     return folder / f"lambda_line{tag}.json"
 
 
-def write_lines(trained: Trained, lines: Mapping[str, LambdaLine], facts: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write lines, by kind of noise, with what each comes from; those of other kinds that are there stay.
+def write_lines(trained: Trained, lines: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write lines, by kind of noise and measure of the residual; those of other kinds that are there stay.
 
+    lines: kind -> what JSON knows: under each measure the numbers of its line, and what it comes from.
     In --out, else beside the weights. Those of other weights that are there are dropped.
     """
     assert trained.path is not None
@@ -56,14 +59,13 @@ def write_lines(trained: Trained, lines: Mapping[str, LambdaLine], facts: Mappin
     digest = _digest(trained.path)
     before = read_json(path)
     kept = before.get("lines") if isinstance(before, dict) and before.get("weights_sha256") == digest else None
-    new = {kind: {**asdict(line), **facts[kind]} for kind, line in lines.items()}
-    found = {**(kept if isinstance(kept, dict) else {}), **new}
+    found = {**(kept if isinstance(kept, dict) else {}), **lines}
     write_json(path, {"weights": trained.path.name, "weights_sha256": digest, "lines": found})
     return path
 
 
-def read_line(trained: Trained, kind: str) -> LambdaLine:
-    """The line of a kind of noise, from --out or from beside the weights.
+def read_line(trained: Trained, kind: str, measure: str) -> LambdaLine:
+    """The line of a kind of noise by a measure of the residual, from --out or from beside the weights.
 
     Raises: UserError where there is none, or where the file is corrupt or of other weights.
     """
@@ -84,7 +86,10 @@ def read_line(trained: Trained, kind: str) -> LambdaLine:
             raise UserError(f"--stem_lambda {AUTO}: {path} is of other weights than {trained.path}; {_REMEDY} anew")
         if kind not in lines:
             raise UserError(f"--lambda_line {kind}: {path} has lines of {', '.join(lines)}; {_REMEDY}")
-        return LambdaLine(**{field.name: float(lines[kind][field.name]) for field in fields(LambdaLine)})
+        if measure not in lines[kind]:
+            raise UserError(f"--lambda_measure {measure}: {path} has no such line of {kind}; {_REMEDY}")
+        numbers = {name: float(lines[kind][measure][name]) for name in _NUMBERS}
+        return LambdaLine(**numbers, measure=measure)
     except (TypeError, KeyError, ValueError):
         raise UserError(f"--stem_lambda {AUTO}: {path} is corrupt; {_REMEDY} anew") from None
 

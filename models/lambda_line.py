@@ -1,11 +1,11 @@
 """Robust inference of SDNet (Dai et al., NeurIPS 2022): lambda of the stem follows the noise of its input.
 
-More noise asks for a larger lambda, and shows in the residual |x - A(z)|^2 of the stem's input x. So a line from
-residual to lambda, fitted to images with known noise, serves images with unknown noise. The residual is always that at
-one lambda, the reference: that at the best lambda, which the released program takes, is not known before lambda is.
-The other layers and the weights stay as they are.
+More noise asks for a larger lambda, and shows in the residual x - A(z) of the stem's input x. So a line from a measure
+of the residual to lambda, fitted to images with known noise, serves images with unknown noise. The residual is always
+that at one lambda, the reference: that at the best lambda, which the released program takes, is not known before lambda
+is. The other layers and the weights stay as they are.
 
-Letters: B images of a batch, L levels of noise.
+Letters: B images of a batch, C channels, H and W pixels, L levels of noise.
 """
 
 import contextlib
@@ -24,12 +24,34 @@ from models.feature_net import full_precision
 PER = ("image", "batch")
 
 
+def energy(residual: Tensor) -> Tensor:
+    """|r|^2 of each image, (B,).
+
+    After a few steps of the solver most of it is content that is not coded yet: it differs more between images than
+    between levels of noise.
+    """
+    return residual.square().flatten(1).sum(1)
+
+
+def highpass(residual: Tensor) -> Tensor:
+    """The mean absolute second difference of the residual (B, C, H, W) along both axes, (B,).
+
+    Where images are smooth and noise is not, that is noise alone (Immerkaer 1996).
+    """
+    rows = residual[..., 2:, :] - 2 * residual[..., 1:-1, :] + residual[..., :-2, :]
+    return (rows[..., 2:] - 2 * rows[..., 1:-1] + rows[..., :-2]).abs().flatten(1).mean(1)
+
+
+# What is measured of a residual.
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {"energy": energy, "highpass": highpass}
+
+
 @dataclass(frozen=True)
 class LambdaLine:
-    """lambda = a * residual + b, between `low` and `high`.
+    """lambda = a * r + b, between `low` and `high`.
 
-    residual: |x - A(z)|^2 of an image at lambda `reference`, or a mean of such. 0 <= low <= high.
-    Raises: ValueError for other numbers.
+    r: the `measure`, of `MEASURES`, of an image's residual at lambda `reference`, or a mean of such. 0 <= low <= high.
+    Raises: ValueError for other numbers, and an unknown measure.
     """
 
     a: float
@@ -37,26 +59,34 @@ class LambdaLine:
     low: float
     high: float
     reference: float
+    measure: str = "energy"
 
     def __post_init__(self) -> None:
         numbers = (self.a, self.b, self.low, self.high, self.reference)
+        if self.measure not in MEASURES:
+            raise ValueError(f"measures of a residual are {', '.join(MEASURES)}, got {self.measure!r}")
         if not all(map(math.isfinite, numbers)) or not 0 <= self.low <= self.high or not self.reference >= 0:
             raise ValueError(f"a line needs finite numbers, 0 <= low <= high and a reference >= 0, got {self}")
 
-    def predict(self, residual: Tensor) -> Tensor:
-        """Lambda for residuals of any shape. Differentiable where it is not clipped."""
-        return (self.a * residual + self.b).clamp(self.low, self.high)
+    def predict(self, measured: Tensor) -> Tensor:
+        """Lambda for measured residuals of any shape. Differentiable where it is not clipped."""
+        return (self.a * measured + self.b).clamp(self.low, self.high)
 
 
 def fit_line(
-    residuals: Sequence[float], lambdas: Sequence[float], low: float, high: float, reference: float
+    measured: Sequence[float],
+    lambdas: Sequence[float],
+    low: float,
+    high: float,
+    reference: float,
+    measure: str = "energy",
 ) -> LambdaLine:
-    """The least-squares line through L points (residual, best lambda), in float64.
+    """The least-squares line through L points (measured residual, best lambda), in float64.
 
     Where all residuals are equal, or there is a single one, nothing can be told from them: the line is constant.
     Raises: ValueError for no points, or not as many residuals as lambdas.
     """
-    x, y = np.asarray(residuals, np.float64), np.asarray(lambdas, np.float64)
+    x, y = np.asarray(measured, np.float64), np.asarray(lambdas, np.float64)
     if x.shape != y.shape or x.ndim != 1 or not len(x):
         raise ValueError(f"a line needs as many residuals as lambdas, at least one, got {x.shape} and {y.shape}")
     dx, dy = x - x.mean(), y - y.mean()
@@ -64,11 +94,11 @@ def fit_line(
     # Residuals that differ by rounding alone are equal.
     constant = np.ptp(x) <= 1e-9 * np.abs(x).max() or np.ptp(y) == 0
     a = 0.0 if constant else float(dx @ dy) / spread
-    return LambdaLine(a, float(y.mean() - a * x.mean()), low, high, reference)
+    return LambdaLine(a, float(y.mean() - a * x.mean()), low, high, reference, measure)
 
 
 def residual(stem: CSC2d, x: Tensor, reference: float) -> Tensor:
-    """|x - A(z)|^2 of each image of x (B, C, H, W), with its code z at lambda `reference`: (B,), float32 or float64.
+    """x - A(z) of images x (B, C, H, W), with their code z at lambda `reference`, float32 or float64.
 
     Whatever lambda the layer has; it keeps it. Gradients flow to x.
     """
@@ -76,7 +106,7 @@ def residual(stem: CSC2d, x: Tensor, reference: float) -> Tensor:
     with torch.autocast(x.device.type, enabled=False), _lambda(stem, reference):
         x = full_precision(x)
         z = stem.forward(x)  # Not by a call, which would run the hook that asks for the residual.
-        return (x - stem.synthesise(z, x.shape[2:])).square().flatten(1).sum(1)
+        return x - stem.synthesise(z, x.shape[2:])
 
 
 @contextlib.contextmanager
@@ -99,7 +129,7 @@ def follow(net: nn.Module, line: LambdaLine, per: str = "image") -> Callable[[],
 
     def predict(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, CSC2d)
-        found = residual(layer, inputs[0], line.reference)
+        found = MEASURES[line.measure](residual(layer, inputs[0], line.reference))
         layer.set_lambda(line.predict(found if per == "image" else found.mean()))
 
     return _hook(net, predict)
@@ -117,7 +147,7 @@ def adaptive(net: nn.Module, line: LambdaLine, per: str = "image") -> Iterator[N
 
 @contextlib.contextmanager
 def measured(net: nn.Module, reference: float) -> Iterator[Callable[[], Tensor]]:
-    """Within, a function that returns the residual (B,) of the batch that went through the network last."""
+    """Within, a function that returns the residual of the batch that went through the network last."""
     last: list[Tensor] = []
 
     def measure(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -240,7 +240,7 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
 
 # Metrics of detection and classification; those of a data matrix and its parts, and of predicted lambdas.
 _SHARES = ("mean", "pooled", "accuracy", "ece")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "image")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle")
 
 
 @pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])

@@ -1,6 +1,7 @@
 """Noise x lambda, against loops that set lambda and look at one image at a time."""
 
 import copy
+import itertools
 import json
 import threading
 from dataclasses import replace
@@ -21,7 +22,7 @@ from datasets.noise import LEVELS, noisy
 from datasets.sets import image_set
 from datasets.views import DrawSpec, draw_set, set_views
 from evals.classify import linear_logits
-from evals.noise_lambda import CLASSES, COLUMNS, ROTATIONS, SHIFTS, best_lambda, noise_lambda
+from evals.noise_lambda import CLASSES, COLUMNS, PREDICTED, ROTATIONS, SHIFTS, best_lambda, noise_lambda
 from evals.noise_lambda_report import table_lines
 from evals.trained import Trained
 from models.csc import CSC2d
@@ -43,6 +44,7 @@ FLAGS = {
     "noise_levels": [5, 2],
     "lambdas": [0.4, 0.05, 0.9, 0.1],
     "calibration_images": 25,
+    "measures": ["energy", "highpass"],
     "line_of": "same",
     "cifar10c": None,
     "control_path": None,
@@ -108,20 +110,23 @@ def measured(trained, task=CLASSES, **flags):
 
 
 def naive(net, images, lambdas):
-    """Accuracy under one lambda for each image, one image at a time, and the residuals at 0.1."""
+    """Accuracy under one lambda for each image, one image at a time, and both measures of the residual at 0.1."""
     net.eval()
-    stem, right, residuals = net.backbone.conv1, [], []
+    stem, right, residuals = net.backbone.conv1, [], {"energy": [], "highpass": []}
+    mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]]).expand(3, 1, 3, 3)
     with torch.no_grad():
         for image, label, lam in zip(images.images, images.labels, lambdas, strict=True):
             x = image[None].float() / 255
             inputs = (x - net.input_mean) / net.input_std
             stem.set_lambda(0.1)
-            residuals.append(float((inputs - stem.synthesise(stem(inputs), inputs.shape[2:])).square().sum()))
+            residual = inputs - stem.synthesise(stem(inputs), inputs.shape[2:])
+            residuals["energy"].append(float(residual.square().sum()))
+            residuals["highpass"].append(float(torch.nn.functional.conv2d(residual, mask, groups=3).abs().mean()))
             stem.set_lambda(lam)
             right.append(int(net.linear(net.features(x)).argmax()) == int(label))
     stem.set_lambda(0.1)
     net.train()
-    return np.mean(right), np.array(residuals)
+    return np.mean(right), {measure: np.array(values) for measure, values in residuals.items()}
 
 
 def chosen(held_out, count, seed):
@@ -139,63 +144,60 @@ def test_every_number_against_a_loop_over_images_and_lambdas(trained):
     assert (facts["n"], facts["n_calibration"], facts["lambda"], facts["lambdas"]) == (N, 25, 0.1, list(GRID))
     for kind in ("gaussian", "impulse"):
         levels = {number: LEVELS["imagenetc"][kind][number - 1] for number in (2, 5)}
-        residuals, best = [], []
+        residuals, best = {"energy": [], "highpass": []}, []
+        calibration = facts["calibration"][kind]
         for place, level in enumerate([None, *levels.values()]):
             images = held_out
             if level is not None:
                 images = noisy(held_out, kind, level, 3, name="calibration images")
             accuracies = [naive(net, images, [lam] * 25)[0] for lam in GRID]
-            np.testing.assert_allclose(facts["calibration"][kind]["accuracy"][place], accuracies, rtol=1e-12)
-            residuals.append(naive(net, images, [0.1] * 25)[1].mean())
+            np.testing.assert_allclose(calibration["accuracy"][place], accuracies, rtol=1e-12)
+            for measure, values in naive(net, images, [0.1] * 25)[1].items():
+                residuals[measure].append(values.mean())
             best.append(GRID[best_lambda(np.array(accuracies), GRID, 0.1)])
-        np.testing.assert_allclose(facts["calibration"][kind]["residual"], residuals, rtol=1e-5)
-        assert facts["calibration"][kind]["best"] == best
-        a, b = np.polyfit(residuals, best, 1) if len(set(best)) > 1 else (0.0, best[0])
-        line = facts["lines"][kind]
-        np.testing.assert_allclose((line["a"], line["b"]), (a, b), rtol=1e-3, atol=1e-9)
-        assert (line["low"], line["high"], line["reference"]) == (0.05, 0.9, 0.1)
-
-        def predict(residual, line=line):
-            return np.clip(line["a"] * residual + line["b"], 0.05, 0.9)
+        assert calibration["best"] == best
+        for measure, line in facts["lines"][kind].items():
+            np.testing.assert_allclose(calibration["residual"][measure], residuals[measure], rtol=1e-5)
+            a, b = np.polyfit(residuals[measure], best, 1) if len(set(best)) > 1 else (0.0, best[0])
+            np.testing.assert_allclose((line["a"], line["b"]), (a, b), rtol=1e-3, atol=1e-9)
+            assert (line["low"], line["high"], line["reference"]) == (0.05, 0.9, 0.1)
 
         for number, level in {0: None, **levels}.items():
             images = split.test() if level is None else noisy(split.test(), kind, level, 3)
             own, residual = [naive(net, images, [lam] * N)[0] for lam in GRID], naive(net, images, [0.1] * N)[1]
-            batches = np.concatenate([[part.mean()] * len(part) for part in np.split(residual, range(7, N, 7))])
-            expected = {
-                "fixed": own[1],
-                "set": naive(net, images, predict(np.full(N, residual.mean())))[0],
-                "batch": naive(net, images, predict(batches))[0],
-                "image": naive(net, images, predict(residual))[0],
-                "oracle": max(own),
-                "residual": residual.mean(),
-                "lambda_set": predict(residual.mean()),
-                "lambda_batch": predict(batches).mean(),
-                "lambda_image": predict(residual).mean(),
-                "level": np.nan if level is None else level,
-                "control": np.nan,
-            }
+            expected = {"fixed": own[1], "oracle": max(own), "control": np.nan}
+            expected["level"] = np.nan if level is None else level
+            for measure, of_image in residual.items():
+                line = facts["lines"][kind][measure]
+                of_batch = np.concatenate([[part.mean()] * len(part) for part in np.split(of_image, range(7, N, 7))])
+                of_set = np.full(N, of_image.mean())
+                expected[f"residual_{measure}"] = of_image.mean()
+                for per, values in {"set": of_set, "batch": of_batch, "image": of_image}.items():
+                    lambdas = np.clip(line["a"] * values + line["b"], 0.05, 0.9)
+                    expected[f"{measure}_{per}"] = naive(net, images, lambdas)[0]
+                    expected[f"lambda_{measure}_{per}"] = lambdas.mean()
             (row,) = np.flatnonzero((rows["noise"] == kind) & (rows["number"] == number))
             for name, value in expected.items():
                 assert rows[name][row] == pytest.approx(value, rel=1e-4, nan_ok=True), (kind, number, name)
-            seen = facts["test"][kind][str(number)]
-            np.testing.assert_allclose(seen["accuracy"], own, rtol=1e-12)
+            np.testing.assert_allclose(facts["test"][kind][str(number)]["accuracy"], own, rtol=1e-12)
     # The test is worth something only where these differ.
-    different = [len({rows[name][row] for name in ("fixed", *("set", "image"), "oracle")}) for row in range(6)]
-    assert max(different) >= 3 and len({lam for kind in facts["calibration"].values() for lam in kind["best"]}) > 1
+    some = ("fixed", "energy_set", "energy_image", "highpass_image", "oracle")
+    assert max(len({rows[name][row] for name in some}) for row in range(6)) >= 4
+    assert len({lam for kind in facts["calibration"].values() for lam in kind["best"]}) > 1
 
 
 def test_predictions_are_those_of_a_network_that_follows_the_line(trained):
     """What is measured here is what `adaptive`, and with it --stem_lambda auto, does."""
     found = measured(trained, noises=["gaussian"], noise_levels=[5])
-    line = LambdaLine(**found.facts["lines"]["gaussian"])
     images = noisy(trained.split.test(), "gaussian", LEVELS["imagenetc"]["gaussian"][4], 3)
     net = trained.net.eval()
-    for per in ("image", "batch"):
+    predicted = found.facts["test"]["gaussian"]["5"]["predicted"]
+    for measure, per in itertools.product(("energy", "highpass"), ("image", "batch")):
+        line = LambdaLine(**found.facts["lines"]["gaussian"][measure])
         with torch.no_grad(), adaptive(net, line, per):
             parts = [linear_logits(net, part.float() / 255) for part in images.images.split(7)]
         accuracy = (torch.cat(parts).argmax(1) == images.labels).double().mean()
-        assert found.facts["test"]["gaussian"]["5"]["predicted"]["gaussian"][per] == pytest.approx(float(accuracy))
+        assert predicted[f"gaussian {measure}"][per] == pytest.approx(float(accuracy))
 
 
 def test_two_runs_are_equal_and_the_network_is_left_as_it_was(trained):
@@ -224,7 +226,7 @@ def test_the_oracle_is_a_bound_of_what_lies_on_the_grid(trained):
     rows = measured(trained).per_image["table"]
     assert (rows["oracle"] >= rows["fixed"]).all() and (rows["oracle"] > rows["fixed"]).any()
     rows = measured(trained, noises=["shot"], noise_levels=[1], noise_protocol="cifar10c").per_image["table"]
-    for per in ("set", "batch", "image"):
+    for per in PREDICTED:
         assert rows[f"lambda_{per}"] == pytest.approx(0.1) and (rows[per] == rows["fixed"]).all()
 
 
@@ -243,36 +245,50 @@ def test_all_kinds_by_the_line_of_one(trained):
     assert other.facts["line_of"] == {"impulse": "gaussian"} and set(other.facts["lines"]) == {"gaussian", "impulse"}
     assert other.facts["lines"] == own.facts["lines"] and set(other.facts["test"]) == {"impulse"}
     clean = own.facts["test"]["gaussian"]["0"]
-    assert other.facts["test"]["impulse"]["0"]["predicted"] == {"gaussian": clean["predicted"]["gaussian"]}
+    assert other.facts["test"]["impulse"]["0"]["predicted"] == {
+        name: clean["predicted"][name] for name in ("gaussian energy", "gaussian highpass")
+    }
     there = other.facts["test"]["impulse"]["5"]
-    line = LambdaLine(**own.facts["lines"]["gaussian"])
-    assert there["lambdas"]["gaussian"]["set"] == pytest.approx(float(line.predict(torch.tensor(there["residual"]))))
+    for measure, value in there["residual"].items():
+        line = LambdaLine(**own.facts["lines"]["gaussian"][measure])
+        lam = float(line.predict(torch.tensor(value)))
+        assert there["lambdas"][f"gaussian {measure}"]["set"] == pytest.approx(lam)
     assert there["accuracy"] == own.facts["test"]["impulse"]["5"]["accuracy"]
 
 
 def test_only_predictions_per_batch_depend_on_the_batch_size(trained):
     tables = [measured(trained, ood_batch_size=size).per_image["table"] for size in (1, 4, 100)]
     for name in COLUMNS:
-        if name not in ("batch", "control"):
+        if not name.endswith("batch") and name != "control":
             assert all(np.array_equal(table[name], tables[0][name]) for table in tables)
-    assert np.array_equal(tables[0]["batch"], tables[0]["image"]) and np.array_equal(
-        tables[2]["batch"], tables[2]["set"]
-    )
+    for measure in ("energy", "highpass"):
+        (one, _, whole), columns = tables, [f"{measure}_{per}" for per in ("batch", "image", "set")]
+        assert np.array_equal(one[columns[0]], one[columns[1]]) and np.array_equal(whole[columns[0]], whole[columns[2]])
 
 
 def test_metrics_are_means_over_levels(trained):
     found = measured(trained)
     rows = found.per_image["table"]
-    for column in ("fixed", "set", "batch", "image", "oracle"):
+    for column in ("fixed", *PREDICTED, "oracle"):
         for kind in ("gaussian", "impulse"):
             values = rows[column][rows["noise"] == kind]
             assert found.metrics[f"{column}/{kind}"] == pytest.approx(values[1:].mean())
             assert found.metrics[f"{column}/clean_{kind}"] == values[0]
     assert not any(name.startswith("control") for name in found.metrics)
     lines = list(table_lines(rows))
-    assert lines[0].split() == ["noise", "level", "fixed", "per", "set", "per", "batch", "per", "image", "oracle*"]
-    assert lines[4].split()[:3] == ["gaussian", "mean", "1.."] and len(lines) == 9
-    assert float(lines[4].split()[3]) == pytest.approx(100 * found.metrics["fixed/gaussian"], abs=0.051)
+    assert lines[0].split() == ["energy"] * 3 + ["highpass"] * 3
+    assert lines[1].split() == ["noise", "level", "fixed", *["set", "batch", "image"] * 2, "oracle*"]
+    assert lines[5].split()[:3] == ["gaussian", "mean", "1.."] and len(lines) == 10
+    assert float(lines[5].split()[3]) == pytest.approx(100 * found.metrics["fixed/gaussian"], abs=0.051)
+
+
+def test_a_measure_that_is_not_asked_for_has_no_lines_and_no_columns(trained):
+    whole, found = measured(trained, noises=["gaussian"]), measured(trained, noises=["gaussian"], measures=["highpass"])
+    assert list(found.facts["lines"]["gaussian"]) == ["highpass"]
+    rows, other = found.per_image["table"], whole.per_image["table"]
+    assert np.isnan(rows["energy_set"]).all() and not any(name.startswith("energy") for name in found.metrics)
+    assert np.array_equal(rows["highpass_image"], other["highpass_image"])
+    assert "energy" not in "".join(table_lines(rows))
 
 
 def test_ranks_together_find_what_one_finds(trained):

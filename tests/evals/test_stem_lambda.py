@@ -66,15 +66,16 @@ def test_a_number_is_used_recorded_and_overwrites_no_result_of_another(copy):
 
 
 def test_auto_predicts_lambda_of_each_image_by_the_line_of_the_run(copy):
-    edited(copy, lambda written: written["lines"]["gaussian"].update(a=0.01, b=-1.0))
-    edited(copy, lambda written: written["lines"]["shot"].update(a=-0.005, b=1.9))
+    edited(copy, lambda written: written["lines"]["gaussian"]["highpass"].update(a=1.0, b=0.1))
+    edited(copy, lambda written: written["lines"]["shot"]["energy"].update(a=-0.005, b=1.9))
     lines = json.loads((copy / "lambda_line.json").read_text())["lines"]
-    names = ("a", "b", "low", "high", "reference")
     found = {accuracy(copy)[0]["accuracy"]}
-    for kind, flags in (("gaussian", []), ("shot", ["--lambda_line", "shot"])):
-        line = {name: lines[kind][name] for name in names}
+    other = ["--lambda_line", "shot", "--lambda_measure", "energy"]
+    for kind, measure, flags in (("gaussian", "highpass", []), ("shot", "energy", other)):
+        line = lines[kind][measure]
         result = accuracy(copy, "--stem_lambda", "auto", *flags, "--ood_batch_size", "50")[-1]
-        assert result["settings"] | {"line": line, "lambda_line": kind, "stem_lambda": "auto"} == result["settings"]
+        own = {"line": line, "lambda_line": kind, "lambda_measure": measure, "stem_lambda": "auto"}
+        assert result["settings"] | own == result["settings"]
         assert result["accuracy"] == pytest.approx(
             by_hand(copy, lambda net, line=line: adaptive(net, LambdaLine(**line)))
         )
@@ -89,15 +90,21 @@ def edited(folder: Path, change) -> None:
     path.write_text(json.dumps(written))
 
 
+def of_gaussian(written: dict) -> dict:
+    return written["lines"]["gaussian"]["highpass"]
+
+
 @pytest.mark.parametrize(
     "spoil, flags, match",
     [
         (lambda f: (f / "lambda_line.json").unlink(), [], "--stem_lambda auto: there is no "),
         (lambda f: (f / "lambda_line.json").write_text("{"), [], "lambda_line.json is corrupt"),
         (lambda f: (f / "lambda_line.json").write_text("[]"), [], "lambda_line.json is corrupt"),
-        (lambda f: edited(f, lambda d: d["lines"]["gaussian"].pop("b")), [], "lambda_line.json is corrupt"),
-        (lambda f: edited(f, lambda d: d["lines"]["gaussian"].update(high=-1)), [], "lambda_line.json is corrupt"),
-        (lambda f: edited(f, lambda d: d["lines"]["gaussian"].update(a="x")), [], "lambda_line.json is corrupt"),
+        (lambda f: edited(f, lambda d: of_gaussian(d).pop("b")), [], "lambda_line.json is corrupt"),
+        (lambda f: edited(f, lambda d: of_gaussian(d).update(high=-1)), [], "lambda_line.json is corrupt"),
+        (lambda f: edited(f, lambda d: of_gaussian(d).update(a="x")), [], "lambda_line.json is corrupt"),
+        (lambda f: edited(f, lambda d: d["lines"].update(gaussian=0.1)), [], "lambda_line.json is corrupt"),
+        (lambda f: edited(f, lambda d: d["lines"]["gaussian"].pop("highpass")), [], "--lambda_measure highpass: "),
         (lambda f: edited(f, lambda d: d.update(weights_sha256="0")), [], "is of other weights than"),
         (lambda f: None, ["--lambda_line", "speckle"], "--lambda_line speckle: "),
     ],

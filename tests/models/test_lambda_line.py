@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from models.csc import CSC2d
-from models.lambda_line import LambdaLine, adaptive, fit_line, fixed, follow, measured, residual
+from models.lambda_line import (
+    MEASURES,
+    LambdaLine,
+    adaptive,
+    energy,
+    fit_line,
+    fixed,
+    follow,
+    highpass,
+    measured,
+    residual,
+)
 from models.resnet import BasicBlock, ResNet
 
 
@@ -44,7 +55,7 @@ LINE = LambdaLine(a=0.002, b=0.05, low=0.1, high=1.4, reference=0.1)
 
 
 def by_hand(stem, x, lam):
-    """|x - A(z)|^2 of one image (C, H, W) with its second iterate z, by matrices: A as its columns."""
+    """|x - A(z)|^2 of one image (C, H, W) with its second iterate z, by matrices."""
     size, shape = x.shape[1:], (1, len(stem.weight), *x.shape[1:])
     basis = torch.eye(math.prod(shape), dtype=x.dtype).view(-1, *shape[1:])
     A = stem.synthesise(basis, size).flatten(1).T.detach()
@@ -59,7 +70,9 @@ def test_the_residual_is_that_of_the_code_at_the_reference_whatever_lambda_is(ne
     expected = [by_hand(stem, x, 0.3) for x in images]
     stem.set_lambda(torch.arange(5.0))
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    np.testing.assert_allclose(residual(stem, images, 0.3).detach(), expected, rtol=1e-10)
+    found = residual(stem, images, 0.3)
+    assert found.shape == images.shape
+    np.testing.assert_allclose(energy(found).detach(), expected, rtol=1e-10)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert residual(stem.float(), images.float(), 0.3).dtype == torch.float32
 
@@ -71,16 +84,34 @@ def test_the_residual_is_not_computed_in_bfloat16(net, images):
     torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(residual(stem, x, 0.1), expected)
-        torch.testing.assert_close(residual(stem, x.bfloat16(), 0.1), expected, rtol=0.02, atol=1e-3)
+        coarse = residual(stem, x.bfloat16(), 0.1)
+        assert coarse.dtype == torch.float32
+        torch.testing.assert_close(energy(coarse), energy(expected), rtol=0.02, atol=1e-3)
 
 
 def test_the_residual_grows_with_noise(net):
     """Section 7, property 9, at the iterate that the layer returns."""
     gen = torch.Generator().manual_seed(3)
-    x = torch.rand(8, 3, 8, 8, generator=gen, dtype=torch.float64)
+    x = torch.rand(8, 3, 2, 2, generator=gen, dtype=torch.float64)
+    x = torch.nn.functional.interpolate(x, (8, 8), mode="bilinear")
     noise = torch.randn(8, 3, 8, 8, generator=gen, dtype=torch.float64)
-    found = torch.stack([residual(net.conv1, x + std * noise, 0.1) for std in (0, 0.1, 0.2, 0.5, 1)])
-    assert (found[1:] > found[:-1]).all()
+    for measure in MEASURES.values():
+        found = torch.stack([measure(residual(net.conv1, x + std * noise, 0.1)) for std in (0, 0.1, 0.2, 0.5, 1)])
+        assert (found.mean(1).diff() > 0).all()
+
+
+def test_the_high_pass_measure_is_that_of_immerkaers_mask_and_blind_to_what_is_smooth():
+    gen = torch.Generator().manual_seed(7)
+    noise = torch.randn(2, 3, 40, 40, generator=gen, dtype=torch.float64)
+    mask = torch.tensor([[1.0, -2, 1], [-2, 4, -2], [1, -2, 1]], dtype=torch.float64).expand(3, 1, 3, 3)
+    expected = torch.nn.functional.conv2d(noise, mask, groups=3).abs().mean((1, 2, 3))
+    torch.testing.assert_close(highpass(noise), expected)
+    # Of Gaussian noise it is 6 sqrt(2 / pi) standard deviations.
+    assert (highpass(0.3 * noise) / (6 * math.sqrt(2 / math.pi) * 0.3)).tolist() == pytest.approx([1, 1], rel=0.05)
+    ramp = torch.linspace(0, 5, 40, dtype=torch.float64)
+    plane = ramp.view(1, 1, 1, -1) + ramp.square().view(1, 1, -1, 1)
+    torch.testing.assert_close(highpass(noise + plane), highpass(noise))
+    assert energy(noise + plane).min() > 2 * energy(noise).max()
 
 
 def test_a_line_is_recovered_from_points_on_it():
@@ -108,6 +139,8 @@ def test_what_is_no_line_is_refused():
     for numbers in [(math.nan, 0, 0, 1, 0.1), (0, 0, 1, 0.5, 0.1), (0, 0, -1, 0, 0.1), (0, 0, 0, math.inf, 0.1)]:
         with pytest.raises(ValueError, match="finite"):
             LambdaLine(*numbers)
+    with pytest.raises(ValueError, match="measures of a residual are energy, highpass, got 'mean'"):
+        LambdaLine(0, 0, 0, 1, 0.1, "mean")
     for residuals, lambdas in [([], []), ([1.0, 2.0], [1.0])]:
         with pytest.raises(ValueError, match="as many residuals as lambdas"):
             fit_line(residuals, lambdas, 0.0, 1.0, 0.1)
@@ -150,6 +183,15 @@ def test_a_batch_under_one_prediction_has_that_of_the_mean_residual(net, images)
     expected = one_by_one(net, images, [LINE.a * mean + LINE.b] * 5)
     with adaptive(net, LINE, per="batch"):
         torch.testing.assert_close(net(images), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_line_predicts_from_the_measure_that_it_was_fitted_to(net, images):
+    line = LambdaLine(a=0.1, b=0.0, low=0.0, high=2.0, reference=0.3, measure="highpass")
+    assert fit_line([1.0, 2.0], [0.1, 0.2], 0.0, 2.0, 0.3, "highpass") == line
+    lambdas = line.predict(highpass(residual(net.conv1, images, 0.3))).tolist()
+    assert len(set(lambdas)) > 3
+    with adaptive(net, line):
+        torch.testing.assert_close(net(images), one_by_one(net, images, lambdas), rtol=1e-7, atol=1e-8)
 
 
 def test_a_fixed_lambda_holds_within_and_not_afterwards(net, images):
@@ -205,11 +247,13 @@ def test_the_residual_of_the_last_batch_is_there_after_the_pass(net, images):
         assert len(last()) == 2
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_flow_through_the_prediction(recompute):
+@pytest.mark.parametrize(
+    "recompute, measure, a", [(False, "energy", 0.01), (True, "energy", 0.01), (True, "highpass", 0.1)]
+)
+def test_gradients_flow_through_the_prediction(recompute, measure, a):
     """Against finite differences, in which lambda moves with the input; without its part the gradient is another."""
     net = toy(recompute=recompute)
-    line = LambdaLine(a=0.01, b=0.05, low=0.0, high=5.0, reference=0.1)
+    line = LambdaLine(a=a, b=0.05, low=0.0, high=5.0, reference=0.1, measure=measure)
     x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
     def out(x):
@@ -217,7 +261,7 @@ def test_gradients_flow_through_the_prediction(recompute):
             return net(x)
 
     assert torch.autograd.gradcheck(out, x.clone().requires_grad_(), eps=1e-6, atol=1e-6)
-    lam = line.predict(residual(net.conv1, x, 0.1)).detach()
+    lam = line.predict(MEASURES[measure](residual(net.conv1, x, 0.1))).detach()
     grads = []
     for forward in (out, lambda x: fixed_pass(net, lam, x)):
         inputs = x.clone().requires_grad_()
