@@ -1,7 +1,7 @@
 """The table of data sets, `DATASETS`.
 
-Most are read into memory (`datasets.sets`); the training pictures of ImageNet-30 are decoded during training
-(`datasets.pictures`).
+Most are read into memory (`datasets.sets`); the training pictures of ImageNet-30 and ImageNet-1k are decoded during
+training (`datasets.pictures`).
 """
 
 import contextlib
@@ -39,7 +39,8 @@ from datasets.sets import ImageSet, combined, image_set
 from datasets.table import Table
 
 _FOLDER = Layout()
-_IMAGENET30 = Layout("one_class_train", "one_class_test")
+# Below the same folder.
+_IMAGENET30, _IMAGENET1K = Layout("one_class_train", "one_class_test"), Layout("train", "val")
 
 
 @dataclass(frozen=True)
@@ -257,17 +258,17 @@ def imagenet_short_side(side: int) -> int:
     return round(side * 8 / 7)
 
 
-def _imagenet(source: DataSource, split: str, label: int | None) -> ImageSet:
+def _imagenet(source: DataSource, split: str, label: int | None, *, layout: Layout) -> ImageSet:
     root = _imagenet_root(source)
-    pictures = find_pictures(root, split, label=label, layout=_IMAGENET30)
-    source = replace(source, normal=_of_training(source, root, _IMAGENET30))
+    pictures = find_pictures(root, split, label=label, layout=layout)
+    source = replace(source, normal=_of_training(source, root, layout))
     return pictures_in_memory(pictures, source, imagenet_short_side(source.image_size or 224))
 
 
-def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None) -> PictureSet:
+def _imagenet_stream(source: DataSource, crop: AlignedSpec, label: int | None, *, layout: Layout) -> PictureSet:
     root = _imagenet_root(source)
-    pictures = find_pictures(root, "train", label=label, layout=_IMAGENET30)
-    reader = _of_training(source, root, _IMAGENET30)
+    pictures = find_pictures(root, "train", label=label, layout=layout)
+    reader = _of_training(source, root, layout)
     if any(picture.path.suffix.lower() not in (".jpg", ".jpeg") for picture in pictures):
         reader.find_range()  # Otherwise each process that decodes would find it again.
     side, workers, skip_bad = source.image_size or 224, source.num_worker, source.skip_bad_images
@@ -352,6 +353,20 @@ _FILES = ("data_path", "download_data", "image_size")
 PICTURE_FLAGS = ("num_worker", "skip_bad_images", "max_megapixels", "value_range")
 _PICTURES = ("data_path", "image_size", *PICTURE_FLAGS)
 
+
+def _imagenet_spec(layout: Layout) -> DatasetSpec:
+    """The row of a set of pictures of many sizes, of which those of training are decoded during training."""
+    return DatasetSpec(
+        partial(_imagenet, layout=layout),
+        lambda source: class_names(_imagenet_root(source), layout),
+        (*_PICTURES, "image_cache"),
+        n_train_classes=lambda source: n_train_classes(_imagenet_root(source), layout),
+        stream=partial(_imagenet_stream, layout=layout),
+        reader=lambda source: _of_training(source, _imagenet_root(source), layout),
+        image_size=None,
+    )
+
+
 DATASETS: dict[str, DatasetSpec] = {
     "digits": DatasetSpec(_digits, _TEN, ("image_size",)),
     "cifar10": DatasetSpec(_torchvision("CIFAR10"), _CIFAR10, _FILES),
@@ -359,15 +374,8 @@ DATASETS: dict[str, DatasetSpec] = {
     "mnist": DatasetSpec(_mnist("MNIST"), _TEN, _FILES),
     "fashion_mnist": DatasetSpec(_mnist("FashionMNIST"), _FASHION, _FILES),
     "svhn": DatasetSpec(_torchvision("SVHN", by_split=True), _TEN, _FILES),
-    "imagenet": DatasetSpec(
-        _imagenet,
-        lambda source: class_names(_imagenet_root(source), _IMAGENET30),
-        (*_PICTURES, "image_cache"),
-        n_train_classes=lambda source: n_train_classes(_imagenet_root(source), _IMAGENET30),
-        stream=_imagenet_stream,
-        reader=lambda source: _of_training(source, _imagenet_root(source), _IMAGENET30),
-        image_size=None,
-    ),
+    "imagenet": _imagenet_spec(_IMAGENET30),
+    "imagenet1k": _imagenet_spec(_IMAGENET1K),
     "folder": DatasetSpec(
         _folder,
         lambda source: class_names(Path(source.data_path)),

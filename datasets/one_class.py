@@ -183,6 +183,19 @@ class Split:
             return found and self.corrupted(found, HELD_OUT)
         return self._part(self.spec.stream(self.source, AlignedSpec(), self.one_class_idx), held=True)
 
+    def training_parts(self, crop: AlignedSpec) -> tuple[ImageSet | PictureSet, ImageSet | PictureSet | None]:
+        """`stream(crop)` and `held_out_images()`, of files that are read once.
+
+        Raises: UserError as both.
+        """
+        if self.spec.stream is None:
+            whole = self._clean_train(3)
+            held_out = self._part(whole, held=True)
+            train = self.corrupted(self._train_part(whole), TRAIN)
+            return train, held_out and self.corrupted(held_out, HELD_OUT)
+        pictures = self._whole_stream(crop)
+        return self._train_part(pictures), self._part(pictures, held=True)
+
     def _train_part(self, data: Any) -> Any:
         """Training images, or rows, without those that are held out."""
         part = self._part(data, held=False)
@@ -274,6 +287,11 @@ class Split:
         """
         if self.spec.stream is None:
             return self.train(channels)
+        return self._train_part(self._whole_stream(crop, channels))
+
+    def _whole_stream(self, crop: AlignedSpec, channels: int | None = 3) -> PictureSet:
+        """The pictures of `stream`, those that are held out among them."""
+        assert self.spec.stream is not None
         changes = {"corrupt": self.corrupt.active, "outliers": self.outliers, "first_images": self.first_images}
         if asked := [name for name, value in changes.items() if value]:
             raise UserError(
@@ -285,7 +303,7 @@ class Split:
                 f"--dataset {self.dataset}: its pictures are decoded during training, in three channels only; choose"
                 " another data set for one channel"
             )
-        return self._train_part(self.spec.stream(self.source, crop, self.one_class_idx))
+        return self.spec.stream(self.source, crop, self.one_class_idx)
 
     def test(self, channels: int | None = 3) -> ImageSet:
         """All test images, with noise; `normal(labels)` says which are normal.

@@ -60,3 +60,17 @@ def test_all_classes_need_the_published_outlier_sets_or_others_only_in_evaluatio
     result = json.loads((run / "result_ood_pre_CSI.json").read_text())
     assert set(result["auroc"]) == {"dtd", "interp"} and (result["n_in"], result["n_out"]) == (9, 3 + 9)
     assert (run / "scores_ood_pre_CSI_interp.csv").is_file()
+
+
+def test_imagenet_1k_is_trained_with_labels_and_tested_on_centre_crops(tmp_path, capsys):
+    photographs(tmp_path, {"train/n01": 12, "train/n02": 12, "val/n01": 3, "val/n02": 4})
+    args = ["--dataset", "imagenet1k", "--data_path", str(tmp_path), "--image_size", "16", "--model", "resnet8"]
+    own = ["--mode", "supervised", "--epochs", "1", "--batch_size", "8", "--held_out", "4", "--num_worker", "0"]
+    assert train.main([*args, *own, "--log_root", str(tmp_path / "logs")]) == 0, capsys.readouterr().err
+    run = tmp_path / "logs/imagenet1k_resnet8_supervised"
+    assert "20 images of all classes" in (run / "log.txt").read_text()
+    for weights in ("last", "best"):
+        assert evaluate.main(["--load_path", str(run / f"{weights}.model")]) == 0, capsys.readouterr().err
+    result = json.loads((run / "accuracy_test_acc.json").read_text())
+    assert (result["n"], result["classes"]) == (7, 2) and result["dataset"] == "imagenet1k"
+    assert (run / "accuracy_test_acc_best.json").is_file()

@@ -260,3 +260,29 @@ def test_pictures_that_are_decoded_during_training_are_not_changed(tmp_path):
         assert len(split.test()) == 1
     noisy = mixture("imagenet", source, 0, corrupt=noise).test()
     assert noisy.mask is not None and noisy.mask.sum() == 10
+
+
+def held_out(name: str, count: int, **more):
+    return replace(split_one_class(name, DataSource(**more), None, None), held_out=count)
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet1k"])
+def test_both_parts_of_the_training_images_come_from_one_reading(name, tmp_path):
+    from tests.datasets.test_pictures import photographs
+
+    photographs(tmp_path, {"train/n01": 5, "train/n02": 4, "val/n01": 1, "val/n02": 1})
+    split = held_out(name, 3, data_path=str(tmp_path), image_size=8, num_worker=0)
+    apart = split.stream(AlignedSpec()), split.held_out_images()
+    read = []
+    for way in ("load", "stream"):
+        if original := getattr(split.spec, way):
+            own = lambda *args, original=original: read.append(args) or original(*args)  # noqa: E731
+            split = replace(split, spec=replace(split.spec, **{way: own}))
+    together = split.training_parts(AlignedSpec())
+    assert len(read) == 1
+    for one, other in zip(apart, together, strict=True):
+        assert one.fingerprint == other.fingerprint and torch.equal(one.labels, other.labels)
+        index = torch.arange(len(one))
+        assert torch.equal(one.batch(index), other.batch(index))
+    assert len(together[1]) == 3 and len(together[0]) + 3 == len(split.spec.load(split.source, "train", None))
+    assert replace(split, held_out=0).training_parts(AlignedSpec())[1] is None

@@ -67,9 +67,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     device, amp = own_device(flags, world), precision(flags, world)
     spec, rates, epochs = flags.of(SupervisedSpec), flags.of(RateSpec), flags.of(LengthSpec).epochs
     crop = flags.of(AlignedSpec, only=["resize_factor", "resize_fix"]) if split.spec.stream else AlignedSpec()
-    data = split.stream(crop).to(device)
-    held_out = split.held_out_images()
-    held_out = held_out.to(device) if held_out is not None else None
+    data, held_out = split.training_parts(crop)
+    data, held_out = data.to(device), held_out.to(device) if held_out is not None else None
     net: Classifier = build_net(
         "classifier",
         flags.of(ModelSpec, only=["model"]).model,
