@@ -43,6 +43,7 @@ from scripts.rdae_methods import (
     fits,
 )
 from scripts.results import comma_separated, markdown
+from scripts.tables import cell
 
 Facts = dict[str, Any]
 # Best F1 over thresholds on 4859 fours and 265 others of MNIST, as published; the labels have chosen the threshold.
@@ -243,14 +244,6 @@ def outlier_table(lines: Mapping[str, Mapping[float | str, list[Facts]]]) -> tup
             dead = cell([one["dead_outputs"] for one in found["none"] if "dead_outputs" in one], 1)
             rows.append([name, *(cell([one["score"][of] for one in found["none"]]) for of in names), "", dead])
     return _OUTLIER_HEADER, rows
-
-
-def cell(values: Sequence[float], digits: int = 3) -> str:
-    """Mean and standard deviation, or nothing."""
-    if not values:
-        return ""
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
 
 
 def _curves(found: Mapping[float | str, list[Facts]]) -> dict[str, np.ndarray]:

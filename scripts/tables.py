@@ -15,6 +15,14 @@ from evals.metrics import LEVELS, mean_aurocs, resampled
 from scripts.results import comma_separated, markdown
 
 
+def cell(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and standard deviation, or nothing."""
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One evaluation. mean: AUROC in [0, 1], over the other classes. scores: CSV with index, label and score of every

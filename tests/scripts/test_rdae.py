@@ -22,7 +22,7 @@ from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust import Threshold, separate
 from program import SPECS
 from scripts import rdae
-from scripts.rdae import Store, cell, main, noise_table, numbers, one_of_each, outlier_table, restored, title
+from scripts.rdae import Store, main, noise_table, numbers, one_of_each, outlier_table, restored, title
 from scripts.rdae_methods import (
     DENOISERS,
     DETECTORS,
@@ -37,6 +37,7 @@ from scripts.rdae_methods import (
     slides_net,
 )
 from scripts.recipes import Recipe
+from scripts.tables import cell
 from tests.conftest import ROOT
 from training import STAGE1
 

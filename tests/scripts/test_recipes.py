@@ -9,6 +9,7 @@ from scripts.recipes import KINDS, RECIPES, Recipe, steps_of
 from tests.conftest import ROOT
 
 FAMILIES = ["cifar10", "cifar100", "imagenet", "digits", "short", "short_multi"]
+FAMILIES += ["rdae", "sdnet", "sdnet_imagenet", "sdnet_short", "sdnet_detector"]
 ROWS = [
     line.removeprefix("all_").partition("=")[0]
     for line in (ROOT / "scripts/recipes.env").read_text().splitlines()

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# SDNets at a size that a CPU can carry: resnet8, sdnet8 and sdnet8_all for 20 epochs, seeds 0 and 1, on the photographs in
+# DATA_PATH ({train,test}/<class>/*); accuracy, and noise x lambda at three levels. See sdnet_sweep.sh, whose variables
+# act here, too.
+set -euo pipefail
+: "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
+SEEDS=${SEEDS:-0 1} exec bash "$(dirname "$0")/sdnet_sweep.sh" sdnet_short folder "$@"
