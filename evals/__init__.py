@@ -182,7 +182,7 @@ EVALS: dict[str, Eval] = {
     "ood_pre_cocsr_refmix": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), "reference"),
     "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
-    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_LABELLED, "supervised")),
+    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), ("supervised", *_LABELLED)),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
