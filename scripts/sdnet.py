@@ -8,6 +8,7 @@ import argparse
 import csv
 import json
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -274,7 +275,9 @@ def read_levels(path: Path) -> dict[Level, dict[str, float]]:
             for row in csv.DictReader(file):
                 level = CLEAN if int(row.pop("number")) == 0 else f"{float(row['level']):g}"
                 noise = row.pop("noise")
-                values = {name: float(text) * (1 if name.startswith("lambda_") else 100) for name, text in row.items()}
+                values = {
+                    _named(name): float(text) * (1 if name.startswith("lambda_") else 100) for name, text in row.items()
+                }
                 if not _OTHERS.keys() <= values.keys() or not measures_of(values):
                     raise ValueError
                 found[Level(noise, level)] = values
@@ -286,6 +289,11 @@ def read_levels(path: Path) -> dict[Level, dict[str, float]]:
             means = {name: math.fsum(values[name] for values in noisy) / len(noisy) for name in noisy[0]}
             found[Level(noise, MEAN)] = means
     return found
+
+
+def _named(column: str) -> str:
+    """A column; of tables from before there was another measure than energy, as it is called now."""
+    return re.sub(rf"^(lambda_)?({'|'.join(PER)})$", r"\1energy_\2", column)
 
 
 def measures_of(values: Row) -> list[str]:

@@ -37,8 +37,11 @@ for seed in ${SEEDS:-0}; do
             --epochs "${EPOCHS:-$epochs}" --seed "$seed" --log_root "$LOG_ROOT" --suffix "s$seed" "$@"
         once "$run/accuracy_test_acc.json" "$run/last.model" -- \
             "$PYTHON" $of_supervised --load_path "$run/last.model" --seed "$seed"
-        once "$run/accuracy_test_acc_best.json" "$run/best.model" -- \
-            "$PYTHON" $of_supervised --load_path "$run/best.model" --seed "$seed"
+        # Without held-out images no epoch is selected.
+        if [ -f "$run/best.model" ] || [ ! -f "$run/last.model" ]; then
+            once "$run/accuracy_test_acc_best.json" "$run/best.model" -- \
+                "$PYTHON" $of_supervised --load_path "$run/best.model" --seed "$seed"
+        fi
     done
     other=$logs/${dataset}_${control}_${supervised_run}_s$seed/last.model beside=()
     if [[ " $MODELS " = *" $control "* ]] || [ -f "$other" ]; then

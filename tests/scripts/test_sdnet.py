@@ -122,6 +122,14 @@ def test_each_measure_of_the_residual_has_rows_of_its_own(logs):
     assert highpass["set - training"] == "+15.0 ± 0.0" and highpass["lambda of training"] == "60.0 ± 0.0"
 
 
+def test_tables_without_the_name_of_a_measure_are_of_energy(logs):
+    text = tables([logs])
+    for path in logs.glob("sdnet8*/table.csv"):
+        header, *rows = path.read_text().splitlines()
+        path.write_text("\n".join([header.replace("energy_", ""), *rows]))
+    assert "lambda_set" in path.read_text() and tables([logs]) == text
+
+
 def test_the_columns_are_those_that_the_evaluation_writes():
     assert measures_of(dict.fromkeys(noise_lambda.COLUMNS, 0.5)) == list(MEASURES)
     assert PER == noise_lambda.PER and {"control", "fixed", "oracle"} <= set(noise_lambda.COLUMNS)
