@@ -2,10 +2,16 @@
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from common.errors import RunStopped, UserError
 
@@ -93,10 +99,14 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """`peak_memory_gib`, the most that tensors have taken of a GPU's memory in this process; nothing elsewhere."""
-    if device.type != "cuda":
+    """`peak_memory_gib`: the most that tensors have taken of a GPU's memory in this process, or that this process has
+    taken of the host's; nothing where the system does not tell."""
+    if device.type == "cuda":
+        return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+    if resource is None or device.type != "cpu":
         return {}
-    return {"peak_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)}
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
 
 
 def device_name(device: torch.device) -> str:

@@ -15,12 +15,14 @@ from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, flags_of
 from common.run import recorded_flags
 from datasets import DataSource
 from datasets.corrupt import CorruptSpec
+from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, embed, robust
+from evals import classify, detect, embed, inside, noise_lambda, robust
 from evals.extract import (
     AUTOENCODER,
+    BACKBONE,
     CLASSIFIER,
     CONTRASTIVE,
     FITTED_SPARSE,
@@ -30,11 +32,14 @@ from evals.extract import (
     SPARSE,
     Extractor,
 )
+from evals.inside_report import write_inside
+from evals.noise_lambda_report import write_noise_lambda
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
-from evals.specs import PlaceSpec, ReferenceSpec, ScoreSpec, TsneSpec
+from evals.specs import InsideSpec, NoiseLambdaSpec, PlaceSpec, ReferenceSpec, ScoreSpec, StemSpec, TsneSpec
+from evals.stem_lambda import with_stem_lambda
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
 from models.autoencoder.specs import SeparationSpec
@@ -72,10 +77,13 @@ class Eval:
         return flags.inherited(recorded, path, flag="load_path")
 
     def load(self, flags: Flags, world: World = SINGLE) -> Trained:
-        """The network of --load_path. Raises: UserError as `load_trained`, and for a score that is not offered."""
+        """The network of --load_path, with lambda of --stem_lambda where the row takes it.
+
+        Raises: UserError as `load_trained` and `with_stem_lambda`, and for a score that is not offered.
+        """
         names = chosen_scores(flags, self.scores) if self.scores else []
         own = [SCORES[name].trained_by or self.trained_by for name in names]
-        return load_trained(
+        trained = load_trained(
             flags,
             world,
             files=self.extractor.files,
@@ -84,6 +92,7 @@ class Eval:
             scores=names,
             backbone=self.extractor.backbone,
         )
+        return with_stem_lambda(trained) if StemSpec in self.specs else trained
 
 
 # A stage-2 file holds the stage-1 network; linear heads leave it as it was.
@@ -95,7 +104,10 @@ _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
-_COMMON = (RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource, ModelSpec, DeviceSpec, PassSpec, PlaceSpec)
+_DATA = (SplitSpec, CorruptSpec, DataSource)
+_COMMON = (RunSpec, WeightsSpec, *_DATA, ModelSpec, DeviceSpec, PassSpec, PlaceSpec, StemSpec)
+# Of evaluations that look at test pictures.
+_TESTED = (*_COMMON, TestNoiseSpec)
 
 
 def _partners(partner: str) -> tuple[type[Spec], ...]:
@@ -115,14 +127,14 @@ def _detection(
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
-    specs = (*_COMMON, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
+    specs = (*_TESTED, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 
 def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
     measure = partial(classify.classify, predict=classify.marginalized_logits if marginal else classify.linear_logits)
     needs = frozenset({"joint" if marginal else "linear"})
-    return Eval(measure, write_classification, _COMMON, LABELLED, lambda flags: needs, trained_by, default_for)
+    return Eval(measure, write_classification, _TESTED, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
 def _picture(
@@ -138,7 +150,7 @@ def _picture(
         return frozenset(embed.shown_outputs(flags, output, layers).values())
 
     measure = partial(embed.embed, extractor=extractor, output=output, layers=layers, partner=partner)
-    specs = (*_COMMON, *extractor.specs, TsneSpec, *_partners(partner))
+    specs = (*_TESTED, *extractor.specs, TsneSpec, *_partners(partner))
     return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for)
 
 
@@ -147,6 +159,18 @@ def _separation(
 ) -> Eval:
     specs = (*_COMMON, *AUTOENCODER.specs, SeparationSpec)
     return Eval(measure, write_separation, specs, AUTOENCODER, lambda flags: frozenset(), trained_by, default_for)
+
+
+def _inside(trained_by: tuple[str, ...]) -> Eval:
+    specs = (*_COMMON, InsideSpec)
+    return Eval(inside.inside, write_inside, specs, BACKBONE, lambda flags: frozenset(), trained_by)
+
+
+def _noise_lambda(task: noise_lambda.Task, trained_by: tuple[str, ...]) -> Eval:
+    measure = partial(noise_lambda.noise_lambda, task=task)
+    # It is about lambda itself, hence without --stem_lambda.
+    specs = (*(spec for spec in _COMMON if spec is not StemSpec), *task.extractor.specs, NoiseLambdaSpec)
+    return Eval(measure, write_noise_lambda, specs, task.extractor, lambda flags: frozenset(), trained_by)
 
 
 _AUTOENCODERS = ("rdae", "dae", "vae")
@@ -158,7 +182,7 @@ EVALS: dict[str, Eval] = {
     "ood_pre_cocsr_refmix": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), "reference"),
     "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
-    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_LABELLED, "supervised")),
+    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), ("supervised", *_LABELLED)),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
@@ -166,6 +190,9 @@ EVALS: dict[str, Eval] = {
     "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, "supervised"), (*_PROBED, "sup_linear", "supervised")),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
+    "noise_lambda": _noise_lambda(noise_lambda.CLASSES, ("supervised",)),
+    "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
+    "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, ("rot_trans",)),
 }
 
 TSNES: dict[str, Eval] = {
@@ -181,6 +208,7 @@ TSNES: dict[str, Eval] = {
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),
+    "sdnet_inside": _inside(("supervised", *_CONTRASTIVE, "rot_trans")),
 }
 
 

@@ -144,7 +144,7 @@ def classify(
     with trained.world.raise_together():
         if split.one_class_idx is not None:
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
-        test = split.test()
+        test = trained.test_images()
         test = test.where(split.normal(test.labels)).to(trained.device)
         batch_size, seed = flags.of(PassSpec).ood_batch_size, flags.seed
         amp = autocast(flags.of(DeviceSpec, only=["amp"]).amp, trained.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from datasets import DataSource, ImageSet
+from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST
 from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
 from evals.coding import Coder, Outputs
@@ -130,8 +131,11 @@ def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -
 
 
 def _test_sets(trained: Trained) -> dict[str, ImageSet]:
-    """The test images of the data set, and after them those they are compared with, by name."""
-    split = trained.split
+    """The test images of the data set, and after them those they are compared with, by name.
+
+    Mixtures are made of clean images; then all sets get the noise of the split, and on it that of --test_noise.
+    """
+    split, noise = trained.split, TestNoiseSpec.of(trained.flags)
     clean = split.clean_test()
     normal = split.normal(clean.labels)
     others = _other_sets(trained, clean.size[0], lambda: clean.where(normal))
@@ -142,14 +146,19 @@ def _test_sets(trained: Trained) -> dict[str, ImageSet]:
         )
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class, {split.normal_title}")
-    test = split.corrupted(clean, TEST)
-    return {name: data.to(trained.device) for name, data in {split.dataset: test, **others}.items()}
+
+    def seen(images: ImageSet, name: str) -> ImageSet:
+        return noise.applied(split.corrupted(images, name), name).to(trained.device)
+
+    # By the fingerprint, so that the noise does not depend on the place of a folder.
+    named = {title: seen(images, images.fingerprint or title) for title, images in others.items()}
+    return {split.dataset: seen(clean, TEST), **named}
 
 
 def _other_sets(trained: Trained, side: int, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:
     """The sets of --ood_dataset, or those that all classes of the data set together are compared with, by name.
 
-    They have the noise of the split. side: pixels on a side of test images. normal: the normal ones, without noise.
+    They have no noise. side: pixels on a side of test images. normal: the normal ones, without noise.
     Raises: UserError that names all that are not found.
     """
     flags = trained.flags
@@ -168,6 +177,4 @@ def _other_sets(trained: Trained, side: int, normal: Callable[[], ImageSet]) -> 
         place = own or flags.of(DataSource, only=("data_path",)).data_path
     source = replace(source, data_path=place, image_size=side, normal=trained.split.source.normal)
     lag = flags.of(TestBatchSpec).test_batch_size if INTERP in names else 1
-    found = {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}
-    # By the fingerprint, so that the noise does not depend on the place of a folder.
-    return {name: trained.split.corrupted(images, images.fingerprint or name) for name, images in found.items()}
+    return {name: load() for name, load in find_outliers(names, source, normal, lag=lag).items()}

@@ -47,7 +47,7 @@ def embed(
         references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
         kind = "" if extractor.plain else flags.of(ShiftSpec, only=("shift_trans_type",)).shift_trans_type
         of_shift = f" of {kind}" if kind else ""
-        test, train = split.test().to(trained.device), trained.train_images()
+        test, train = trained.test_images().to(trained.device), trained.train_images()
 
     def results() -> Iterator[Result]:
         fitted, known = extraction.fit(train)

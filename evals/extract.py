@@ -30,7 +30,7 @@ from evals.trained import Trained, evaluation_mode
 from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
-from models.checkpoint import State, autoencoder_spec, load_net
+from models.checkpoint import State, autoencoder_spec, kind_of, load_net
 from models.feature_net import BackboneNet, Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
@@ -352,6 +352,15 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
     return load_net("rot_trans", state, **_common(flags, path))
 
 
+def _load_backbone_net(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    """Of whatever kind, with a backbone: the heads are not read."""
+    try:
+        load = _OF_KIND[kind_of(state)]
+    except (ValueError, KeyError):
+        raise UserError(f"--load_path: {path} holds no network with a backbone; give weights of an SDNet") from None
+    return load(flags, state, path, shifts)
+
+
 def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
     spec = autoencoder_spec(flags)
     return load_net("autoencoder", state, spec=spec, **_common(flags, path) | {"model": spec.autoencoder})
@@ -407,6 +416,13 @@ CLASSIFIER = Extractor(
     feature_outputs,
     plain=True,
 )
+_OF_KIND = {
+    "classifier": _load_classifier,
+    "feature": _load_labelled,
+    "cocsr": _load_labelled,
+    "rot_trans": _load_rot_trans,
+}
+BACKBONE = replace(CLASSIFIER, files=_STAGE1_FILES, load=_load_backbone_net)
 ROT_TRANS = Extractor(
     ("last.model",),
     lambda flags, needs: rotations_and_translations(),

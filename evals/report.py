@@ -92,6 +92,7 @@ def result_facts(result: Result, trained: Trained, begun: float) -> dict[str, An
         "checkpoint": str(_path(trained)),
         "weights": _path(trained).stem,
         **result.facts,
+        "settings": {**result.facts.get("settings", {}), **trained.settings},
         "seconds": round(time.monotonic() - begun, 2),
         "device": device_name(trained.device),
         **peak_memory(trained.device),

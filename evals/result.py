@@ -1,9 +1,11 @@
 """What an evaluation finds. Evaluators yield results and neither print nor write; `evals.report` does both."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
@@ -34,7 +36,7 @@ def nested(metrics: Mapping[str, float]) -> dict[str, Any]:
     return found
 
 
-def family(metrics: Mapping[str, float], name: str) -> dict[str, float]:
-    """The members of one family of metrics, by set: `family(metrics, "auroc")`."""
+def family(metrics: Mapping[str, T], name: str) -> dict[str, T]:
+    """The members of one family of metrics, by set, or of arrays: `family(metrics, "auroc")`."""
     prefix = f"{name}/"
     return {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}

@@ -1,9 +1,34 @@
 """Flags of evaluation."""
 
+import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.flags import Spec, flag, path_flag
+from datasets.noise import LEVELS, NOISES
+from models.lambda_line import MEASURES
+
+# Lambda from the residual of each image.
+AUTO = "auto"
+# Each kind of noise by its own line.
+SAME = "same"
+
+
+def lambda_value(text: str) -> float:
+    """A type for `flag`: a finite number >= 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"lambda must be a finite number >= 0, got {text}")
+    return value
+
+
+def lambda_choice(text: str) -> float | str:
+    """A type for `flag`: as `lambda_value`, or `auto`."""
+    return AUTO if text == AUTO else lambda_value(text)
 
 
 @dataclass(frozen=True)
@@ -64,3 +89,58 @@ class TsneSpec(Spec, group="evaluation"):
 
     ood_layer: Sequence[str] = flag(("penultimate",), "t-SNE: penultimate or simclr", nargs="+")
     tsne_points: int = flag(1000, "t-SNE: points of each group at most", above=0)
+
+
+@dataclass(frozen=True)
+class InsideSpec(Spec, group="evaluation"):
+    """Pictures of what sparse coding layers keep."""
+
+    inside_images: int = flag(8, "sdnet_inside: training images to show", above=0)
+    inside_taps: Sequence[str] | None = flag(
+        None, "sdnet_inside: invert from stem, 1.1 (stage.block), ... (default: the published ones, or all)", nargs="+"
+    )
+    keep_mean: bool = flag(False, "sdnet_inside: leave in each inversion what all have in common, as published")
+    equalise: bool = flag(False, "sdnet_inside: equalise the histograms of inversions")
+
+
+@dataclass(frozen=True)
+class StemSpec(Spec, group="evaluation"):
+    """Lambda of the stem of an SDNet."""
+
+    stem_lambda: float | str | None = flag(
+        None,
+        "lambda of the stem of an SDNet; auto: for each image, from its residual (default: as trained)",
+        type=lambda_choice,
+        metavar="X|auto",
+    )
+    lambda_line: str = flag(
+        "gaussian", "--stem_lambda auto: by the line of which kind of noise", choices=lambda: sorted(NOISES)
+    )
+    lambda_measure: str = flag(
+        "highpass", "--stem_lambda auto: by which measure of the residual", choices=lambda: sorted(MEASURES)
+    )
+
+
+@dataclass(frozen=True)
+class NoiseLambdaSpec(Spec, group="noise and lambda"):
+    """Lambda of the stem under noise. noise_levels: by number, from 1; None: all of the protocol."""
+
+    noises: Sequence[str] = flag(tuple(NOISES), "kinds of noise", nargs="+", choices=lambda: sorted(NOISES))
+    noise_protocol: str = flag("cifar10c", "whose levels of noise", choices=lambda: sorted(LEVELS))
+    noise_levels: Sequence[int] | None = flag(
+        None, "which of the protocol's levels, from 1 (default: all)", type=int, nargs="+", at_least=1
+    )
+    lambdas: Sequence[float] = flag(
+        tuple(n / 10 for n in range(1, 15)), "lambdas to try, that of training among them", type=lambda_value, nargs="+"
+    )
+    calibration_images: int = flag(2000, "training images that lines are fitted to, at most", above=0)
+    measures: Sequence[str] = flag(
+        tuple(MEASURES), "measures of the residual that lines start from", nargs="+", choices=lambda: sorted(MEASURES)
+    )
+    line_of: str = flag(
+        SAME,
+        "the kind of noise whose line predicts lambda for all kinds; same: each by its own",
+        choices=lambda: (SAME, *sorted(NOISES)),
+    )
+    cifar10c: str | None = path_flag(None, "folder of CIFAR-10-C, whose arrays are then the noisy test images")
+    control_path: str | None = path_flag(None, "run or weights of a network to compare with, without sparse coding")

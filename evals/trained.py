@@ -1,8 +1,7 @@
 """A trained network with its configuration: what every evaluation starts from."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,10 +17,12 @@ from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
 from datasets import ImageSet, Split
-from datasets.one_class import read_split
+from datasets.noise import TestNoiseSpec
+from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
 from models import model_size
 from models.checkpoint import State, find_weights
+from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
 _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
@@ -29,10 +30,17 @@ _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
     " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict npz".split()
+    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
-_UNCHANGED = {"corrupt": "none", "outliers": 0, "first_images": None, "held_out": 0}
+UNCHANGED = {
+    "corrupt": "none",
+    "outliers": 0,
+    "first_images": None,
+    "held_out": 0,
+    "test_noise": "none",
+    "stem_lambda": None,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Trained:
     """A network, the flags it is evaluated under, the data it is evaluated on, and where.
 
     path: its file; None for a network that is in memory only. epoch: how long it was trained, where that is known.
-    facts: what the file says of the images it was trained on.
+    facts: what the file says of the images it was trained on. settings: what its numbers depend on besides flags.
     """
 
     net: nn.Module
@@ -51,6 +59,7 @@ class Trained:
     path: Path | None = None
     epoch: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -76,17 +85,13 @@ class Trained:
             print(f"note: scores are fitted to other images than {self.title} was trained on ({what})")
         return train
 
+    def test_images(self) -> ImageSet:
+        """All test images as an evaluation sees them: with the noise of the split, and that of --test_noise.
 
-@contextlib.contextmanager
-def evaluation_mode(net: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards each of its modules is in the mode it was in, even after an error."""
-    modes = [(module, module.training) for module in net.modules()]
-    net.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        Raises: UserError as `TestNoiseSpec.of`.
+        """
+        noise = TestNoiseSpec.of(self.flags)
+        return noise.applied(self.split.test(), TEST)
 
 
 def load_trained(
@@ -166,7 +171,7 @@ def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str
     """The flags that numbers depend on, of those read so far. without: more that do not count."""
     values = flags.as_dict()
     found = {name: values[name] for name in flags.used() if name not in _NO_SETTINGS | without}
-    return {name: value for name, value in found.items() if name not in _UNCHANGED or value != _UNCHANGED[name]}
+    return {name: value for name, value in found.items() if name not in UNCHANGED or value != UNCHANGED[name]}
 
 
 def identity(images: ImageSet) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.files import remove_leftovers
 from common.flags import file_name
+from evals.trained import UNCHANGED
 
 # What has to be the same for one result to take the place of another.
 _SAME = ("dataset", "class_name", "seed", "settings", "data")
@@ -32,8 +33,8 @@ def _same(new: Mapping[str, Any], old: Any, folder: Path) -> bool:
         return False
     if "settings" in old:
         return all(old.get(name) == json.loads(json.dumps(new[name])) for name in _SAME)
-    # Of version 0.1: all flags, and neither data nor the name of the class.
-    flags = old.get("flags", {})
+    # Of version 0.1: all flags that there were, and neither data nor the name of the class.
+    flags = {**UNCHANGED, **old.get("flags", {})}
     own = ("dataset", "seed", "one_class_idx")
     return all(old.get(name) == new[name] for name in own) and all(
         flags.get(name, value) == value for name, value in new["settings"].items()

@@ -54,15 +54,15 @@ class Solver(NamedTuple):
         return self
 
     def tensor(self) -> Tensor:
-        """The settings as numbers, (4,) float64, as a file holds them."""
-        numbers = [self.steps, self.mu, self.nonneg, GRADIENTS.index(self.gradient_at)]
-        return torch.tensor(numbers, dtype=torch.float64)
+        """The settings as numbers, (4,) float32, as a file holds them."""
+        return torch.tensor([self.steps, self.mu, self.nonneg, GRADIENTS.index(self.gradient_at)], dtype=torch.float32)
 
     @classmethod
     def of(cls, numbers: Tensor) -> "Solver":
         """From `tensor`."""
         steps, mu, nonneg, gradient_at = numbers.tolist()
-        return cls(int(steps), mu, bool(nonneg), GRADIENTS[int(gradient_at)])
+        # To the digits that a float32 keeps: 0.1 is 0.1 again.
+        return cls(int(steps), float(f"{mu:.7g}"), bool(nonneg), GRADIENTS[int(gradient_at)])
 
     def solve(self, x: Tensor, ascend: Ascend, residual: Residual, eta: Tensor, t: Tensor) -> Tensor:
         """The K-th iterate; the arguments are those of `iterates`."""
@@ -228,12 +228,13 @@ class _Operators:
 
 
 class _Unrolled(torch.autograd.Function):
-    """(x, weight) -> the K-th iterate, with the gradient of all steps.
+    """(x, weight, eta, t) -> the K-th iterate, with the gradient of all steps for all of these but eta.
 
     Of a step v = y + eta A*(r), r = x - A(point), with the gradient g of v: that of y is g, that of r, and of x by it,
-    eta A(g), that of the point -A*(eta A(g)). That of the weight is eta times the correlation of r with g, less that of
-    eta A(g) with the point. The output is kept, as it mostly is by what reads it. Of the earlier iterates and the
-    residuals all are kept; with `recompute` only the residuals, where they are small: iterates follow by A* alone.
+    eta A(g), that of the point -A*(eta A(g)); that of the weight is eta times the correlation of r with g, less that of
+    eta A(g) with the point; that of t is less the sum of g times the sign of the code.
+    The output is kept, as it mostly is by what reads it. Of the earlier iterates and the residuals all are kept; with
+    `recompute` only the residuals, where they are small: iterates follow by A* alone.
     """
 
     @staticmethod
@@ -259,16 +260,19 @@ class _Unrolled(torch.autograd.Function):
         frame: Frame = ctx.frame
         operators = _Operators(x, weight, eta, frame, code.dtype)
         rs, zs = _trace(operators, solver, eta, t, kept[: ctx.n_residuals], [*kept[ctx.n_residuals :], code])
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        wants_x, wants_weight, _, wants_t = ctx.needs_input_grad[:4]
 
         synthesise_scaled = frame.synthesis(operators.scaled)
 
         def correlation(image: Tensor, z: Tensor) -> Tensor:
             return frame.correlate(operators.cast(image), z, operators.scaled).to(weight.dtype)
 
-        of_x = of_scaled = of_minus = of_before = None
+        of_x = of_scaled = of_minus = of_t = of_before = None
         for k, c in reversed(list(enumerate([0.0, *solver.momenta()]))):
             g = solver.shrink_adjoint(g, zs[k], eta)
+            if wants_t:
+                signed = g if solver.nonneg else g * zs[k].sign()
+                of_t = _added(of_t, signed.flatten(1).sum(1, dtype=t.dtype).view(-1, 1, 1, 1).sum_to_size(t.shape))
             if wants_weight:
                 of_scaled = _added(of_scaled, correlation(rs[k], g))
             if k or wants_x:
@@ -283,7 +287,8 @@ class _Unrolled(torch.autograd.Function):
             if wants_x:
                 of_x = _added(of_x, of_r)
         of_weight = _added(of_scaled.mul_(eta), of_minus, -1) if of_scaled is not None else None
-        return of_x.to(x.dtype) if of_x is not None else None, of_weight, *[None] * 5
+        of_x = of_x.to(x.dtype) if of_x is not None else None
+        return of_x, of_weight, None, -of_t if of_t is not None else None, *[None] * 3
 
 
 def _added(total: Tensor | None, part: Tensor | None, factor: float = 1) -> Any:
@@ -365,7 +370,7 @@ class CSC2d(_Coding):
         self.code_size(size)
         eta, t = self.step, self._over_codes(self.lam, 4) * self.step
         frame = self._frame(size)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (x, self.weight, t)):
             return _Unrolled.apply(x, self.weight, eta, t, self.solver, frame, self.recompute)
         operators = _Operators(x, self.weight, eta, frame)
         return self.solver.solve(x, operators.ascend, operators.residual, eta, t)

@@ -67,6 +67,7 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     for batch in steps:
         set_lr(recipe, batch.step / STEPS)
         values = descend(recipe, batch, world)
+        recipe.after_step()
         if batch.step == 0:
             grads = {name: p.grad.clone() for name, p in recipe.model.named_parameters() if p.grad is not None}
             found |= {"values": {k: float(v) for k, v in values.items()}, "grads": grads}

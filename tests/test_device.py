@@ -192,6 +192,7 @@ def test_a_step_of_stage_1_neither_waits_nor_mixes_devices(shift):
         ["--mode", "rot_trans"],
         ["--mode", "rot_trans", "--micro_batch", "5"],
         ["--mode", "sup_simclr_CSI"],
+        ["--mode", "simclr", "--model", "sdnet8_all"],
         [*SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
         [*SHIFT, "--mode", "simclr_CSI", "--optimizer", "sgd"],
         [*SHIFT, "--mode", "simclr_CSI", "--optimizer", "adam"],
@@ -316,6 +317,7 @@ COMMANDS = {
     "rot_trans": (train, [*PLAIN, "--epochs", "1"], None),
     "sup_simclr": (train, [*LABELLED, "--epochs", "1"], None),
     "sup_linear": (train, [*LABELLED, "--epochs", "1"], "--load_path sup_simclr"),
+    "supervised": (train, [*LABELLED, "--epochs", "1", "--model", "sdnet8"], None),
     "cocsr_dict": (
         train_cocsr,
         [*SHIFTED, *SPARSE, *"--sr_dict_size 24 --ini_sr_dict_train".split()],
@@ -335,6 +337,7 @@ COMMANDS = {
     ),
     "rot_trans, evaluated": (evaluate, PLAIN, "--load_path rot_trans"),
     "test_acc": (evaluate, LABELLED, "--load_path sup_linear"),
+    "test_acc, of an SDNet": (evaluate, [*LABELLED, "--model", "sdnet8"], "--load_path supervised"),
     "rdae": (train, [*NOISY, *"--rounds 2 --inner_epochs 2 --reinit --threshold 1".split()], None),
     "vae": (train, [*NOISY, *"--epochs 2 --likelihood gaussian".split()], None),
     "rdae_outliers": (evaluate, NOISY, "--load_path rdae"),

@@ -17,9 +17,11 @@ from common.files import save_tensors
 from common.flags import flags_of
 from evals import EVALS, TSNES
 from evals.scores import SCORES
+from evals.specs import TsneSpec
 from training import STAGE1, STAGE2
 
 SMALL = "--dataset folder --image_size 8 --model resnet8 --num_worker 1".split()
+FEW = "--noises gaussian --noise_levels 1 5 --lambdas 0.1 0.6".split()
 SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
 # Modes that start from a run of another mode, and the flag that says so.
 STARTS = {
@@ -33,13 +35,22 @@ EXTRA = {
     "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),
     **{mode: ["--layers", "8"] for mode in AUTOENCODERS},
 }
+# Evaluations of networks of one kind: the backbone of the run that they are tested on.
+MODELS = {
+    "sdnet_inside": "sdnet8_all_noshortcut",
+    **{name: "sdnet8" for name in EVALS if name.startswith("noise_lambda")},
+}
 
 
-def of_mode(mode: str) -> list[str]:
+def model_for(evaluation: str) -> str:
+    return MODELS.get(evaluation, "resnet8")
+
+
+def of_mode(mode: str, model: str = "resnet8") -> list[str]:
     """The flags that the runs and the evaluations of a mode of training share."""
-    labelled = mode.startswith("sup_")
+    labelled = mode.startswith("sup")
     shifted = SHIFTED if mode in ("simclr_CSI", "cocsr_dict") else []
-    return [*SMALL, *shifted, *([] if labelled else ["--one_class_idx", "0"])]
+    return [*SMALL, "--model", model, *shifted, *([] if labelled else ["--one_class_idx", "0"])]
 
 
 @pytest.fixture(scope="module")
@@ -55,23 +66,23 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
-    """Train a mode, and what it starts from, once: its command, and its run folder."""
+    """Train a mode by a network, and what it starts from, once: its command, and its run folder."""
     logs = tmp_path_factory.mktemp("logs")
-    known: dict[str, tuple[list[str], Path]] = {}
+    known: dict[tuple[str, str], tuple[list[str], Path]] = {}
 
-    def run(mode: str) -> tuple[list[str], Path]:
-        if mode not in known:
+    def run(mode: str, model: str = "resnet8") -> tuple[list[str], Path]:
+        if (mode, model) not in known:
             before = {p for p in logs.iterdir()}
-            args = [*of_mode(mode), "--data_path", str(pictures), "--mode", mode, "--log_root", str(logs)]
+            args = [*of_mode(mode, model), "--data_path", str(pictures), "--mode", mode, "--log_root", str(logs)]
             args += ["--batch_size", "16", *LENGTH.get(mode, ["--epochs", "1"]), *EXTRA.get(mode, [])]
             if mode in STARTS:
                 start, flag = STARTS[mode]
-                args += [flag, str(run(start)[1])]
+                args += [flag, str(run(start, model)[1])]
                 before = {p for p in logs.iterdir()}
             assert script(mode).main(args) == 0
             (folder,) = {p for p in logs.iterdir()} - before
-            known[mode] = args, folder
-        return known[mode]
+            known[mode, model] = args, folder
+        return known[mode, model]
 
     return run
 
@@ -142,13 +153,14 @@ def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, t
     seen, evaluate_by, row = [], launch.evaluate, (EVALS | TSNES)[name]
     monkeypatch.setattr(launch, "evaluate", lambda flags, *rest: (seen.append(flags), evaluate_by(flags, *rest)))
     training = row.trained_by[-1]
-    folder = shutil.copytree(trained(training)[1], tmp_path / "run")
+    folder = shutil.copytree(trained(training, model_for(name))[1], tmp_path / "run")
     more = (
         ["--ood_score", *row.scores, "--ood_dataset", "interp", "digits", "--test_batch_size", "3"]
         if row.scores
         else []
     )
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in name else []
+    more += FEW if name.startswith("noise_lambda") else []
     script = evaluate if name in EVALS else tsne
     assert script.main(["--mode", name, "--load_path", str(folder), *more]) == 0
     named = {flag for spec in row.specs for flag in flags_of(spec)}
@@ -193,8 +205,8 @@ def test_labelled_modes_have_a_temperature_of_their_own(given, expected, picture
 def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
 ):
-    folder = trained(training)[1]
-    labelled = training.startswith("sup_")
+    folder = trained(training, model_for(mode))[1]
+    labelled = training.startswith("sup")
     detects = mode.startswith(("ood", "rot"))
     # A score that looks at a head is for the modes that train this head.
     scores = [n for n in EVALS[mode].scores if detects and training in (SCORES[n].trained_by or [training])]
@@ -202,17 +214,19 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     sets = ["--ood_dataset", "interp", "digits", f"folder:{pictures / 'test/b'}", "--test_batch_size", "3"]
     more += sets if labelled and detects else []
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in mode else []
+    more += FEW if mode.startswith("noise_lambda") else []
     # The heads of a labelled run were trained on the four rotations, or on none.
     more += ["--shift_trans_type", "rotation"] if "sup_" in training and "CSI" in training and "ood_pre" in mode else []
     more += ["--invert_sr_feature_norm"] if training == "cocsr_dict" else []
     found = []
     for copy in ("a", "b"):
         shutil.copytree(folder, tmp_path / copy)
-        args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, *more]
+        args = [*of_mode(training, model_for(mode)), "--data_path", str(pictures), "--mode", mode, *more]
         code = evaluate.main([*args, "--load_path", str(tmp_path / copy)])
         assert code == 0, capsys.readouterr().err
         written = sorted((tmp_path / copy).glob("*.json"))
-        results = [json.loads(path.read_text()) for path in written if path.name != "args.json"]
+        written = [path for path in written if path.name not in ("args.json", "lambda_line.json")]
+        results = [json.loads(path.read_text()) for path in written]
         tables = {path.name: path.read_text() for path in (tmp_path / copy).glob("scores_*.csv")}
         found.append(([{k: r.get(k) for k in ("score", "auroc", *_SHARES, *_PARTS)} for r in results], tables))
     assert found[0] == found[1] and len(found[0][0]) == max(1, len(scores))
@@ -224,20 +238,20 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
         assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
 
 
-# Metrics of detection and classification; those of a data matrix and its parts.
+# Metrics of detection and classification; those of a data matrix and its parts, and of predicted lambdas.
 _SHARES = ("mean", "pooled", "accuracy", "ece")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle")
 
 
-@pytest.mark.parametrize("mode", TSNES)
+@pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])
 def test_a_picture_mode_draws_every_shift(mode, trained, pictures, tmp_path):
     fitting = TSNES[mode].trained_by
-    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans", "rdae") if mode in fitting)
+    training = next(mode for mode in ("cocsr_dict", "simclr_CSI", "rot_trans", "rdae", "supervised") if mode in fitting)
     shutil.copytree(trained(training)[1], tmp_path / "run")
     args = [*of_mode(training), "--data_path", str(pictures), "--mode", mode, "--load_path", str(tmp_path / "run")]
     assert tsne.main([*args, "--tsne_points", "8"]) == 0
     pictures_made = sorted((tmp_path / "run").glob(f"{mode}_*_shift*.png"))
-    assert len(pictures_made) == (1 if training in ("rot_trans", "rdae") else 5)
+    assert len(pictures_made) == (1 if training in ("rot_trans", "rdae", "supervised") else 5)
     assert all(path.stat().st_size > 10_000 for path in pictures_made)
 
 

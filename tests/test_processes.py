@@ -32,6 +32,7 @@ def found(stage1, tmp_path_factory):
         "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
+        "supervised": [*every, "--mode", "supervised", "--model", "sdnet8_all"],
         "rdae": [*tiny, "--mode", "rdae", "--layers", "8"],
         "vae": [*tiny, "--mode", "vae", "--autoencoder", "vae", "--layers", "8", "3"],
         "cocsr_dict": [*tiny, *SHIFT, "--mode", "cocsr_dict", "--resume_path", str(stage1), "--epochs", "9"],
@@ -45,7 +46,18 @@ def found(stage1, tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize(
-    "case", ["simclr_CSI", "in pieces", "sup_simclr_CSI", "sup_CSI_linear", "rot_trans", "rdae", "vae", "cocsr_dict"]
+    "case",
+    [
+        "simclr_CSI",
+        "in pieces",
+        "sup_simclr_CSI",
+        "sup_CSI_linear",
+        "rot_trans",
+        "supervised",
+        "rdae",
+        "vae",
+        "cocsr_dict",
+    ],
 )
 def test_gradients_and_weights_are_those_of_one_process(found, case, size):
     (one,) = found[1]

@@ -57,7 +57,8 @@ def trained():
     split = SimpleNamespace(
         test=lambda: image_set(images, labels), normal=lambda y: y >= 0, n_classes=C, dataset="toy", one_class_idx=None
     )
-    flags = Flags({"one_class_idx": None, "ood_batch_size": 4, "amp": "off", "seed": 0, "dataset": "toy", "mode": "m"})
+    values = {"one_class_idx": None, "ood_batch_size": 4, "amp": "off", "seed": 0, "dataset": "toy", "mode": "m"}
+    flags = Flags(values | {"test_noise": "none", "test_noise_level": None})
     return Trained.of(net, flags, split)
 
 

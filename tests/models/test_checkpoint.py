@@ -20,6 +20,7 @@ ROWS = {"rows": 4, "features": 12, "shape": (3, 2, 2)}
 DENSE = {"spec": AutoencoderSpec(layers=(5, 2))}
 ARGUMENTS = {
     "feature": SIZES,
+    "classifier": {"n_classes": 3},
     "rot_trans": {},
     "cocsr": {**SIZES, **SPARSE, **SETTINGS},
     "autoencoder": {**ROWS, **DENSE},
@@ -67,7 +68,7 @@ def test_fresh_weights_are_those_of_the_seeded_global_generator():
 
 
 def test_a_state_dict_of_no_kind_raises_and_of_several_the_most_markers_decide(monkeypatch):
-    with pytest.raises(ValueError, match="none of these networks: feature, rot_trans, cocsr"):
+    with pytest.raises(ValueError, match="none of these networks: feature, classifier, rot_trans, cocsr"):
         kind_of({"conv1.weight": torch.zeros(1)})
     linear = NetKind(("linear.weight",), "", NETS["feature"].build, lambda state: {})
     monkeypatch.setattr("models.checkpoint.NETS", {"linear": linear, **NETS})

@@ -172,16 +172,18 @@ def test_gradients_are_those_of_differences(steps, nonneg):
     assert not net.step.requires_grad and not net.lam.requires_grad
 
 
+@pytest.mark.parametrize("per_image", [True, False])
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("gradient_at", ["extrapolated", "iterate"])
 @pytest.mark.parametrize(
     "steps, nonneg, size", [(1, True, (8, 8)), (3, True, (9, 8)), (3, False, (8, 8)), (5, True, (8, 6))]
 )
-def test_gradients_are_those_of_autograd(steps, nonneg, size, gradient_at, recompute):
+def test_gradients_are_those_of_autograd(steps, nonneg, size, gradient_at, recompute, per_image):
     settings = {"steps": steps, "mu": 0.3, "nonneg": nonneg, "gradient_at": gradient_at, "recompute": recompute}
     net = CSC2d(3, 4, 3, 2, 1, **settings).double()
     net.refresh_step(size)
-    net.set_lambda(torch.tensor([0.05, 0.0, 0.2], dtype=torch.float64))
+    lam = torch.tensor([0.05, 0.0, 0.2] if per_image else 0.1, dtype=torch.float64, requires_grad=True)
+    net.set_lambda(lam)
     x = images(3, 3, *size).requires_grad_()
     found = net(x)
     cotangent = images(*found.shape, seed=1)
@@ -189,11 +191,10 @@ def test_gradients_are_those_of_autograd(steps, nonneg, size, gradient_at, recom
     def ascend(r, t):
         return net.step * net.analyse(r) - (0 if t is None else t)
 
-    expected = net.solver.solve(
-        x, ascend, lambda z: x - net.synthesise(z, size), net.step, net.lam.view(-1, 1, 1, 1) * net.step
-    )
+    t = net.step * (lam.view(-1, 1, 1, 1) if per_image else lam)
+    expected = net.solver.solve(x, ascend, lambda z: x - net.synthesise(z, size), net.step, t)
     torch.testing.assert_close(found, expected)
-    pairs = [torch.autograd.grad((code * cotangent).sum(), (x, net.weight)) for code in (found, expected)]
+    pairs = [torch.autograd.grad((code * cotangent).sum(), (x, net.weight, lam)) for code in (found, expected)]
     for ours, theirs in zip(*pairs, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -261,7 +262,7 @@ def test_a_large_lambda_leaves_no_code():
     net = small(steps=5)
     x = images(1, 3, 6, 6)
     largest = float(net.analyse(x).max())
-    net.set_lambda(largest * (1 + 1e-12))  # Products with eta round.
+    net.set_lambda(largest * (1 + 1e-12))  # up to rounding
     assert not net(x).any()
     one = small(steps=1)
     one.set_lambda(0.999 * largest)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import BACKBONES
 from models.checkpoint import build_net
 from models.insert import insert_before_activations
 from models.resnet import BasicBlock, ResNet
 from tests.models.test_reference import with_statistics
-from tests.models.test_resnet import fresh, images
+from tests.models.test_resnet import ACTIVATED, activations, fresh, images
 
 
 class Shift(nn.Module):
@@ -25,7 +24,7 @@ class Shift(nn.Module):
         return x + self.by
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ACTIVATED)
 def test_operators_that_change_nothing_leave_outputs_gradients_and_weights_bit_for_bit(name):
     results, names = [], []
     for insert in (False, True):
@@ -38,11 +37,10 @@ def test_operators_that_change_nothing_leave_outputs_gradients_and_weights_bit_f
         assert list(net.state_dict()) == keys
         results.append([h, x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    blocks = {"resnet8": 3, "resnet18": 8, "resnet34": 16, "resnet50": 16}[name.removesuffix("_imagenet")]
-    assert len(set(names)) == len(names) == 1 + blocks * (3 if "resnet50" in name else 2)
+    assert len(set(names)) == len(names) == activations(name)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ACTIVATED)
 def test_each_use_has_an_operator_of_its_own_that_sees_what_the_activation_would_have_seen(name):
     plain, x = with_statistics(fresh(name)), images(size=32)
     expected: dict[str, Tensor] = {}

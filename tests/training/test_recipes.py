@@ -13,12 +13,14 @@ from datasets.augment import AlignedSpec
 from datasets.one_class import SplitSpec
 from datasets.shifts import ShiftSpec
 from datasets.views import train_views
+from models.csc import csc_layers
 from program import SPECS
 from tests.conftest import TINY
 from training import STAGE1, STAGE2
 from training.loop import descend, set_lr
 from training.losses.contrastive import nt_xent, sup_nt_xent
 from training.modes.sup_linear import rate
+from training.modes.supervised import SupervisedSpec
 from training.optim import OptimSpec
 from training.recipe import Batch, Recipe
 
@@ -30,7 +32,7 @@ SIMCLR = ["simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI"]
 def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
     """The recipe of a mode on 8 x 8 digits, in four rotations where it has shifts, as the flags `more` say."""
     args = [
-        *(TINY[:-2] if mode.startswith("sup_") else TINY),
+        *(TINY[:-2] if mode.startswith("sup") else TINY),
         "--mode",
         mode,
         "--epochs",
@@ -65,7 +67,9 @@ def test_the_learning_rate_that_is_reported_is_the_one_that_is_set(mode, start):
     recipe = recipe_of(mode, start, "--lr_init", "0.03", "--warmup", "2", "--sr_lr", "0.02", "--optimizer", "sgd")
     optim = OptimSpec(optimizer="sgd", lr_scheduler="cosine", lr_init=0.03, weight_decay=1e-6, warmup=2, epochs=10)
     epochs = [0.0, 0.5, 1.5, 6.25, 7.75, 9.5]
-    if mode == "cocsr_dict" or mode in AUTOENCODERS:
+    if mode == "supervised":
+        expected = [SupervisedSpec().lr(0.03, e, 10) for e in epochs]
+    elif mode == "cocsr_dict" or mode in AUTOENCODERS:
         expected = [0.02 if mode == "cocsr_dict" else 0.03] * 6
     else:
         expected = [rate(0.03, e, 10) if "linear" in mode else optim.lr(e) for e in epochs]
@@ -92,7 +96,7 @@ def test_weight_decay_reaches_the_optimiser_of_every_mode(mode, start):
         torch.testing.assert_close((before - dictionary)[away], torch.full_like(before, 1e-3)[away], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in AUTOENCODERS])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in (*AUTOENCODERS, "supervised")])
 def test_every_step_of_every_epoch_has_draws_of_its_own(mode, start):
     """Of the same pictures under the same weights, so that nothing differs but what is drawn."""
     recipe = recipe_of(mode, start)
@@ -125,7 +129,29 @@ def test_the_contrastive_term_has_its_weight_and_its_temperature(mode, start):
     assert plain.pop("sim") == pytest.approx(found.pop("sim") / 3, rel=1e-5) and plain == found
 
 
-@pytest.mark.parametrize("mode", ["simclr_CSI", "sup_simclr", "rot_trans", "cocsr_dict"])
+@pytest.mark.parametrize("mode", [name for name in STAGE1 if MODES[name].backbone and "linear" not in name])
+def test_sparse_coding_layers_of_a_backbone_follow_each_step(mode, start):
+    """Atoms of norm 1, and the step of the solver that fits them: of every mode that trains a backbone."""
+    more = ["--model", "sdnet8_all", "--csc_lambda", "0.2", "--csc_steps", "3", "--csc_mu", "0.01"]
+    recipe = recipe_of(mode, start, *more, "--lr_init", "0.5", "--optimizer", "sgd", "--warmup", "0")
+    layers = csc_layers(recipe.model)
+    before = {name: (layer.weight.clone(), layer.step.clone()) for name, layer in layers.items()}
+    descend(recipe, batch_of(mode), SINGLE)
+    recipe.after_step()
+    assert len(layers) == 7
+    for name, layer in layers.items():
+        assert layer.solver == (3, 0.01, True, "extrapolated") and float(layer.lam) == pytest.approx(0.2)
+        assert not torch.equal(layer.weight, before[name][0]) and not torch.equal(layer.step, before[name][1])
+        torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), torch.ones(len(layer.weight)))
+        layer.refresh_step((layer.power.shape[2] * layer.stride,) * 2, fresh=True)
+    recipe.after_step()
+    for layer in layers.values():  # power iterations end some percent below the largest eigenvalue
+        found = float(layer.step)
+        layer.refresh_step((layer.power.shape[2] * layer.stride,) * 2, fresh=True)
+        assert float(layer.step) == pytest.approx(found, rel=4e-2)
+
+
+@pytest.mark.parametrize("mode", ["simclr_CSI", "sup_simclr", "rot_trans", "supervised", "cocsr_dict"])
 def test_weights_that_are_drawn_follow_the_seed(mode, start):
     """Those of the network in stage 1, of the dictionary in stage 2."""
     a, b, c = (recipe_of(mode, start, "--seed", seed).model.state_dict() for seed in ("0", "0", "1"))
