@@ -8,16 +8,21 @@ A*(r) the convolution of r, its exact adjoint. The layer takes K proximal gradie
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
+
+from models.adjoint import Frame
 
 # (r, t or None for 0) -> eta A*(r) - t.
 Ascend = Callable[[Tensor, Tensor | None], Tensor]
+# Codes z -> x - A(z).
+Residual = Callable[[Tensor], Tensor]
 
 GRADIENTS = ("extrapolated", "iterate")
 # The power iteration of a fresh start: steps at most, and the squared change of its unit vector that ends it.
@@ -59,10 +64,15 @@ class Solver(NamedTuple):
         # To the digits that a float32 keeps: 0.1 is 0.1 again.
         return cls(int(steps), float(f"{mu:.7g}"), bool(nonneg), GRADIENTS[int(gradient_at)])
 
-    def solve(
-        self, x: Tensor, ascend: Ascend, synthesise: Callable[[Tensor], Tensor], eta: Tensor, t: Tensor
-    ) -> Tensor:
-        """The K-th iterate.
+    def solve(self, x: Tensor, ascend: Ascend, residual: Residual, eta: Tensor, t: Tensor) -> Tensor:
+        """The K-th iterate; the arguments are those of `iterates`."""
+        *_, (_, z) = self.iterates(x, ascend, residual, eta, t)
+        return z
+
+    def iterates(
+        self, x: Tensor, ascend: Ascend, residual: Residual, eta: Tensor, t: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(r, z) of each of the K steps: z is y + eta A*(r), shrunk. In the first y = 0 and r = x.
 
         ascend(r, t): eta A*(r) - t, a tensor of its own. t: lam eta, one number or one for each image. The operator of
         a code that is not negative takes t off before the ReLU, so that it comes with the bias of a convolution.
@@ -73,14 +83,38 @@ class Solver(NamedTuple):
             return shrunk / (1 + self.mu * eta) if self.mu else shrunk
 
         taken = t if self.nonneg else None
-        z = shrink(ascend(x, taken))
-        before, momentum = None, 1.0
+        zs = [shrink(ascend(x, taken))]
+        yield x, zs[-1]
+        for c in self.momenta():
+            y = extrapolated(zs, c)
+            r = residual(self.gradient_point(zs, c))
+            zs = [zs[-1], shrink(ascend(r, taken).add_(y))]
+            yield r, zs[-1]
+
+    def momenta(self) -> list[float]:
+        """c of each step after the first, which starts from y = z + c (z - the iterate before)."""
+        found, t = [], 1.0
         for _ in range(self.steps - 1):
-            momentum, last = (1 + math.sqrt(1 + 4 * momentum * momentum)) / 2, momentum
-            y = z if before is None else z + (last - 1) / momentum * (z - before)
-            at = y if self.gradient_at == "extrapolated" else z
-            before, z = z, shrink(ascend(x - synthesise(at), taken).add_(y))
-        return z
+            t, last = (1 + math.sqrt(1 + 4 * t * t)) / 2, t
+            found.append((last - 1) / t)
+        return found
+
+    def gradient_point(self, zs: Sequence[Tensor], c: float) -> Tensor:
+        """Where the step that follows the iterates `zs` takes the gradient of the fit."""
+        return extrapolated(zs, c) if self.gradient_at == "extrapolated" else zs[-1]
+
+    def shrink_adjoint(self, gradient: Tensor, z: Tensor, eta: Tensor) -> Tensor:
+        """The gradient of what was shrunk to z, from that of z."""
+        if self.nonneg:
+            passed = torch.ops.aten.threshold_backward(gradient, z, 0)
+        else:
+            passed = gradient.masked_fill(z == 0, 0)
+        return passed / (1 + self.mu * eta) if self.mu else passed
+
+
+def extrapolated(zs: Sequence[Tensor], c: float) -> Tensor:
+    """z + c (z - the iterate before), for the last z."""
+    return zs[-1] + c * (zs[-1] - zs[-2]) if c else zs[-1]
 
 
 class _Coding(nn.Module):
@@ -115,8 +149,8 @@ class _Coding(nn.Module):
     @torch.no_grad()
     def project_(self) -> None:
         """Give every atom the norm 1, in place; after each step of an optimizer."""
-        norms = self.weight.flatten(1).norm(dim=1).clamp_min(_TINY)
-        self.weight.div_(norms.view(-1, *[1] * (self.weight.ndim - 1)))
+        norms = torch.linalg.vector_norm(self.weight, dim=tuple(range(1, self.weight.ndim)), keepdim=True)
+        self.weight.div_(norms.clamp_min_(_TINY))
 
     def set_lambda(self, value: float | Tensor) -> None:
         """One lambda >= 0 for all images, or one for each image of the batches to come, (B,).
@@ -139,7 +173,13 @@ class _Coding(nn.Module):
         return lam if lam.ndim == 0 else lam.view(-1, *[1] * (ndim - 1))
 
     @torch.no_grad()
-    def _refresh(self, start: Sequence[int], square: Callable[[Tensor], Tensor], fresh: bool) -> None:
+    def _refresh(
+        self,
+        start: Sequence[int],
+        synthesise: Callable[[Tensor], Tensor],
+        analyse: Callable[[Tensor], Tensor],
+        fresh: bool,
+    ) -> None:
         """The power iteration of A* A. start: shape of its vector. A fresh one ends by itself, which waits for the
         device; a warm one is a single step."""
         v = self.power
@@ -147,16 +187,13 @@ class _Coding(nn.Module):
             gen = torch.Generator().manual_seed(0)
             v, fresh = torch.randn(*start, generator=gen, dtype=torch.float64).to(self.weight), True
             v = v / v.norm()
-        value = v.new_ones(())
         for _ in range(_STEPS if fresh else 1):
-            image = square(v)
-            new = image / image.norm().clamp_min(_TINY)
-            change, v = (new - v).square().sum(), new
-            if fresh and float(change) <= _TOLERANCE:
+            image = analyse(synthesise(v))
+            last, v = v, image / image.norm().clamp_min(_TINY)
+            if fresh and float((v - last).square().sum()) <= _TOLERANCE:
                 break
-        value = (v * square(v)).sum()
         self.power = v
-        self.step.copy_(self.step_ratio / value)
+        self.step.copy_(self.step_ratio / synthesise(v).square().sum())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take sizes from the file: the power iteration's is that of its images, lambda may be one an image."""
@@ -169,10 +206,121 @@ class _Coding(nn.Module):
             self.solver = Solver.of(self.settings)
 
 
+class _Operators:
+    """eta A*(r) - t and x - A(z) of one call. dtype: what to compute in; None leaves it to autocast."""
+
+    def __init__(self, x: Tensor, weight: Tensor, eta: Tensor, frame: Frame, dtype: torch.dtype | None = None) -> None:
+        self.x, self.frame, self.dtype = x, frame, dtype
+        self.scaled, self.minus = self.cast(eta * weight), self.cast(-weight)
+        self.minus_synthesis = frame.synthesis(self.minus)  # By which x - A(z) is an addition in place.
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor if self.dtype is None else tensor.to(self.dtype)
+
+    def ascend(self, r: Tensor, t: Tensor | None) -> Tensor:
+        bias = self.cast(-t.expand(len(self.scaled))) if t is not None and t.ndim == 0 else None
+        found = self.frame.analyse(self.cast(r), self.scaled, bias)
+        return found if t is None or bias is not None else found - t
+
+    def residual(self, z: Tensor) -> Tensor:
+        image = self.minus_synthesis(z)
+        return image.add_(self.x) if image.dtype == self.x.dtype else image + self.x
+
+
+class _Unrolled(torch.autograd.Function):
+    """(x, weight, eta, t) -> the K-th iterate, with the gradient of all steps for all of these but eta.
+
+    Of a step v = y + eta A*(r), r = x - A(point), with the gradient g of v: that of y is g, that of r, and of x by it,
+    eta A(g), that of the point -A*(eta A(g)); that of the weight is eta times the correlation of r with g, less that of
+    eta A(g) with the point; that of t is less the sum of g times the sign of the code.
+    The output is kept, as it mostly is by what reads it. Of the earlier iterates and the residuals all are kept; with
+    `recompute` only the residuals, where they are small: iterates follow by A* alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eta: Tensor, t: Tensor, solver: Solver, frame: Frame, recompute: bool
+    ) -> Tensor:
+        operators = _Operators(x, weight, eta, frame)
+        residuals, iterates = [], []
+        for r, z in solver.iterates(x, operators.ascend, operators.residual, eta, t):
+            if not recompute or (solver.steps - 1) * x.numel() < z.numel():
+                residuals.append(r)
+            if not recompute:
+                iterates.append(z)
+        ctx.save_for_backward(x, weight, eta, t, z, *residuals[1:], *iterates[:-1])
+        ctx.n_residuals, ctx.solver, ctx.frame = len(residuals[1:]), solver, frame
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, eta, t, code, *kept = ctx.saved_tensors
+        solver: Solver = ctx.solver
+        frame: Frame = ctx.frame
+        operators = _Operators(x, weight, eta, frame, code.dtype)
+        rs, zs = _trace(operators, solver, eta, t, kept[: ctx.n_residuals], [*kept[ctx.n_residuals :], code])
+        wants_x, wants_weight, _, wants_t = ctx.needs_input_grad[:4]
+
+        synthesise_scaled = frame.synthesis(operators.scaled)
+
+        def correlation(image: Tensor, z: Tensor) -> Tensor:
+            return frame.correlate(operators.cast(image), z, operators.scaled).to(weight.dtype)
+
+        of_x = of_scaled = of_minus = of_t = of_before = None
+        for k, c in reversed(list(enumerate([0.0, *solver.momenta()]))):
+            g = solver.shrink_adjoint(g, zs[k], eta)
+            if wants_t:
+                signed = g if solver.nonneg else g * zs[k].sign()
+                of_t = _added(of_t, signed.flatten(1).sum(1, dtype=t.dtype).view(-1, 1, 1, 1).sum_to_size(t.shape))
+            if wants_weight:
+                of_scaled = _added(of_scaled, correlation(rs[k], g))
+            if k or wants_x:
+                of_r = synthesise_scaled(g)
+            if k:
+                if wants_weight:
+                    of_minus = _added(of_minus, correlation(of_r, solver.gradient_point(zs[:k], c)))
+                of_z = frame.analyse(of_r, operators.minus).add_(g)
+                momentum = c * (of_z if solver.gradient_at == "extrapolated" else g) if c else None
+                g = _added(_added(of_z, momentum), of_before)
+                of_before = None if momentum is None else -momentum
+            if wants_x:
+                of_x = _added(of_x, of_r)
+        of_weight = _added(of_scaled.mul_(eta), of_minus, -1) if of_scaled is not None else None
+        of_x = of_x.to(x.dtype) if of_x is not None else None
+        return of_x, of_weight, None, -of_t if of_t is not None else None, *[None] * 3
+
+
+def _added(total: Tensor | None, part: Tensor | None, factor: float = 1) -> Any:
+    """total + factor * part in place of `total`, which may be None for 0 where the factor is 1, as `part` may."""
+    if total is None or part is None:
+        return part if total is None else total
+    return total.add_(part, alpha=factor)
+
+
+def _trace(
+    operators: _Operators, solver: Solver, eta: Tensor, t: Tensor, residuals: list[Tensor], iterates: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """r and z of all steps, from those residuals after the first and those iterates that were kept, the last one at
+    least; the others are computed again."""
+    x = operators.x
+    if len(iterates) == solver.steps:
+        return [x, *residuals], iterates
+    known = iter(residuals)
+
+    def residual(z: Tensor) -> Tensor:
+        return next(known) if residuals else operators.residual(z)
+
+    again = islice(solver.iterates(x, operators.ascend, residual, eta, t), solver.steps - 1)
+    rs, zs = map(list, zip(*again, strict=True))
+    return [*rs, residual(solver.gradient_point(zs, solver.momenta()[-1]))], [*zs, *iterates]
+
+
 class CSC2d(_Coding):
     """Images (B, C, H, W) to codes (B, M, Hz, Wz), in place of a convolution without bias.
 
-    recompute: the iterates are not kept for the gradient but computed again, which costs one more forward pass.
+    recompute: iterates before the last are not kept for the gradient but computed again, which costs K - 1
+    convolutions, and as many transposed ones where the residuals of these steps are larger than a code.
     step_ratio: of eta to 1 / the largest eigenvalue; that is estimated a little too low, hence 0.9 and not 1.
     A fresh layer has a step that is safe for every size, if short; `refresh_step` finds that of one size.
     """
@@ -205,9 +353,10 @@ class CSC2d(_Coding):
 
     def synthesise(self, z: Tensor, size: Sequence[int]) -> Tensor:
         """A(z), images (B, C, H, W) of `size` (H, W)."""
-        # What a convolution of this stride leaves over at the end of an image.
-        rest = [(side + 2 * self.padding - self.kernel_size) % self.stride for side in size]
-        return F.conv_transpose2d(z, self.weight, None, self.stride, self.padding, rest)
+        return F.conv_transpose2d(z, self.weight, None, self.stride, self.padding, self._frame(size).rest)
+
+    def _frame(self, size: Sequence[int]) -> Frame:
+        return Frame(tuple(size), self.stride, self.padding, self.kernel_size)
 
     def code_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """(Hz, Wz) for images of `size` (H, W). Raises: ValueError for images smaller than the kernel."""
@@ -219,21 +368,12 @@ class CSC2d(_Coding):
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         self.code_size(size)
-        if self.recompute and self.solver.steps > 1 and torch.is_grad_enabled():
-            return checkpoint(self._solve, x, self.weight, self.lam, use_reentrant=False, preserve_rng_state=False)
-        return self._solve(x, self.weight, self.lam)
-
-    def _solve(self, x: Tensor, weight: Tensor, lam: Tensor) -> Tensor:
-        eta, size = self.step, x.shape[2:]
-        t = self._over_codes(lam, 4) * eta
-        scaled = eta * weight
-
-        def ascend(r: Tensor, t: Tensor | None) -> Tensor:
-            bias = -t.expand(len(weight)) if t is not None and t.ndim == 0 else None
-            found = F.conv2d(r, scaled, bias, self.stride, self.padding)
-            return found if t is None or bias is not None else found - t
-
-        return self.solver.solve(x, ascend, lambda z: self.synthesise(z, size), eta, t)
+        eta, t = self.step, self._over_codes(self.lam, 4) * self.step
+        frame = self._frame(size)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (x, self.weight, t)):
+            return _Unrolled.apply(x, self.weight, eta, t, self.solver, frame, self.recompute)
+        operators = _Operators(x, self.weight, eta, frame)
+        return self.solver.solve(x, operators.ascend, operators.residual, eta, t)
 
     def objective(self, x: Tensor, z: Tensor) -> Tensor:
         """1/2 |x - A(z)|^2 + lam |z|_1 + mu/2 |z|^2 of each image, (B,)."""
@@ -248,7 +388,7 @@ class CSC2d(_Coding):
         vector, with `fresh` up to 50 from there.
         """
         start = (1, len(self.weight), *self.code_size(size))
-        self._refresh(start, lambda v: self.analyse(self.synthesise(v, size)), fresh)
+        self._refresh(start, lambda v: self.synthesise(v, size), self.analyse, fresh)
 
     @torch.no_grad()
     def _bound(self) -> Tensor:
@@ -345,7 +485,7 @@ class CSC1d(_Coding):
         def ascend(r: Tensor, t: Tensor | None) -> Tensor:
             return r @ scaled.T if t is None else r @ scaled.T - t
 
-        return self.solver.solve(x, ascend, self.synthesise, eta, t)
+        return self.solver.solve(x, ascend, lambda z: x - self.synthesise(z), eta, t)
 
     def objective(self, x: Tensor, z: Tensor) -> Tensor:
         """1/2 |x - A(z)|^2 + lam |z|_1 + mu/2 |z|^2 of each row."""
@@ -354,4 +494,4 @@ class CSC1d(_Coding):
 
     def refresh_step(self, *, fresh: bool = False) -> None:
         """Follow the weights with the step, as `CSC2d.refresh_step`."""
-        self._refresh((1, len(self.weight)), lambda v: self.analyse(self.synthesise(v)), fresh)
+        self._refresh((1, len(self.weight)), self.synthesise, self.analyse, fresh)

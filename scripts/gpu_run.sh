@@ -20,5 +20,6 @@ if [ "$REPEATS" -gt 0 ]; then
     measure floors .floors --model "$MODEL" --images 512
     measure growth .growth
     measure conditioning .conditioning
+    measure sdnet .sdnet --amp bf16 --repeats "$REPEATS"
 fi
 bash scripts/short_run.sh | tee "$out/run.txt"

@@ -172,15 +172,84 @@ def test_gradients_are_those_of_differences(steps, nonneg):
     assert not net.step.requires_grad and not net.lam.requires_grad
 
 
-def test_recomputing_keeps_no_iterates():
+@pytest.mark.parametrize("per_image", [True, False])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("gradient_at", ["extrapolated", "iterate"])
+@pytest.mark.parametrize(
+    "steps, nonneg, size", [(1, True, (8, 8)), (3, True, (9, 8)), (3, False, (8, 8)), (5, True, (8, 6))]
+)
+def test_gradients_are_those_of_autograd(steps, nonneg, size, gradient_at, recompute, per_image):
+    settings = {"steps": steps, "mu": 0.3, "nonneg": nonneg, "gradient_at": gradient_at, "recompute": recompute}
+    net = CSC2d(3, 4, 3, 2, 1, **settings).double()
+    net.refresh_step(size)
+    lam = torch.tensor([0.05, 0.0, 0.2] if per_image else 0.1, dtype=torch.float64, requires_grad=True)
+    net.set_lambda(lam)
+    x = images(3, 3, *size).requires_grad_()
+    found = net(x)
+    cotangent = images(*found.shape, seed=1)
+
+    def ascend(r, t):
+        return net.step * net.analyse(r) - (0 if t is None else t)
+
+    t = net.step * (lam.view(-1, 1, 1, 1) if per_image else lam)
+    expected = net.solver.solve(x, ascend, lambda z: x - net.synthesise(z, size), net.step, t)
+    torch.testing.assert_close(found, expected)
+    pairs = [torch.autograd.grad((code * cotangent).sum(), (x, net.weight, lam)) for code in (found, expected)]
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_what_needs_no_gradient_gets_none():
+    net, x = small(), images(2, 3, 6, 6)
+    net(x).sum().backward()
+    whole = net.weight.grad.clone()
+    own = x.clone().requires_grad_()
+    net.zero_grad()
+    net(own).sum().backward()
+    torch.testing.assert_close(net.weight.grad, whole)
+    net.zero_grad()
+    net.weight.requires_grad_(False)
+    (of_x,) = torch.autograd.grad(net(own).sum(), own)
+    torch.testing.assert_close(of_x, own.grad)
+    assert net.weight.grad is None and not net(x).requires_grad
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_codes_and_gradients_in_bf16(recompute):
+    net, x = small(recompute=recompute).float(), images(4, 3, 16, 16).float().requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            code = net(x)
+        loss = (code.float() * images(*code.shape, seed=1)).sum()
+        found.append((code.detach().float(), *torch.autograd.grad(loss, (x, net.weight))))
+    assert code.dtype == torch.bfloat16 and all(part.dtype == torch.float32 for part in found[1])
+    for exact, rounded in zip(*found, strict=True):
+        assert 0 < (exact - rounded).norm() / exact.norm() < 0.05
+
+
+def kept_numbers(net: CSC2d, x: torch.Tensor) -> int:
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):
+        net(x)
+    return sum(sizes)
+
+
+def test_recomputing_keeps_no_iterates_but_the_output():
     x = images(4, 3, 16, 16).requires_grad_()
-    kept = {}
-    for recompute in (True, False):
-        net, sizes = small(steps=6, recompute=recompute), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.numel()), t)[1], lambda t: t):  # noqa: B023
-            net(x)
-        kept[recompute] = sum(sizes)
-    assert kept[True] <= x.numel() + net.weight.numel() + 1 < kept[False] / 8
+    net = small(steps=6)
+    code, fixed = net(x).numel(), x.numel() + net.weight.numel() + 2
+    assert kept_numbers(net, x) == fixed + code
+    net.recompute = False
+    assert kept_numbers(net, x) == fixed + 6 * code + 5 * x.numel()
+
+
+def test_residuals_are_kept_where_all_of_them_are_smaller_than_a_code():
+    net, x = CSC2d(1, 4, 3, padding=1, steps=4).double(), images(2, 1, 8, 8).requires_grad_()
+    fixed, code = x.numel() + net.weight.numel() + 2, 4 * x.numel()
+    assert kept_numbers(net, x) == fixed + code + 3 * x.numel()
+    net.set_solver(net.solver._replace(steps=5))
+    assert kept_numbers(net, x) == fixed + code
 
 
 def test_one_step_without_lambda_is_a_convolution_and_a_relu():
