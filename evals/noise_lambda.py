@@ -174,7 +174,7 @@ class Bench:
                 count((name, "batch"), net, fixed(net, line.predict(own.mean())), batch)
             if control and self.control is not None:
                 count("control", self.control, None, batch)
-        # In float64 and in the order of the images, whatever the ranks.
+        # In float64 and in the order of the batches, whatever the ranks.
         parts = self.world.all_gather_object([part.double().cpu() for part in residuals])
         of_batch = list(chain.from_iterable(parts))
         of_image = torch.cat(of_batch, 1)
@@ -201,7 +201,10 @@ class Bench:
     def _batches(self, images: ImageSet) -> Iterator["_Batch"]:
         draw, shifts = draw_set(images, self.views, 0), len(self.views.shifts)
         labels = images.labels.to(images.device)
-        for index in self.world.shard_list(batches_of(images, self.views)):
+        # Test images often come sorted by class; a batch of a single one tells more of the class than of the noise.
+        order = torch.randperm(len(images), generator=generator(self.views.seed, "order of noise x lambda"))
+        order = order.to(images.device)
+        for index in map(order.__getitem__, self.world.shard_list(batches_of(images, self.views))):
             yield _Batch(set_views(images, self.views, draw, index), self.task.labels(labels[index], shifts))
 
     def _right(self, net: nn.Module, setting: AbstractContextManager[Any] | None, batch: "_Batch") -> Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 from common.dist import World
 from common.errors import UserError
 from common.flags import Flags
+from common.seed import generator
 from datasets import ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.noise import LEVELS, noisy
@@ -129,9 +130,12 @@ def naive(net, images, lambdas):
     return np.mean(right), {measure: np.array(values) for measure, values in residuals.items()}
 
 
-def chosen(held_out, count, seed):
-    from common.seed import generator
+def mixed(n, seed):
+    """The order in which images form batches."""
+    return torch.randperm(n, generator=generator(seed, "order of noise x lambda"))
 
+
+def chosen(held_out, count, seed):
     keep = torch.randperm(len(held_out), generator=generator(seed, "calibration images"))[:count].sort().values
     return held_out.where(torch.isin(torch.arange(len(held_out)), keep))
 
@@ -169,7 +173,9 @@ def test_every_number_against_a_loop_over_images_and_lambdas(trained):
             expected["level"] = np.nan if level is None else level
             for measure, of_image in residual.items():
                 line = facts["lines"][kind][measure]
-                of_batch = np.concatenate([[part.mean()] * len(part) for part in np.split(of_image, range(7, N, 7))])
+                of_batch = np.empty(N)
+                for part in mixed(N, 3).split(7):
+                    of_batch[part] = of_image[part].mean()
                 of_set = np.full(N, of_image.mean())
                 expected[f"residual_{measure}"] = of_image.mean()
                 for per, values in {"set": of_set, "batch": of_batch, "image": of_image}.items():
@@ -195,8 +201,9 @@ def test_predictions_are_those_of_a_network_that_follows_the_line(trained):
     for measure, per in itertools.product(("energy", "highpass"), ("image", "batch")):
         line = LambdaLine(**found.facts["lines"]["gaussian"][measure])
         with torch.no_grad(), adaptive(net, line, per):
-            parts = [linear_logits(net, part.float() / 255) for part in images.images.split(7)]
-        accuracy = (torch.cat(parts).argmax(1) == images.labels).double().mean()
+            order = mixed(N, 3)
+            parts = [linear_logits(net, part.float() / 255) for part in images.images[order].split(7)]
+        accuracy = (torch.cat(parts).argmax(1) == images.labels[order]).double().mean()
         assert predicted[f"gaussian {measure}"][per] == pytest.approx(float(accuracy))
 
 
