@@ -38,7 +38,7 @@ from evals.report import Write, write_classification, write_detection, write_pic
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
-from evals.specs import InsideSpec, NoiseLambdaSpec, PlaceSpec, ReferenceSpec, ScoreSpec, StemSpec, TsneSpec
+from evals.specs import ImagesSpec, InsideSpec, NoiseLambdaSpec, PlaceSpec, ReferenceSpec, ScoreSpec, StemSpec, TsneSpec
 from evals.stem_lambda import with_stem_lambda
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
@@ -127,14 +127,16 @@ def _detection(
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
-    specs = (*_TESTED, *extractor.specs, ScoreSpec, *options, OutlierSpec, TestBatchSpec, *_partners(partner))
+    specs = (*_TESTED, *extractor.specs, ScoreSpec, ImagesSpec, *options, OutlierSpec, TestBatchSpec)
+    specs = (*specs, *_partners(partner))
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 
 def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tuple[str, ...]) -> Eval:
     measure = partial(classify.classify, predict=classify.marginalized_logits if marginal else classify.linear_logits)
     needs = frozenset({"joint" if marginal else "linear"})
-    return Eval(measure, write_classification, _TESTED, LABELLED, lambda flags: needs, trained_by, default_for)
+    specs = (*_TESTED, ImagesSpec)
+    return Eval(measure, write_classification, specs, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
 def _picture(

@@ -16,7 +16,7 @@ from common.files import write_json, write_text, write_whole
 from common.flags import file_name
 from common.run import describe_program
 from evals.result import Result, family, nested
-from evals.specs import PlaceSpec, ScoreSpec
+from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained
 from evals.writing import place_for, read_json, set_name
 
@@ -40,10 +40,7 @@ def write_detection(result: Result, trained: Trained, begun: float) -> None:
     flags, spec = trained.flags, trained.flags.of(ScoreSpec)
     facts = {"score": result.name, **result_facts(result, trained, begun)}
     path = result_place(trained, f"result_{flags.mode}_{result.name}", ".json", facts)
-    stem = path.stem.replace("result_", "scores_", 1)
-    tables = {title: f"{stem}_{set_name(title)}.csv" for title in result.per_image} if spec.save_score else {}
-    for title, table in tables.items():
-        write_text(path.with_name(table), table_text(result.per_image[title]))
+    tables = _write_tables(result, trained, path.with_name(path.name.replace("result_", "scores_", 1)))
     write_json(path, {**facts, **nested(result.metrics), "scores": tables})
     _show(result, trained)
     if spec.print_score:
@@ -53,16 +50,27 @@ def write_detection(result: Result, trained: Trained, begun: float) -> None:
 
 
 def write_classification(result: Result, trained: Trained, begun: float) -> None:
-    """`accuracy_<mode>.json`, with the name of a condition that is not `clean`, and a line."""
+    """`accuracy_<mode>.json`, with the name of a condition that is not `clean`, a line, with --save_score a CSV."""
     flags = trained.flags
     facts = {**result_facts(result, trained, begun), **result.metrics}
     name = "" if result.name == "clean" else f"_{file_name(result.name)}"
     path = result_place(trained, f"accuracy_{flags.mode}{name}", ".json", facts)
-    write_json(path, facts)
+    tables = _write_tables(result, trained, path.with_name(path.name.replace("accuracy_", "predictions_", 1)))
+    write_json(path, {**facts, "predictions": tables})
     under = "" if result.name == "clean" else f" ({result.name})"
     numbers = ", ".join(f"{_WORDS[key]} {100 * value:.1f} %" for key, value in result.metrics.items())
     print(f"{trained.split.dataset}, {facts['n']} test images of {facts['classes']} classes{under}: {numbers}")
     print(f"wrote {path}", flush=True)
+
+
+def _write_tables(result: Result, trained: Trained, path: Path) -> dict[str, str]:
+    """With --save_score a CSV of every set, named after `path`. Returns the names of the files by set."""
+    if not trained.flags.of(ImagesSpec).save_score:
+        return {}
+    tables = {title: f"{path.stem}_{set_name(title)}.csv" for title in result.per_image}
+    for title, table in tables.items():
+        write_text(path.with_name(table), table_text(result.per_image[title]))
+    return tables
 
 
 _WORDS = {

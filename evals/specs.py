@@ -33,11 +33,17 @@ def lambda_choice(text: str) -> float | str:
 
 @dataclass(frozen=True)
 class ScoreSpec(Spec, group="evaluation"):
-    """Which scores, and what is written of them."""
+    """Which scores, and what is printed of them."""
 
     ood_score: Sequence[str] | None = flag(None, "scores (default: the mode's own)", nargs="+")
     print_score: bool = flag(False, "print quantiles of the scores of every set")
-    save_score: bool = flag(False, "write every image's score as CSV")
+
+
+@dataclass(frozen=True)
+class ImagesSpec(Spec, group="evaluation"):
+    """What is written of each test image."""
+
+    save_score: bool = flag(False, "write every image's score, or predicted class, as CSV")
 
 
 @dataclass(frozen=True)

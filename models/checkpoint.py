@@ -255,11 +255,12 @@ def load_net(
 
     expected: sizes that the user asks for (None: whatever the file has), and further arguments of the row's `build`.
     strict: every tensor must fit; without it, those that fit are loaded, and the names of the others are printed.
-    Raises: UserError, beginning with `flag` and `path`, where the file holds another kind of network, or a size differs
-    that must agree; UserError where its tensors do not fit.
+    Raises: UserError, beginning with `flag` and `path`, where the file holds another kind of network, non-finite
+    numbers, or a size that differs and must agree; UserError where its tensors do not fit.
     """
     row = NETS[kind]
     try:
+        _check_finite(state)
         sizes = row.read_sizes(state)
         asked = {name: value for name, value in expected.items() if name in sizes and value is not None}
         differ = {name: value for name, value in asked.items() if _differ(value, sizes[name])}
@@ -284,6 +285,13 @@ def load_net(
     except Misfit as why:
         raise UserError(f"--{flag}: {path} {why}") from None
     return net
+
+
+def _check_finite(state: State) -> None:
+    """Raises: Misfit for a tensor of which an entry is NaN or infinite."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Misfit(f"is corrupt: its tensor {name} holds non-finite numbers")
 
 
 def _differ(asked: Any, there: Any) -> bool:

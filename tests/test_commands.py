@@ -298,7 +298,7 @@ def test_weights_that_are_non_finite_are_reported(stage1, tmp_path, capsys):
     state = torch.load(stage1 / "last.model", weights_only=True)
     state["conv1.weight"] *= torch.nan
     torch.save(state, tmp_path / "last.model")
-    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "non-finite scores")
+    refused(capsys, run_eval("--load_path", tmp_path), "--load_path", "tensor conv1.weight holds non-finite numbers")
     assert not list(tmp_path.glob("result_*"))
 
 

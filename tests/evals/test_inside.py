@@ -236,7 +236,7 @@ def test_weights_without_a_backbone_are_refused(tmp_path, capsys):
     assert "no network with a backbone" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["cuda"])  # the layers hold float64, which Apple's GPUs have not
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_a_gpu_gives_the_numbers_of_the_cpu(kind, run, monkeypatch):
     monkeypatch.setattr(module, "_MEASURED", 20)
     folder, found = run(), []

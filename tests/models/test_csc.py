@@ -300,6 +300,18 @@ def test_the_objective_falls_for_every_image():
     assert (values[0] >= values[1]).all() and (values[1] >= values[2]).all() and (values[2] < values[0]).all()
 
 
+def test_a_larger_lambda_makes_the_optimum_sparser_and_its_residual_larger():
+    x, norms, residuals = images(3, 3, 5, 4), [], []
+    for lam in (0.05, 0.1, 0.3, 0.6):
+        net = small(steps=4000, lam=lam)
+        net.refresh_step((5, 4), fresh=True)
+        with torch.no_grad():
+            z = net(x)
+            norms.append(z.abs().flatten(1).sum(1))
+            residuals.append((x - net.synthesise(z, (5, 4))).square().flatten(1).sum(1))
+    assert (torch.stack(norms).diff(dim=0) < 0).all() and (torch.stack(residuals).diff(dim=0) > 0).all()
+
+
 def test_each_image_may_have_a_lambda_of_its_own():
     net, x, lams = small(), images(3, 3, 6, 6), torch.tensor([0.05, 0.2, 0.6], dtype=torch.float64)
     net.set_lambda(lams)

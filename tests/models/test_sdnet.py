@@ -166,3 +166,20 @@ def test_iterates_are_kept_but_in_the_stem_unless_asked():
         gradients.append([p.grad for p in one.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("model", ["sdnet8", "sdnet8_all", "sdnet8_all_noshortcut"])
+def test_a_network_learns_random_labels_of_random_images_by_heart(model):
+    net = classifier(model).train()
+    x, labels = pictures(64, 32), torch.arange(64) % 3
+    sizes = input_sizes(net.backbone, 3, (32, 32))
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    losses = []
+    for _ in range(12):
+        loss = torch.nn.functional.cross_entropy(net(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        follow_weights(sizes)
+        losses.append(loss.item())
+    assert losses[0] > 1 and losses[-1] < 0.05

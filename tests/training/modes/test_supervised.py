@@ -1,5 +1,6 @@
 """`supervised`: its schedule, its groups of parameters, and the epoch that held-out images select."""
 
+import csv
 import json
 from dataclasses import replace
 
@@ -90,7 +91,19 @@ def test_both_are_evaluated_each_under_its_own_name(trained, tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["accuracy_test_acc.json", "accuracy_test_acc_best.json"]
     found = [json.loads((tmp_path / name).read_text()) for name in names]
-    assert all(result["accuracy"] > 0.2 for result in found)
+    assert all(result["accuracy"] > 0.2 and result["predictions"] == {} for result in found)
+
+
+def test_the_predicted_class_of_every_image_is_written_on_request(trained, tmp_path):
+    folder, _ = trained
+    assert evaluate.main(["--load_path", str(folder), "--out", str(tmp_path), "--save_score"]) == 0
+    result = json.loads((tmp_path / "accuracy_test_acc.json").read_text())
+    assert result["predictions"] == {"digits": "predictions_test_acc_digits.csv"}
+    with (tmp_path / result["predictions"]["digits"]).open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == result["n"] and all(0.1 <= float(row["confidence"]) <= 1 for row in rows)
+    right = [row["label"] == row["predicted"] for row in rows]
+    assert np.mean(right) == pytest.approx(result["accuracy"]) and [row["correct"] == "True" for row in rows] == right
 
 
 def test_a_run_that_was_interrupted_ends_bit_for_bit_as_one_that_was_not(trained, tmp_path, monkeypatch):
