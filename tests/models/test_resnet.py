@@ -144,19 +144,3 @@ def test_a_stem_without_activation_passes_negative_values_on():
         inner = block.bn2(block.conv2(block.bn1(block.conv1(y)).clamp(min=0)))
         assert (y < 0).any()
         torch.testing.assert_close(net(x), (inner + y).clamp(min=0).mean((2, 3)), atol=1e-6, rtol=1e-6)
-
-
-class Halved(BasicBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / 2
-
-
-@pytest.mark.parametrize("n_last, expected", [(1, [0, 0, 0, 1]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 1])])
-def test_the_last_blocks_can_be_of_another_class(n_last, expected):
-    net = ResNet(BasicBlock, (2, 2), (4, 8), last_block=Halved, n_last=n_last)
-    assert [isinstance(block, Halved) for stage in (net.layer1, net.layer2) for block in stage] == expected
-    plain = ResNet(BasicBlock, (2, 2), (4, 8))
-    plain.load_state_dict(net.state_dict())
-    if n_last == 1:
-        with torch.inference_mode():
-            torch.testing.assert_close(net.eval()(images()), plain.eval()(images()) / 2)
