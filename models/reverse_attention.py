@@ -3,7 +3,8 @@
 Letters: N images, C classes, F features of the classifier, D channels of a map.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,7 +109,8 @@ class RaClassifier(Classifier):
     In training mode rows follow from labels; in evaluation mode from each block's own prediction, or as asked for.
 
     ra_blocks: their number; None: the last two, or the last one of a backbone with one block a stage. A buffer, by
-    which a file of weights is known to be of this kind.
+    which a file of weights is known to be of this kind. The file holds `input_mean` and `input_std`, too, since
+    published networks take images as they are.
     Raises: ValueError for a backbone that is no `StagedNet`, and for more blocks than the last stage has.
     """
 
@@ -127,6 +129,8 @@ class RaClassifier(Classifier):
         backbone.repeat_tail(count)
         super().__init__(backbone, n_classes=n_classes)
         self.register_buffer("ra_blocks", torch.tensor(count))
+        for name in ("input_mean", "input_std"):
+            self.register_buffer(name, self.get_buffer(name), persistent=True)
         self._count = count
 
     def forward(self, images: Tensor) -> Tensor:
@@ -169,3 +173,30 @@ class RaClassifier(Classifier):
             outputs.append(RaBlock(block, self.backbone, self.linear, use)(x, rows))
             x = outputs[-1].z
         return outputs
+
+
+# Names in the published programs' files, and here; those of the wide network come second.
+_PUBLISHED = (
+    (r"fc\.", "linear."),
+    (r"block(\d+)\.layer\.", r"layer\1."),
+    (r"(.*)\.convShortcut\.", r"\1.shortcut.0."),
+)
+
+
+def from_published(state: Mapping[str, Tensor], *, ra_blocks: int = 2) -> dict[str, Tensor]:
+    """The state dict of an `RaClassifier` from one of the published programs, whose images are not normalised.
+
+    That is a network with reverse attention behind its last `ra_blocks` blocks, which its file does not say. The second
+    copy of the first stage, `sub_block1`, which the published wide network has and does not use, is left out.
+    """
+    wide = any(key.startswith("block1.") for key in state)
+    names = [*_PUBLISHED, (r"bn1\.", "bn.")] if wide else _PUBLISHED
+    found = {}
+    for key, value in state.items():
+        if not key.startswith("sub_block1."):
+            for theirs, ours in names:
+                key = re.sub(f"^{theirs}", ours, key)
+            found[key] = value
+    channels = len(state["conv1.weight"][0])
+    plain = {"input_mean": torch.zeros(channels, 1, 1), "input_std": torch.ones(channels, 1, 1)}
+    return found | plain | {"ra_blocks": torch.tensor(ra_blocks)}

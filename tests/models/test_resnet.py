@@ -84,15 +84,18 @@ def test_imagenet_networks_are_torchvisions_bit_for_bit(name):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-# Networks with activations; SDNets of other depths are built of the same blocks.
-ACTIVATED = [name for name in BACKBONES if not name.startswith("sdnet")] + ["sdnet8", "sdnet8_all"]
+# Networks with activations; SDNets of other depths, and wide networks of others, are built of the same blocks.
+_LARGE = ("sdnet", "wrn28", "wrn34")
+ACTIVATED = [name for name in BACKBONES if not name.startswith(_LARGE)] + ["sdnet8", "sdnet8_all"]
 
 
 def activations(name: str) -> int:
     """How many a network has."""
     if name.startswith("sdnet8"):
         return 3 if name.endswith("_all") else 6
-    blocks = {"resnet8": 3, "resnet18": 8, "resnet34": 16, "resnet50": 16}[name.removesuffix("_imagenet")]
+    blocks = {"resnet8": 3, "resnet18": 8, "resnet34": 16, "resnet50": 16, "wrn16_1": 6, "preact18_64": 8}[
+        name.removesuffix("_imagenet")
+    ]
     return 1 + blocks * (3 if "resnet50" in name else 2)
 
 
