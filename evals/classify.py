@@ -3,7 +3,6 @@
 Letters: N images, b of a batch, C classes.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from evals import metrics
 from evals.result import Result
 from evals.scores import marginalized
 from evals.trained import Trained, evaluation_mode, identity, settings_of
+from models.mode import frozen
 
 # (network, images (b, 3, H, W) in [0, 1]) -> class logits (b, C).
 Predict = Callable[[Any, Tensor], Tensor]
@@ -191,7 +191,7 @@ def _confidences(
         for index in trained.world.shard_list(batches):
             gen = generator(seed, f"condition {condition.title}", int(index[0]), device=test.device)
             images = test.batch(index)
-            with torch.enable_grad(), _frozen(net):
+            with torch.enable_grad(), frozen(net):
                 images = condition.perturb(net, images, labels[index], gen).detach()
             with torch.no_grad():
                 probabilities = logits(net, images).softmax(1)
@@ -201,19 +201,6 @@ def _confidences(
             confidence, named = probabilities.max(1)
             found.append((confidence.cpu(), named.cpu()))
     return found
-
-
-@contextlib.contextmanager
-def _frozen(net: nn.Module) -> Iterator[None]:
-    """Parameters of the network without gradients of their own, which still flow through it to the images."""
-    wanted = [p for p in net.parameters() if p.requires_grad]
-    for parameter in wanted:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanted:
-            parameter.requires_grad_(True)
 
 
 def correct_of(predict: Callable[[Tensor], Tensor], images: ImageSet | PictureSet, batch_size: int) -> Tensor:
