@@ -156,8 +156,8 @@ def test_what_is_there_is_not_evaluated_again_until_its_weights_change(commands,
     touch(control / "last.model", 0)
     (run / "result_noise_lambda.json").unlink()
     assert again()[1:] == [f"noise_lambda/{name}/last.model"]
-    (run / "best.model").unlink()  # of a run without held-out images
-    assert again() == [f"noise_lambda/{name}/last.model"]
+    (run / "best.model").unlink()  # of a run without held-out images, by which lambda would be calibrated
+    assert again() == []
 
 
 def test_a_command_that_fails_ends_the_script(tmp_path):
@@ -198,7 +198,7 @@ def test_the_run_on_a_gpu_measures_its_speed_and_ends_its_cosine_in_time(command
     training = [options(line) for line in lines if line[0] == "train.py"]
     assert [flags["--epochs"] for flags in training] == [["2"], ["2"], ["33"], ["33"]]
     assert all(flags["--amp"] == ["bf16"] and "--compile" in flags for flags in training)
-    probes = [str(tmp_path / f"my logs/speed/cifar10_{model}_supervised") for model in ("resnet18", "sdnet18")]
+    probes = [str(tmp_path / f"my logs_speed/cifar10_{model}_supervised") for model in ("resnet18", "sdnet18")]
     assert [plan(line, capsys)["run_dir"] for line in lines[:2]] == probes
     (length,) = (line for line in found if "scripts.length" in line)
     assert length == ["-m", "scripts.length", *probes, "--minutes", "7", "--most", "220"]

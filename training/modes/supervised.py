@@ -130,8 +130,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         if held_out is None:
             return EpochEnd()
         with evaluation_mode(net), amp():
-            accuracy = float(correct_of(net, held_out, batch_size).float().mean())
-        return EpochEnd({HELD_OUT: world.broadcast_object(accuracy)}, select=HELD_OUT)
+            right = correct_of(net, held_out, batch_size, world).sum().item()
+        return EpochEnd({HELD_OUT: sum(world.all_gather_object(right)) / len(held_out)}, select=HELD_OUT)
 
     return Recipe(net, data, losses, (optimizer,), lr, loading, after_step=after_step, end_epoch=end_epoch)
 
