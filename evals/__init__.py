@@ -103,6 +103,7 @@ _PROBED = ("sup_simclr", "sup_simclr_CSI")
 _ADVERSARIAL = ("adv_pgd", "adv_trades", "adv_mart", "adv_fgsm_rs", "adv_nfgsm")
 # Of a network that was trained to classify.
 _CLASSIFIERS = ("supervised", *_ADVERSARIAL)
+_ROT_TRANS = ("rot_trans", "adv_rot_trans")
 _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
@@ -188,7 +189,7 @@ EVALS: dict[str, Eval] = {
     "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
     "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_CLASSIFIERS, *_LABELLED)),
-    "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
+    "rot_trans": _detection(ROT_TRANS, ("rot_trans",), _ROT_TRANS, default_for=_ROT_TRANS),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
     "rdae_denoise": _separation(robust.denoise, _AUTOENCODERS),
@@ -197,7 +198,7 @@ EVALS: dict[str, Eval] = {
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
-    "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, ("rot_trans",)),
+    "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, _ROT_TRANS),
 }
 
 TSNES: dict[str, Eval] = {
@@ -210,10 +211,8 @@ TSNES: dict[str, Eval] = {
     "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
     "ood_tsne_codes": _picture(AUTOENCODER, _AUTOENCODERS, layers={"penultimate": "h"}, default_for=_AUTOENCODERS),
     "supervised_tsne": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, default_for=_CLASSIFIERS),
-    "rot_trans_tsne": _picture(
-        PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
-    ),
-    "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, "rot_trans")),
+    "rot_trans_tsne": _picture(PLAIN_ROT_TRANS, _ROT_TRANS, layers={"penultimate": "h"}, default_for=_ROT_TRANS),
+    "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
 }
 
 

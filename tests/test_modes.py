@@ -32,7 +32,7 @@ STARTS = {
 }
 AUTOENCODERS = ("rdae", "dae", "vae")
 # How the names of modes begin that train by labels.
-LABELLED = ("sup", "adv")
+LABELLED = ("sup", *METHODS)
 LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"]}
 EXTRA = {
     "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),

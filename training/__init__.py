@@ -176,6 +176,13 @@ STAGE1: dict[str, Mode] = {
         rotations,
         defaults=_ROTATION,
     ),
+    "adv_rot_trans": Mode(
+        rot_trans.build_attacked,
+        (*COMMON, *_VIEWS, OptimSpec, CSCSpec, EpsilonSpec, rot_trans.ViewAttackSpec),
+        _unlabelled,
+        rotations,
+        defaults=_ROTATION,
+    ),
     "supervised": Mode(
         supervised.build,
         (*COMMON, RateSpec, supervised.SupervisedSpec, AlignedSpec, CSCSpec),

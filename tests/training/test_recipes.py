@@ -33,7 +33,7 @@ SIMCLR = ["simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI"]
 def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
     """The recipe of a mode on 8 x 8 digits, in four rotations where it has shifts, as the flags `more` say."""
     args = [
-        *(TINY[:-2] if mode.startswith(("sup", "adv")) else TINY),
+        *(TINY[:-2] if mode.startswith(("sup", *METHODS)) else TINY),
         "--mode",
         mode,
         "--epochs",

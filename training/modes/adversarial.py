@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.attacks import pgd
-from common.attacks.specs import EpsilonSpec, fraction
+from common.attacks.specs import EpsilonSpec
 from common.dist import SINGLE, Shard, World
-from common.flags import Flags, Spec, flag
+from common.flags import Flags, flag
 from common.seed import generator
 from datasets import Split
 from datasets.sets import floats
 from models.feature_net import Heads
 from models.mode import evaluation_mode, frozen
+from training.attack import FGSM_RS, N_FGSM, PGD, Attack, StepsSpec
 from training.losses.adversarial import anc_of_pairs, boosted_cross_entropy, kl, kl_of_each, weighted_kl
 from training.modes.negatives import NONE, RANDOM, STRATEGIES, pick_negatives
 from training.modes.setup import precision
@@ -32,8 +32,8 @@ from training.recipe import Batch, Check, EpochEnd, Recipe, Step
 from training.specs import CompileSpec, StepSpec
 
 ROBUST = "held_out/robust"
-# Standard deviation of the noise that PGD starts from, and in how many epochs every strategy is `random`.
-_START, _RANDOM_EPOCHS = 0.001, 10
+# In so many epochs every strategy is `random`.
+_RANDOM_EPOCHS = 10
 _ADVERSARIAL = "_adv"
 _OVERFITTED = Check(
     ROBUST,
@@ -44,11 +44,9 @@ _OVERFITTED = Check(
 
 
 @dataclass(frozen=True)
-class AdversarialSpec(Spec, group="adversarial training"):
+class AdversarialSpec(StepsSpec, group="adversarial training"):
     """The attack of training, and the parts of ANCRA; most flags have their published names."""
 
-    num_steps: int = flag(10, "steps of the attack in training", above=0)
-    step_size: float = flag(0.007, "L-inf length of a step of the attack in training", type=fraction, above=0)
     inner_attack: str = flag(
         "ce", "what the attack raises: cross-entropy, or KL as TRADES", choices=lambda: ("ce", "kl")
     )
@@ -76,38 +74,6 @@ def over_heads(loss: Callable[..., Tensor], weight: float, *heads: Heads) -> Ten
     total = loss(*(one.final for one in heads))
     parts = [loss(*group) for group in zip(*(one.auxiliary for one in heads), strict=True)]
     return total + weight * torch.stack(parts).mean(0) if parts else total
-
-
-class Attack(NamedTuple):
-    """PGD in the L-inf ball, by the last iterate. Lengths are in epsilon, but for --step_size.
-
-    draw: the noise of a batch, `torch.randn` or `torch.rand`. start: (images, noise, epsilon) -> where it starts.
-    steps: their number; None: --num_steps, each of --step_size. step: their length. reach: radius of the ball.
-    """
-
-    draw: Callable[..., Tensor]
-    start: Callable[[Tensor, Tensor, float], Tensor]
-    steps: int | None = None
-    step: float = 0.0
-    reach: float = 1.0
-
-    def noise(self, count: int, like: Tensor, gen: Generator) -> Tensor:
-        """That of `count` images: of a whole batch, so that it does not depend on the number of ranks."""
-        return self.draw((count, *like.shape[1:]), generator=gen, device=like.device)
-
-    def __call__(
-        self, losses: Callable[[Tensor], Tensor], images: Tensor, noise: Tensor, eps: float, spec: AdversarialSpec
-    ) -> Tensor:
-        """losses: (p, 3, H, W) -> (p,), which the attacked images raise."""
-        steps, step = (spec.num_steps, spec.step_size) if self.steps is None else (self.steps, self.step * eps)
-        start = self.start(images, noise, eps)
-        return pgd(losses, images, eps=self.reach * eps, steps=steps, step=step, start=start, keep="last")
-
-
-_PGD = Attack(torch.randn, lambda images, noise, eps: images + _START * noise)
-_FGSM_RS = Attack(torch.rand, lambda images, noise, eps: (images + eps * (2 * noise - 1)).clamp_(0, 1), 1, 1.25)
-# From noise of twice epsilon, and with no ball but [0, 1]: from there one step reaches no farther than 3 epsilon.
-_N_FGSM = Attack(torch.rand, lambda images, noise, eps: images + 2 * eps * (2 * noise - 1), 1, 1.0, reach=3.0)
 
 
 def _of_attacked(natural: Any, attacked: Heads, labels: Tensor, spec: AdversarialSpec) -> dict[str, Tensor]:
@@ -138,11 +104,11 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "adv_pgd": Method(_PGD, _of_attacked),
-    "adv_trades": Method(_PGD, _trades, natural=True),
-    "adv_mart": Method(_PGD, _mart, natural=True),
-    "adv_fgsm_rs": Method(_FGSM_RS, _of_attacked),
-    "adv_nfgsm": Method(_N_FGSM, _of_attacked),
+    "adv_pgd": Method(PGD, _of_attacked),
+    "adv_trades": Method(PGD, _trades, natural=True),
+    "adv_mart": Method(PGD, _mart, natural=True),
+    "adv_fgsm_rs": Method(FGSM_RS, _of_attacked),
+    "adv_nfgsm": Method(N_FGSM, _of_attacked),
 }
 
 
@@ -194,8 +160,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             for index in world.shard_list(list(places.split(batch_size))):
                 images, labels = setup.held_out.batch(index), every[index.to(every.device)]
                 gen = generator(seed, "attack on held-out images", int(index[0]), device=images.device)
-                noise = _PGD.noise(len(images), images, gen)
-                attacked = _PGD(partial(_final_loss, heads, labels), images, noise, eps, spec)
+                noise = PGD.noise(len(images), images, gen)
+                attacked = PGD(partial(_final_loss, heads, labels), images, noise, eps, spec)
                 with torch.no_grad():
                     right = [(heads(x).final.argmax(1) == labels).sum() for x in (images, attacked)]
                 counts += torch.stack(right).cpu()
@@ -220,7 +186,7 @@ def _read(flags: Flags) -> AdversarialSpec:
     """Only the flags that have an effect, so that others are reported."""
     switches = flags.of(AdversarialSpec, only=["ra", "anc"])
     names = ["ra", "anc", "num_steps", "step_size"]
-    names += ["inner_attack"] if METHODS[flags.mode].attack is _PGD else []
+    names += ["inner_attack"] if METHODS[flags.mode].attack is PGD else []
     names += ["robust_weight"] if METHODS[flags.mode].natural else []
     names += ["cr_beta"] if switches.ra else []
     names += ["zeta", "alpha", "strategy", "sample_class_number", "sample_number"] if switches.anc else []
