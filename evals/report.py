@@ -58,9 +58,15 @@ def write_classification(result: Result, trained: Trained, begun: float) -> None
     tables = _write_tables(result, trained, path.with_name(path.name.replace("accuracy_", "predictions_", 1)))
     write_json(path, {**facts, "predictions": tables})
     under = "" if result.name == "clean" else f" ({result.name})"
+    under += "".join(f", --{name} {facts['settings'][name]}" for name in _SEEN_UNDER if name in facts["settings"])
     numbers = ", ".join(f"{_WORDS[key]} {100 * value:.1f} %" for key, value in result.metrics.items())
     print(f"{trained.split.dataset}, {facts['n']} test images of {facts['classes']} classes{under}: {numbers}")
-    print(f"wrote {path}", flush=True)
+    for place in [*map(path.with_name, tables.values()), path]:
+        print(f"wrote {place}", flush=True)
+
+
+# Settings that change what the network sees.
+_SEEN_UNDER = ("test_noise", "test_noise_level", "stem_lambda")
 
 
 def _write_tables(result: Result, trained: Trained, path: Path) -> dict[str, str]:
