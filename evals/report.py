@@ -202,11 +202,21 @@ def class_styles(count: int) -> list[dict[str, Any]]:
     """Of each of so many classes its colour and marker; a scale of colours where there are not as many pairs."""
     if count <= len(_COLORS) * len(_MARKERS):
         looks = [(_COLORS[n % len(_COLORS)], _MARKERS[n // len(_COLORS)]) for n in range(count)]
-        return [{"c": color, "marker": marker, "s": 9, "alpha": 0.8, "linewidths": 0} for color, marker in looks]
+        return [{"c": color, "marker": marker, "s": 12, "alpha": 0.8, "linewidths": 0} for color, marker in looks]
     from matplotlib import colormaps
 
     scale = colormaps["viridis"](np.linspace(0, 1, count))
-    return [{"color": color, "marker": "o", "s": 9, "alpha": 0.8, "linewidths": 0} for color in scale]
+    return [{"color": color, "marker": "o", "s": 12, "alpha": 0.8, "linewidths": 0} for color in scale]
+
+
+# Characters of a legend in a row, and those that a marker and the space around it take.
+_ROW, _MARKER = 110, 7
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """All in one row where there is room, else five columns or as many as fit."""
+    widths = [len(label) + _MARKER for label in labels]
+    return len(labels) if sum(widths) <= _ROW else max(1, min(5, _ROW // max(widths)))
 
 
 def draw_points(
@@ -232,11 +242,13 @@ def draw_points(
     axes.set_title(title, fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
-    if "color" in styles[0]:
+    if any("color" in style for style in styles):
         bar = ScalarMappable(Normalize(0, len(groups) - 1), "viridis")
         figure.colorbar(bar, ax=axes, label=f"class, of {len(groups)} by number", shrink=0.8, pad=0.01)
     else:
-        rows = -(-len(groups) // 5)
-        columns = -(-len(groups) // rows)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=columns, frameon=False, markerscale=1.6)
+        labels = axes.get_legend_handles_labels()[1]
+        # Markers of groups that are drawn small are small in the legend, too.
+        scale = 1.6 if styles and styles[0]["s"] > 13 else 2.4
+        how: dict[str, Any] = {"ncols": legend_columns(labels), "markerscale": scale, "frameon": False}
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=10 if len(labels) < 6 else 9, **how)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={_FACTS: json.dumps(facts)}))

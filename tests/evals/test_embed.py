@@ -17,7 +17,7 @@ from common.files import save_tensors
 from datasets import DataSource, split_one_class
 from evals import embed
 from evals.extract import Extraction
-from evals.report import class_styles
+from evals.report import class_styles, legend_columns
 from models.checkpoint import build_net
 from tests.conftest import SHIFT, TINY
 from tests.test_commands import refused
@@ -186,6 +186,11 @@ def test_classes_are_told_apart_by_colour_and_marker_or_lie_on_a_scale(count):
     looks = {(str(style.get("c", style.get("color"))), style["marker"]) for style in styles}
     assert len(styles) == len(looks) == count
     assert all(("color" in style) == (count > 40) for style in styles)
+
+
+def test_a_legend_is_no_wider_than_its_picture():
+    assert legend_columns(["anomalous test (538)", "normal training (122)", "normal test (61)", "atoms (24)"]) == 4
+    assert [legend_columns(["x" * length] * 20) for length in (5, 20, 40, 400)] == [5, 4, 2, 1]
 
 
 def test_umap_itself_tells_clusters_apart():
