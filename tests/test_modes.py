@@ -244,9 +244,9 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
         assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
 
 
-# Metrics of detection and classification; those of a data matrix and its parts, and of predicted lambdas.
+# Metrics of detection and classification; those of a data matrix and its parts, of predicted lambdas, of distances.
 _SHARES = ("mean", "pooled", "accuracy", "ece")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle", "positive_cosine")
 
 
 @pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])
