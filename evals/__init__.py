@@ -100,6 +100,9 @@ _CONTRASTIVE = ("simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI", "sup_lin
 _LABELLED = ("sup_linear", "sup_CSI_linear")
 # Their linear head is a probe on detached features, trained beside the contrastive loss.
 _PROBED = ("sup_simclr", "sup_simclr_CSI")
+_ADVERSARIAL = ("adv_pgd", "adv_trades", "adv_mart", "adv_fgsm_rs", "adv_nfgsm")
+# Of a network that was trained to classify.
+_CLASSIFIERS = ("supervised", *_ADVERSARIAL)
 _CSI = ("CSI", "simclr", "knn", "ocsvm")
 _CSI_SR = ("CSI_sr", "simclr_sr")
 
@@ -184,15 +187,15 @@ EVALS: dict[str, Eval] = {
     "ood_pre_cocsr_refmix": _detection(SPARSE, _CSI_SR, ("cocsr_dict",), "reference"),
     "ood_pre_multi_sr": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE),
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
-    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), ("supervised", *_LABELLED)),
+    "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_CLASSIFIERS, *_LABELLED)),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), ("rot_trans",), default_for=("rot_trans",)),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
     "rdae_denoise": _separation(robust.denoise, _AUTOENCODERS),
     "rdae_features": _separation(robust.features, ("rdae",)),
-    "test_acc": _classification(False, (*_PROBED, *_LABELLED, "supervised"), (*_PROBED, "sup_linear", "supervised")),
+    "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
-    "noise_lambda": _noise_lambda(noise_lambda.CLASSES, ("supervised",)),
+    "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
     "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, ("rot_trans",)),
 }
@@ -206,11 +209,11 @@ TSNES: dict[str, Eval] = {
     "ood_pre_tsne_dict": _picture(SPARSE, ("cocsr_dict",), "s", default_for=("cocsr_dict",)),
     "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
     "ood_tsne_codes": _picture(AUTOENCODER, _AUTOENCODERS, layers={"penultimate": "h"}, default_for=_AUTOENCODERS),
-    "supervised_tsne": _picture(CLASSIFIER, ("supervised",), layers={"penultimate": "h"}, default_for=("supervised",)),
+    "supervised_tsne": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, default_for=_CLASSIFIERS),
     "rot_trans_tsne": _picture(
         PLAIN_ROT_TRANS, ("rot_trans",), layers={"penultimate": "h"}, default_for=("rot_trans",)
     ),
-    "sdnet_inside": _inside(("supervised", *_CONTRASTIVE, "rot_trans")),
+    "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, "rot_trans")),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from common.device import autocast
+from common.dist import SINGLE, World
 from common.errors import RunStopped, UserError
 from common.flags import DeviceSpec
 from common.progress import progress
@@ -249,18 +250,21 @@ def _joined(facts: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]
     return found
 
 
-def correct_of(predict: Callable[[Tensor], Tensor], images: ImageSet | PictureSet, batch_size: int) -> Tensor:
-    """Whether each image is classified correctly, (N,) bool, on the images' device.
+def correct_of(
+    predict: Callable[[Tensor], Tensor], images: ImageSet | PictureSet, batch_size: int, world: World = SINGLE
+) -> Tensor:
+    """Whether each image is classified correctly, (N,) bool, on the images' device; each rank has a part of them.
 
     predict: images (b, 3, H, W) in [0, 1] -> logits (b, C). The network's mode is the caller's business.
     """
     labels = images.labels.to(images.device)
+    batches = list(torch.arange(len(images), device=images.index_device).split(batch_size))
     with torch.inference_mode():
         found = [
             predict(images.batch(index)).argmax(1) == labels[index.to(images.device)]
-            for index in torch.arange(len(images), device=images.index_device).split(batch_size)
+            for index in world.shard_list(batches)
         ]
-    return torch.cat(found)
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool, device=images.device)
 
 
 def error_rate(predict: Callable[[Tensor], Tensor], images: ImageSet, batch_size: int) -> float:

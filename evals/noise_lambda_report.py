@@ -43,10 +43,11 @@ def write_noise_lambda(result: Result, trained: Trained, begun: float) -> None:
     stem, rows = path.stem.removeprefix("result_"), result.per_image["table"]
     table, curves, points = (path.with_name(name) for name in (f"table_{stem}.csv", f"{stem}.png", f"{stem}_lines.png"))
     write_text(table, table_text(rows))
-    write_json(path, {**facts, "table": table.name})
     draw_accuracies(rows, curves)
     draw_lines(facts, points)
     lines = _write_lines(trained, facts)
+    # Last: where it is, all is.
+    write_json(path, {**facts, "table": table.name})
     of = f"{trained.split.dataset}, {trained.split.normal_title}"
     print(f"accuracy in %, {of}, {facts['n']} test images, lambda {facts['lambda']:g} in training:")
     for line in table_lines(rows):

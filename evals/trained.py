@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
-from datasets import ImageSet, Split
+from datasets import ImageSet, PictureSet, Split
 from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
@@ -30,7 +30,7 @@ _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
     " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c".split()
+    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c control_path".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
 UNCHANGED = {
@@ -194,6 +194,6 @@ def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str
     return {name: value for name, value in found.items() if name not in UNCHANGED or value != UNCHANGED[name]}
 
 
-def identity(images: ImageSet) -> dict[str, Any]:
+def identity(images: ImageSet | PictureSet) -> dict[str, Any]:
     """What distinguishes a set of images from others, for results."""
     return {"images": len(images), "fingerprint": images.fingerprint}

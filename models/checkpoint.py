@@ -343,7 +343,10 @@ def _below(name: str, state: State) -> State:
 def _load_backbone_and_heads(
     net: nn.Module, state: State, *, named_by: str, model: str, path: Path, strict: bool
 ) -> None:
-    """Load all tensors, or without `strict` those that fit. Raises: UserError where they do not fit."""
+    """Load all tensors, or without `strict` those that fit.
+
+    Raises: UserError where they do not fit; Misfit for settings of a layer that are out of range.
+    """
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and _fits(own[k], v)}
     if not strict:
@@ -354,7 +357,10 @@ def _load_backbone_and_heads(
     elif len(fitting) < len(own) or len(fitting) < len(state):
         what = model if named_by == "model" else f"{model} {named_by} of these sizes"
         raise UserError(f"--{named_by}: {path} does not hold a {what}{_guess(state)}; --no_strict loads what fits")
-    net.load_state_dict(fitting, strict=strict)
+    try:
+        net.load_state_dict(fitting, strict=strict)
+    except ValueError as why:  # Of a layer that checks the settings which a file has of it.
+        raise Misfit(f"is corrupt: {why}") from None
 
 
 def _fits(own: Tensor, saved: Tensor) -> bool:

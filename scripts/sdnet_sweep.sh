@@ -50,6 +50,10 @@ for seed in ${SEEDS:-0}; do
     for model in $MODELS; do
         [[ $model = sdnet* ]] || continue
         run=$logs/${dataset}_${model}_${supervised_run}_s$seed
+        if [ ! -f "$run/best.model" ] && [ -f "$run/last.model" ]; then
+            echo "$run: no images were held out, by which lambda is calibrated; no noise x lambda"
+            continue
+        fi
         once "$run/result_noise_lambda.json" "$run/last.model" "${beside[@]:1}" -- \
             "$PYTHON" $noise_lambda --load_path "$run/last.model" "${beside[@]}" --seed "$seed" ${NOISE_FLAGS:-}
     done
