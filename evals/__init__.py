@@ -22,7 +22,8 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, distance, embed, inside, noise_lambda, robust
+from evals import attack, classify, detect, distance, embed, inside, noise_lambda, robust
+from evals.attack_report import write_attack
 from evals.distance_report import write_feature_distance
 from evals.extract import (
     AUTOENCODER,
@@ -43,6 +44,7 @@ from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
 from evals.specs import (
+    AttackSpec,
     DistanceSpec,
     ImagesSpec,
     InsideSpec,
@@ -159,6 +161,12 @@ def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tu
     return Eval(measure, write_classification, specs, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
+def _attack(trained_by: tuple[str, ...]) -> Eval:
+    specs = (*_TESTED, ImagesSpec, EpsilonSpec, AttackSpec)
+    needs = frozenset({"linear"})
+    return Eval(attack.attack, write_attack, specs, LABELLED, lambda flags: needs, trained_by)
+
+
 def _feature_distance(trained_by: tuple[str, ...]) -> Eval:
     specs = (*_TESTED, EpsilonSpec, StepsSpec, StrategySpec, DistanceSpec, ImagesSpec)
     return Eval(
@@ -228,6 +236,7 @@ EVALS: dict[str, Eval] = {
     "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
+    "attack": _attack(("sup_linear", *_CLASSIFIERS)),
     "feature_distance": _feature_distance(_CLASSIFIERS),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
