@@ -22,8 +22,10 @@ from evals.classify import (
     error_rate,
     linear_logits,
     marginalized_logits,
-    tested_images as images_under_test,
     worst_case,
+)
+from evals.classify import (
+    tested_images as images_under_test,
 )
 from evals.trained import Trained
 
