@@ -1,7 +1,8 @@
 """Noise of test images: Gaussian, shot, speckle and impulse noise by level, and the arrays of CIFAR-10-C.
 
 Unlike that of `datasets.corrupt`, which replaces a number of pixels in training and test images alike, it changes every
-entry, at test time only. Letters: n images of a block, C channels, H and W pixels; V values of a pixel.
+entry of test images, or of those that a lambda is calibrated on. Letters: n images of a block, C channels, H and W
+pixels; V values of a pixel.
 """
 
 import math
@@ -160,8 +161,7 @@ _BLOCK = 2**20
 def noisy(images: ImageSet, kind: str, level: float, seed: int, *, name: str = TEST) -> ImageSet:
     """The images with noise, rounded to 8 bits.
 
-    kind: of `NOISES`. level: see there. name: of the set, each of which has draws of its own; training images that are
-    held out are `datasets.one_class.HELD_OUT`.
+    kind: of `NOISES`. level: see there. name: of the set, each of which has draws of its own.
     What is drawn for an image follows from the seed, the kind, the name and the image's index in its data set alone. It
     does not depend on its neighbours, nor on the level: a curve over levels is of more and more of the same noise. Each
     channel has numbers of its own, those of grey images too, which become coloured; images of one channel have one

@@ -328,7 +328,9 @@ def _load_labelled(flags: Flags, state: State, path: Path, shifts: int) -> nn.Mo
 
 
 def _load_classifier(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
-    return load_net("classifier", state, **_common(flags, path))
+    """With reverse attention, where the file has it."""
+    kind = "ra_classifier" if "ra_blocks" in state else "classifier"
+    return load_net(kind, state, **_common(flags, path))
 
 
 def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
@@ -418,6 +420,7 @@ CLASSIFIER = Extractor(
 )
 _OF_KIND = {
     "classifier": _load_classifier,
+    "ra_classifier": _load_classifier,
     "feature": _load_labelled,
     "cocsr": _load_labelled,
     "rot_trans": _load_rot_trans,

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from common.errors import UserError
 from common.flags import Flags
 from common.seed import generator
+from datasets.augment import AlignedSpec
 from datasets.views import PassSpec
 from evals.display import equalised, stretched
 from evals.result import Result
-from evals.specs import InsideSpec
+from evals.specs import AUTO, InsideSpec
 from evals.trained import Trained, identity, settings_of
 from models import BACKBONES, ModelSpec
 from models.csc import CSC2d, csc_layers
 from models.feature_net import BackboneNet
 from models.invert import STEM, Coded, Tap, inspect, invert_layers, tap_of, taps
+from models.lambda_line import energy
 
 # Where the published program looks.
 PUBLISHED = (STEM, "1.1", "1.2", "2.2", "3.2")
@@ -55,7 +57,8 @@ def inside(trained: Trained) -> Iterator[Result]:
         spec = flags.of(InsideSpec)
         chosen = chosen_taps(net.backbone, spec.inside_taps)
         batch_size = flags.of(PassSpec).ood_batch_size
-        train = split.train(net.in_channels).to(trained.device)
+        # Not decoded as a whole where training does not do so either.
+        train = split.stream(AlignedSpec(), net.in_channels).to(trained.device)
         if spec.inside_images > len(train):
             raise UserError(f"--inside_images {spec.inside_images}: there are {len(train)} training images; give fewer")
         order = torch.randperm(len(train), generator=generator(flags.seed, "inside"))
@@ -84,7 +87,7 @@ def inside(trained: Trained) -> Iterator[Result]:
             found = {
                 "correlation": _correlation(x, y),
                 "centred_correlation": _correlation(centred[IMAGES], differences[name]),
-                "error": _energy(x - y) / _energy(x).clamp_min(_TINY),
+                "error": energy(x - y) / energy(x).clamp_min(_TINY),
             }
             metrics |= {f"{kind}/{name}": float(value.mean()) for kind, value in found.items()}
             pixels = y * net.input_std + net.input_mean if spec.keep_mean else differences[name] * net.input_std
@@ -162,11 +165,6 @@ def _sums(coded: Mapping[str, Coded], outputs: Mapping[str, Tensor]) -> dict[str
 _TINY = 1e-12
 
 
-def _energy(images: Tensor) -> Tensor:
-    """The sum of squares of each (N,)."""
-    return images.square().flatten(1).sum(1)
-
-
 def _correlation(x: Tensor, y: Tensor) -> Tensor:
     """Of each two images over pixels, all channels together (N,), however small their values; 0 where one is constant.
 
@@ -179,12 +177,18 @@ def _correlation(x: Tensor, y: Tensor) -> Tensor:
 
 def _settings(layer: CSC2d) -> dict[str, Any]:
     solver = layer.solver
-    return {"atoms": len(layer.weight), "lambda": layer.lam.tolist(), **solver._asdict()}
+    # Predicted for each image of the last batch, it is no setting of the layer.
+    lam = float(layer.lam) if layer.lam.ndim == 0 else AUTO
+    return {"atoms": len(layer.weight), "lambda": lam, **solver._asdict()}
 
 
 def _image(trained: Trained, train: Any, n: int) -> dict[str, Any]:
-    label = int(train.labels[n])
-    return {"index": int(train.indices[n]), "label": label, "class": trained.split.class_names[label]}
+    label, indices = int(train.labels[n]), getattr(train, "indices", None)
+    return {
+        "index": n if indices is None else int(indices[n]),
+        "label": label,
+        "class": trained.split.class_names[label],
+    }
 
 
 def _no_layer(flags: Flags) -> str:

@@ -36,7 +36,6 @@ def write_inside(result: Result, trained: Trained, begun: float) -> None:
     path = result_place(trained, f"result_{mode}", ".json", facts)
     stem = path.stem.removeprefix("result_")
     pictures = {name: path.with_name(f"{stem}_{name}.png") for name in ("inversions", "atoms", "sparsity")}
-    write_json(path, {**facts, "pictures": {name: picture.name for name, picture in pictures.items()}})
     keeps_mean = result.facts["settings"]["keep_mean"]
     rows = family(result.arrays, "inversions")
     correlation = family(result.metrics, "correlation" if keeps_mean else "centred_correlation")
@@ -45,6 +44,8 @@ def write_inside(result: Result, trained: Trained, begun: float) -> None:
     draw_atoms(result.arrays["atoms"], result.arrays["used"], pictures["atoms"])
     share, residual = family(result.metrics, "nonzero"), family(result.metrics, "residual")
     draw_sparsity(share, residual, pictures["sparsity"], images=result.facts["measured"])
+    # Last: where it is, all is.
+    write_json(path, {**facts, "pictures": {name: picture.name for name, picture in pictures.items()}})
     for name in share:
         print(f"{layer_title(name):<16} {100 * share[name]:5.1f} % of the code non-zero, residual {residual[name]:.3g}")
     for picture in pictures.values():

@@ -12,7 +12,7 @@ from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, build_pa
 from datasets import one_class
 from datasets.views import PassSpec
 from evals import Eval, mode_of_run
-from evals.specs import PlaceSpec
+from evals.specs import ImagesSpec, PlaceSpec
 
 
 def launch(
@@ -34,6 +34,7 @@ def launch(
         flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
         flags = one_class.with_table(flags)
         row = modes[flags.mode]
+        flags = flags.filled(row.defaults)
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.
         if not only_look or (load_path and Path(load_path).exists()):
@@ -55,6 +56,8 @@ def evaluate(flags: Flags, row: Eval, world: World) -> None:
     with world.raise_together():
         trained = row.load(flags, world)
     results = row.measure(trained)
+    if ImagesSpec in row.specs:
+        flags.of(ImagesSpec)  # It has an effect, though the writer reads it later.
     for line in flags.unread_notes():
         print(line)
     for result in results:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from common.device import Amp, autocast
 from common.dist import World
 from common.errors import UserError
-from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec
 from common.progress import progress
 from common.run import recorded_flags
@@ -27,15 +26,14 @@ from common.seed import generator
 from datasets import DATASETS, ImageSet, PictureSet, ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.noise import LEVELS, cifar10c, noisy
-from datasets.sets import image_set
+from datasets.sets import derived, image_set
 from datasets.views import DrawSpec, PassSpec, batches_of, draw_set, set_views, shift_labels
 from evals.classify import Predict, linear_logits
 from evals.extract import CONTRASTIVE, LABELLED, ROT_TRANS, Extractor
 from evals.result import Result
 from evals.specs import SAME, NoiseLambdaSpec
-from evals.trained import Trained, evaluation_mode, identity, settings_of
-from models import ModelSpec
-from models.checkpoint import find_weights, kind_of, load_net
+from evals.trained import Trained, evaluation_mode, identity, load_other, settings_of
+from models.checkpoint import kind_of
 from models.csc import stem_of
 from models.lambda_line import MEASURES, LambdaLine, fit_line, fixed, measured
 
@@ -47,6 +45,8 @@ PREDICTED = tuple(f"{measure}_{per}" for measure in MEASURES for per in PER)
 COLUMNS = ("control", "fixed", *PREDICTED, "oracle")
 CLEAN = 0
 _CALIBRATION = "calibration images"
+# Test images of each class of CIFAR-10.
+_OF_CLASS = 1000
 # Pictures that are decoded at a time.
 _DECODED = 256
 
@@ -82,11 +82,21 @@ def _held_out(trained: Trained) -> ImageSet | PictureSet:
                 f"--{name} {here}: {trained.title} was trained with {there}, and lambda is calibrated on images that"
                 " training has not seen; leave the flag out"
             )
-    held_out = split.held_out_images()
+    elif recorded:
+        raise UserError(
+            f"--dataset {split.dataset}: {trained.title} was trained on {recorded.get('dataset', 'other images')}, and"
+            " lambda is calibrated on images that its training has held out; leave the flag out"
+        )
+    train, held_out = split.training_parts(AlignedSpec())
     if held_out is None:
         raise UserError(
             f"--held_out: {trained.title} was trained on all images, and lambda is calibrated on training images that"
             " training has not seen; train with --held_out 5000, say"
+        )
+    if trained.facts and split.facts(train) != {name: trained.facts.get(name) for name in split.facts(train)}:
+        raise UserError(
+            f"--data_path: the training images are not those that {trained.title} was trained on, so that it may have"
+            " seen those that are held out now; give these images, or train again"
         )
     return held_out
 
@@ -350,7 +360,8 @@ def noise_lambda(trained: Trained, *, task: Task) -> Iterator[Result]:
         next(ticks, None)
         facts = {
             "data": data,
-            "settings": settings_of(flags),
+            # A prediction per batch depends on its size.
+            "settings": {**settings_of(flags), "ood_batch_size": flags.of(PassSpec).ood_batch_size},
             "n": len(test),
             "n_calibration": len(images),
             "views": len(shifts),
@@ -473,7 +484,8 @@ def _some(images: ImageSet | PictureSet, count: int, seed: int) -> ImageSet:
     if isinstance(images, ImageSet):
         return images.where(torch.isin(torch.arange(len(images)), drawn))
     pixels = torch.cat([(images.batch(part) * 255).round().byte().cpu() for part in drawn.split(_DECODED)])
-    return replace(image_set(pixels, images.labels[drawn]), indices=drawn, fingerprint=images.fingerprint)
+    chosen = derived(images.fingerprint, drawn.numpy().tobytes())
+    return replace(image_set(pixels, images.labels[drawn]), indices=drawn, fingerprint=chosen)
 
 
 def _noisy_tests(
@@ -495,6 +507,8 @@ def _check_cifar10c(trained: Trained, spec: NoiseLambdaSpec, test: ImageSet) -> 
     classes = trained.split.class_names[: trained.split.n_classes]
     if classes != DATASETS["cifar10"].classes(trained.split.source) or test.size != (32, 32):
         raise UserError("--cifar10c: it has the classes of CIFAR-10 and 32 pixels, the data has others; leave it out")
+    if test.labels.bincount(minlength=len(classes)).tolist() != [_OF_CLASS] * len(classes):
+        raise UserError(f"--cifar10c: it has {_OF_CLASS} test images of each class, the data has others; leave it out")
     for kind, of_kind in _levels(spec).items():
         if kind in spec.noises:
             cifar10c(spec.cifar10c or "", kind, next(iter(of_kind)))
@@ -504,12 +518,8 @@ def _control(trained: Trained, spec: NoiseLambdaSpec, shifts: int) -> nn.Module 
     """The network of --control_path, as it was trained."""
     if spec.control_path is None:
         return None
-    flag, own = "control_path", trained.net
-    path = find_weights(spec.control_path, ("last.model",), flag=flag)
-    state, recorded = load_state_dict(path, flag=flag), recorded_flags(path)
+    own = trained.net
     kind = kind_of(getattr(own, "feature_net", own).state_dict())
-    model = recorded.get("model") or trained.flags.of(ModelSpec, only=["model"]).model
     sizes: dict[str, Any] = {"n_shifts": shifts} if kind == "feature" and shifts > 1 else {}
-    net = load_net(kind, state, model=model, path=path, flag=flag, **sizes)
-    trained.split.check_trained(read_facts(path).get("data", {}), path, flag=flag)
-    return net.to(trained.device).eval()
+    net, _ = load_other(trained, spec.control_path, flag="control_path", kind=lambda state: kind, **sizes)
+    return net

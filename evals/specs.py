@@ -2,10 +2,12 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from common.flags import Spec, flag, path_flag
+from common.attacks.ball import NORMS
+from common.attacks.specs import fraction
+from common.flags import Spec, class_choice, flag, path_flag
 from datasets.noise import LEVELS, NOISES
 from models.lambda_line import MEASURES
 
@@ -91,8 +93,13 @@ class FittedSpec(Spec, group="evaluation"):
 
 @dataclass(frozen=True)
 class TsneSpec(Spec, group="evaluation"):
-    """t-SNE pictures."""
+    """Pictures of features in the plane."""
 
+    projection: str = flag(
+        "tsne",
+        "features in the plane by t-SNE, or by UMAP where umap-learn is installed; auto: by UMAP if it is",
+        choices=lambda: ("auto", "tsne", "umap"),
+    )
     ood_layer: Sequence[str] = flag(("penultimate",), "t-SNE: penultimate or simclr", nargs="+")
     tsne_points: int = flag(1000, "t-SNE: points of each group at most", above=0)
 
@@ -107,6 +114,17 @@ class InsideSpec(Spec, group="evaluation"):
     )
     keep_mean: bool = flag(False, "sdnet_inside: leave in each inversion what all have in common, as published")
     equalise: bool = flag(False, "sdnet_inside: equalise the histograms of inversions")
+
+
+@dataclass(frozen=True)
+class DistanceSpec(Spec, group="evaluation"):
+    """Whose features are compared."""
+
+    target_label: int | str | None = flag(
+        None,
+        "feature_distance: test images of this class alone, its number or its name (default: of all)",
+        type=class_choice,
+    )
 
 
 @dataclass(frozen=True)
@@ -150,3 +168,42 @@ class NoiseLambdaSpec(Spec, group="noise and lambda"):
     )
     cifar10c: str | None = path_flag(None, "folder of CIFAR-10-C, whose arrays are then the noisy test images")
     control_path: str | None = path_flag(None, "run or weights of a network to compare with, without sparse coding")
+
+
+def _attacks() -> Iterable[str]:
+    from evals.attack import ATTACKS  # Which reads the spec.
+
+    return ATTACKS
+
+
+@dataclass(frozen=True)
+class AttackSpec(Spec, group="attacks"):
+    """Attacks on classifiers. epsilons: None: those of `evals.attack`, by the norm."""
+
+    attacks: Sequence[str] | None = flag(
+        None,
+        "which attacks (default: those that take minutes for 1,000 images and a small network)",
+        nargs="+",
+        choices=_attacks,
+    )
+    attack_images: int | None = flag(
+        None, "so many test images, of each class as many as of the others (default: all)", type=int, above=0
+    )
+    norm: str = flag("linf", "norm of --epsilon", choices=lambda: sorted(NORMS))
+    attack_steps: int = flag(40, "steps of APGD, of adaptive attacks, too (AutoAttack has 100 of its own)", above=0)
+    attack_step_size: float | None = flag(
+        None, "length of a step of PGD and CW (default: epsilon / 4; published: 0.007)", type=fraction, above=0
+    )
+    attack_restarts: int = flag(1, "restarts of attacks that start at random", above=0)
+    attack_targets: int = flag(5, "classes that attacks with a target try, the likeliest first", above=0)
+    square_queries: int = flag(1000, "queries of the Square attack (AutoAttack has 5000 of its own)", above=0)
+    epsilons: Sequence[float] | None = flag(
+        None,
+        "radii of the curve (default, linf: 0 1/255 2/255 4/255 8/255 16/255 1)",
+        type=fraction,
+        nargs="+",
+        at_least=0,
+    )
+    transfer_path: str | None = path_flag(
+        None, "run or weights of a network without the defence, whose attacked images are given to this one"
+    )

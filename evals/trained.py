@@ -16,12 +16,12 @@ from common.errors import UserError
 from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
-from datasets import ImageSet, Split
+from datasets import ImageSet, PictureSet, Split
 from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
-from models import model_size
-from models.checkpoint import State, find_weights
+from models import ModelSpec, model_size
+from models.checkpoint import Misfit, State, find_weights, load_net
 from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
@@ -30,7 +30,7 @@ _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
     " log_root image_cache download_data num_worker max_megapixels device compile local_rank dry_run overwrite"
-    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c".split()
+    " ood_batch_size print_score save_score skip_bad_images no_strict npz cifar10c control_path".split()
 )
 # Values that leave the data as they are: not among the settings, as in results from before these flags.
 UNCHANGED = {
@@ -40,6 +40,7 @@ UNCHANGED = {
     "held_out": 0,
     "test_noise": "none",
     "stem_lambda": None,
+    "projection": "tsne",
 }
 
 
@@ -132,6 +133,26 @@ def load_trained(
     return Trained(net.to(device).eval(), flags, split, device, world, path, _epoch(path), facts)
 
 
+def load_other(
+    trained: Trained, place: str, *, flag: str, kind: Callable[[State], str], **sizes: Any
+) -> tuple[nn.Module, Path]:
+    """Another network, as it was trained, on the same device, and its file: that of --`flag`, a run folder or a file.
+
+    kind: state dict -> row of `NETS`. Raises: Misfit where there is none. sizes: as `load_net`.
+    Raises: UserError for a file that is not found, corrupt or of another kind, and for one of other classes.
+    """
+    path = find_weights(place, ("last.model",), flag=flag)
+    state, recorded = load_state_dict(path, flag=flag), recorded_flags(path)
+    model = recorded.get("model") or trained.flags.of(ModelSpec, only=["model"]).model
+    try:
+        row = kind(state)
+    except Misfit as why:
+        raise UserError(f"--{flag}: {path} {why}") from None
+    net = load_net(row, state, model=model, path=path, flag=flag, **sizes)
+    trained.split.check_trained(read_facts(path).get("data", {}), path, flag=flag)
+    return net.to(trained.device).eval(), path
+
+
 def _check_writable(folder: Path) -> None:
     """Raises: UserError now, and not after the work, where results cannot be written."""
     place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
@@ -174,6 +195,6 @@ def settings_of(flags: Flags, without: frozenset[str] = frozenset()) -> dict[str
     return {name: value for name, value in found.items() if name not in UNCHANGED or value != UNCHANGED[name]}
 
 
-def identity(images: ImageSet) -> dict[str, Any]:
+def identity(images: ImageSet | PictureSet) -> dict[str, Any]:
     """What distinguishes a set of images from others, for results."""
     return {"images": len(images), "fingerprint": images.fingerprint}

@@ -13,6 +13,7 @@ from torch import nn
 
 from common.errors import UserError
 from common.flags import Flags, Spec, flag, one_component, path_flag
+from models.preact_resnet import PreActResNet, WideResNet
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.sdnet import VARIANTS, sdnet
 
@@ -69,6 +70,10 @@ BACKBONES: dict[str, BackboneSpec] = {
     "resnet18": BackboneSpec(lambda: ResNet(BasicBlock, *_18)),
     "resnet34": BackboneSpec(lambda: ResNet(BasicBlock, *_34)),
     "resnet50": BackboneSpec(lambda: ResNet(Bottleneck, *_34)),
+    "wrn16_1": BackboneSpec(lambda: WideResNet(16, 1)),
+    "wrn28_10": BackboneSpec(lambda: WideResNet(28, 10)),
+    "wrn34_10": BackboneSpec(lambda: WideResNet(34, 10)),
+    "preact18_64": BackboneSpec(lambda: PreActResNet(*_18, stem=64, grid=2), image_size=64, fixed_size=True),
     "resnet18_imagenet": BackboneSpec(_imagenet("resnet18"), image_size=224),
     "resnet34_imagenet": BackboneSpec(_imagenet("resnet34"), image_size=224),
     "resnet50_imagenet": BackboneSpec(_imagenet("resnet50"), image_size=224),

@@ -20,6 +20,8 @@ from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.feature_net import Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.resnet import StagedNet
+from models.reverse_attention import RaClassifier
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 State = dict[str, Tensor]
@@ -35,6 +37,7 @@ class NetKind:
 
     markers: keys by which a state dict of this kind is recognised.
     absent: the error for a file without one of them, {key}.
+    excluded: keys that say that it is of another kind, each with its error.
     build(model, **sizes): the network with fresh weights, drawn by torch's global generator. Takes what `sizes` returns
         and, as further keyword arguments, what no file fixes.
     sizes(state): what a state dict with the markers fixes; the names are those of the flags. Raises: Misfit.
@@ -52,12 +55,16 @@ class NetKind:
     must_agree: Mapping[str, str] = field(default_factory=dict)
     inner: str = ""
     named_by: str = "model"
+    excluded: Mapping[str, str] = field(default_factory=dict)
 
     def read_sizes(self, state: State) -> dict[str, Any]:
-        """`sizes` of any state dict. Raises: Misfit where a marker is missing."""
+        """`sizes` of any state dict. Raises: Misfit where a marker is missing, and where an excluded key is there."""
         for key in self.markers:
             if key not in state:
                 raise Misfit(self.absent.format(key=key))
+        for key, text in self.excluded.items():
+            if key in state:
+                raise Misfit(text)
         return self.sizes(state)
 
 
@@ -73,6 +80,27 @@ def _feature_sizes(state: State) -> dict[str, Any]:
 
 def _build_classifier(model: str, *, n_classes: int) -> Classifier:
     return Classifier(backbone_spec(model).make(), n_classes=n_classes)
+
+
+def _build_ra_classifier(model: str, *, n_classes: int, ra_blocks: int | None = None) -> RaClassifier:
+    backbone = backbone_spec(model).make()
+    if not isinstance(backbone, StagedNet):
+        raise UserError(f"--model {model}: no reverse attention for it; there is for {_ATTENTIVE}")
+    if ra_blocks is not None:
+        # A file may be of another backbone, which is found when its tensors are loaded.
+        ra_blocks = min(ra_blocks, len(backbone.layers()[-1]))
+    return RaClassifier(backbone, n_classes=n_classes, ra_blocks=ra_blocks)
+
+
+def _ra_sizes(state: State) -> dict[str, Any]:
+    blocks = state["ra_blocks"]
+    if blocks.numel() != 1 or int(blocks) < 1:
+        raise Misfit(f"is corrupt: its tensor ra_blocks is {blocks.tolist()}")
+    return {"n_classes": len(state["linear.weight"]), "ra_blocks": int(blocks)}
+
+
+# With which backbones, in an error message.
+_ATTENTIVE = "resnet8, resnet18, wrn28_10, wrn34_10, preact18_64 and their kin"
 
 
 def _build_rot_trans(model: str) -> RotTransNet:
@@ -152,6 +180,13 @@ NETS: dict[str, NetKind] = {
         absent="holds no classifier (no {key!r})",
         build=_build_classifier,
         sizes=lambda state: {"n_classes": len(state["linear.weight"])},
+        excluded={"ra_blocks": "holds a classifier with reverse attention; give one without"},
+    ),
+    "ra_classifier": NetKind(
+        markers=("linear.weight", "ra_blocks"),
+        absent="holds no classifier with reverse attention (no {key!r})",
+        build=_build_ra_classifier,
+        sizes=_ra_sizes,
     ),
     "rot_trans": NetKind(
         markers=("rotation.weight",),
@@ -308,7 +343,10 @@ def _below(name: str, state: State) -> State:
 def _load_backbone_and_heads(
     net: nn.Module, state: State, *, named_by: str, model: str, path: Path, strict: bool
 ) -> None:
-    """Load all tensors, or without `strict` those that fit. Raises: UserError where they do not fit."""
+    """Load all tensors, or without `strict` those that fit.
+
+    Raises: UserError where they do not fit; Misfit for settings of a layer that are out of range.
+    """
     own = net.state_dict()
     fitting = {k: v for k, v in state.items() if k in own and _fits(own[k], v)}
     if not strict:
@@ -319,7 +357,10 @@ def _load_backbone_and_heads(
     elif len(fitting) < len(own) or len(fitting) < len(state):
         what = model if named_by == "model" else f"{model} {named_by} of these sizes"
         raise UserError(f"--{named_by}: {path} does not hold a {what}{_guess(state)}; --no_strict loads what fits")
-    net.load_state_dict(fitting, strict=strict)
+    try:
+        net.load_state_dict(fitting, strict=strict)
+    except ValueError as why:  # Of a layer that checks the settings which a file has of it.
+        raise Misfit(f"is corrupt: {why}") from None
 
 
 def _fits(own: Tensor, saved: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.adjoint import Frame
+from models.mode import evaluation_mode
 
 # (r, t or None for 0) -> eta A*(r) - t.
 Ascend = Callable[[Tensor, Tensor | None], Tensor]
@@ -27,8 +28,9 @@ Residual = Callable[[Tensor], Tensor]
 GRADIENTS = ("extrapolated", "iterate")
 # The power iteration of a fresh start: steps at most, and the squared change of its unit vector that ends it.
 _STEPS, _TOLERANCE = 50, 1e-5
-# Frequencies on a side at which the bound of a fresh layer is computed, and for how many channels that is fast.
-_GRID, _FEW = 32, 8
+# Frequencies on a side at which the bound of a fresh layer is computed, at least, and for each pixel of a kernel.
+# For how many channels that is fast.
+_GRID, _FINE, _FEW = 32, 8, 8
 _TINY = 1e-12
 
 
@@ -59,10 +61,12 @@ class Solver(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Tensor) -> "Solver":
-        """From `tensor`."""
+        """From `tensor`. Raises: ValueError for settings out of range."""
         steps, mu, nonneg, gradient_at = numbers.tolist()
         # To the digits that a float32 keeps: 0.1 is 0.1 again.
-        return cls(int(steps), float(f"{mu:.7g}"), bool(nonneg), GRADIENTS[int(gradient_at)])
+        if not 0 <= gradient_at < len(GRADIENTS):
+            raise ValueError(f"settings of a solver must be in their ranges, got {numbers.tolist()}")
+        return cls(int(steps), float(f"{mu:.7g}"), bool(nonneg), GRADIENTS[int(gradient_at)]).checked()
 
     def solve(self, x: Tensor, ascend: Ascend, residual: Residual, eta: Tensor, t: Tensor) -> Tensor:
         """The K-th iterate; the arguments are those of `iterates`."""
@@ -79,7 +83,8 @@ class Solver(NamedTuple):
         """
 
         def shrink(v: Tensor) -> Tensor:
-            shrunk = v.relu_() if self.nonneg else v - torch.clamp(v, min=-t, max=t)
+            bound = t.to(v.dtype)
+            shrunk = v.relu_() if self.nonneg else v - torch.clamp(v, min=-bound, max=bound)
             return shrunk / (1 + self.mu * eta) if self.mu else shrunk
 
         taken = t if self.nonneg else None
@@ -220,7 +225,7 @@ class _Operators:
     def ascend(self, r: Tensor, t: Tensor | None) -> Tensor:
         bias = self.cast(-t.expand(len(self.scaled))) if t is not None and t.ndim == 0 else None
         found = self.frame.analyse(self.cast(r), self.scaled, bias)
-        return found if t is None or bias is not None else found - t
+        return found if t is None or bias is not None else found - t.to(found.dtype)
 
     def residual(self, z: Tensor) -> Tensor:
         image = self.minus_synthesis(z)
@@ -255,6 +260,11 @@ class _Unrolled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(g.device.type, enabled=False):  # As the forward pass has chosen, wherever this one runs.
+            return _Unrolled._gradients(ctx, g)
+
+    @staticmethod
+    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, eta, t, code, *kept = ctx.saved_tensors
         solver: Solver = ctx.solver
         frame: Frame = ctx.frame
@@ -321,7 +331,8 @@ class CSC2d(_Coding):
 
     recompute: iterates before the last are not kept for the gradient but computed again, which costs K - 1
     convolutions, and as many transposed ones where the residuals of these steps are larger than a code.
-    step_ratio: of eta to 1 / the largest eigenvalue; that is estimated a little too low, hence 0.9 and not 1.
+    step_ratio: of eta to 1 / the largest eigenvalue. The power iteration estimates that a little too low, by some 10 %
+    while weights move fast, hence 0.9 and not 1; the objective falls for eta below 2 / the eigenvalue.
     A fresh layer has a step that is safe for every size, if short; `refresh_step` finds that of one size.
     """
 
@@ -394,10 +405,10 @@ class CSC2d(_Coding):
     def _bound(self) -> Tensor:
         """Of the largest eigenvalue of A* A, for all sizes of images.
 
-        For few channels the largest at any frequency of an endless image of stride 1, which no other exceeds. Else that
+        For few channels the largest at the frequencies of a fine grid, of an endless image of stride 1. Else that
         of atoms which do not overlap, times the number of those that overlap in a pixel: up to four times too large.
         """
-        W, n = self.weight.double(), max(_GRID, self.kernel_size)
+        W, n = self.weight.double(), max(_GRID, _FINE * self.kernel_size)
         if min(W.shape[:2]) <= _FEW:
             symbols = torch.fft.fft2(W, s=(n, n)).permute(2, 3, 0, 1)  # (n, n, M, C)
             return torch.linalg.matrix_norm(symbols, ord=2).square().max()
@@ -428,15 +439,12 @@ def input_sizes(backbone: nn.Module, channels: int, size: Sequence[int]) -> dict
 
     layers = csc_layers(backbone)
     hooks = [layer.register_forward_pre_hook(look) for layer in layers.values()]
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()  # Batch normalisation must not count an image that is none.
     try:
-        backbone(next(iter(layers.values())).weight.new_zeros(1, channels, *size))
+        with evaluation_mode(backbone):  # Batch normalisation must not count an image that is none.
+            backbone(next(iter(layers.values())).weight.new_zeros(1, channels, *size))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, training in modes:
-            module.training = training
     return found
 
 

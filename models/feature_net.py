@@ -57,8 +57,12 @@ class BackboneNet(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Features h (N, F) of images (N, in_channels, H, W) in [0, 1], which are normalised here."""
+        return self.backbone(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """What the backbone takes of images in [0, 1], in channels-last memory format."""
         x = (images - self.input_mean) / self.input_std
-        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return x.contiguous(memory_format=torch.channels_last)
 
 
 class FeatureNet(BackboneNet):
@@ -84,16 +88,32 @@ class FeatureNet(BackboneNet):
         )
 
 
+class Heads(NamedTuple):
+    """Class logits (N, C), float32 or float64: of the last head, and of those before it, in order."""
+
+    final: Tensor
+    auxiliary: tuple[Tensor, ...]
+
+
 class Classifier(BackboneNet):
-    """A backbone and one linear head, for classes with labels."""
+    """A backbone and one linear head, for classes with labels.
+
+    Its bias starts from 0 where the backbone has the attribute `zero_bias`.
+    """
 
     def __init__(self, backbone: nn.Module, *, n_classes: int):
         super().__init__(backbone)
         self.linear = nn.Linear(self.feature_dim, n_classes)
+        if getattr(backbone, "zero_bias", False):
+            nn.init.zeros_(self.linear.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class logits (N, C), float32 or float64, of images (N, in_channels, H, W) in [0, 1]."""
         return full_precision(self.linear(self.features(images)))
+
+    def heads(self, images: Tensor, labels: Tensor | None = None) -> Heads:
+        """The logits of `forward` and no auxiliary ones. labels (N,): not used."""
+        return Heads(self(images), ())
 
 
 class Transformation(NamedTuple):
@@ -130,7 +150,8 @@ def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str,
 
 
 def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    heads = {name for name, _ in module.named_children()} - {"backbone"}
+    own = (*module.named_children(), *module.named_buffers(recurse=False))
+    heads = {name for name, _ in own} - {"backbone"}
     for key in [k for k in state if k.startswith(prefix)]:
         name = key.removeprefix(prefix)
         if name.split(".")[0] not in heads:

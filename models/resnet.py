@@ -5,7 +5,9 @@ each.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Act = Callable[[], nn.Module]
@@ -75,17 +77,88 @@ class Bottleneck(Residual):
         return self.act3(self.add(x))
 
 
-class ResNet(nn.Module):
-    """Images (N, in_channels, H, W), normalised, to pooled features (N, feature_dim).
+class StagedNet(nn.Module):
+    """Stem, residual blocks, tail, pooling: normalised images (N, in_channels, H, W) to features (N, feature_dim).
 
-    blocks: number of residual blocks in each stage; widths: their channels. The first stage keeps the resolution, each
-    later one halves it.
+    Subclasses make the stem, then the stages, in the order in which weights are drawn.
+
+    grid: windows of the average pooling on a side; features are channels x grid x grid, the channel first.
+    input_mean, input_std: by which images in [0, 1] are to be normalised, for each channel; None: 0.5.
+    """
+
+    feature_dim: int
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        grid: int = 1,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
+    ):
+        super().__init__()
+        self.in_channels, self.grid, self.stages = in_channels, grid, 0
+        self.input_mean, self.input_std = input_mean or (0.5,) * in_channels, input_std or (0.5,) * in_channels
+
+    def add_stages(
+        self, make: Callable[[int, int, int], nn.Module], blocks: Sequence[int], widths: Sequence[int], channels: int
+    ) -> None:
+        """Blocks make(inputs, width, stride) in stages `layer1`, `layer2`, ...; the first gets `channels` of the stem.
+
+        The first stage keeps the resolution, each later one halves it.
+        """
+        self.stages = len(widths)
+        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
+            layers = []
+            for n in range(count):
+                layers.append(make(channels, width, 2 if stage > 1 and n == 0 else 1))
+                channels = width * getattr(layers[-1], "expansion", 1)
+            self.add_module(f"layer{stage}", nn.Sequential(*layers))
+        self.feature_dim = channels * self.grid**2
+
+    def layers(self) -> list[nn.Sequential]:
+        """The stages, in order."""
+        return [self.get_submodule(f"layer{stage}") for stage in range(1, self.stages + 1)]  # type: ignore[misc]
+
+    def stem(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def tail(self, x: Tensor, use: int = -1) -> Tensor:
+        """What follows the last block. use: which of the uses that `repeat_tail` has prepared."""
+        return x
+
+    def repeat_tail(self, uses: int) -> None:
+        """Prepare the tail for so many uses in one forward pass. Weights are shared, activations are not."""
+
+    def window(self, x: Tensor) -> tuple[int, int]:
+        """Sides of a window of the pooling of x (N, C, H, W). Raises: ValueError where the grid does not divide x."""
+        H, W = x.shape[2:]
+        if H % self.grid or W % self.grid:
+            raise ValueError(f"a map of {H} x {W} has no grid of {self.grid} x {self.grid}; give larger images")
+        return H // self.grid, W // self.grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers():
+            x = layer(x)
+        x = self.tail(x)
+        return average_pool(x, self.window(x))
+
+
+def average_pool(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Means of x (N, C, H, W) over windows, flattened (N, C x rows x columns), the channel first."""
+    if tuple(x.shape[2:]) == window:
+        # Channels last, as `x` lies in memory: its gradient then lies there in the same way.
+        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+    return F.avg_pool2d(x, window).flatten(1)
+
+
+class ResNet(StagedNet):
+    """blocks: number of residual blocks in each stage; widths: their channels.
 
     stem(inputs, outputs): makes the first convolution. pool(channels): what follows its activation; None: nothing.
     conv(inputs, outputs, stride): makes every other 3 x 3 convolution; those of 1 x 1 stay.
     act(): makes each activation; stem_act() that of the stem, by default as `act`.
-    last_block: class of the last `n_last` blocks in place of `block`, called with the same arguments.
-    input_mean, input_std: by which images in [0, 1] are to be normalised, for each channel; None: 0.5.
     """
 
     def __init__(
@@ -99,33 +172,15 @@ class ResNet(nn.Module):
         conv: Conv = conv3x3,
         act: Act = relu,
         stem_act: Act | None = None,
-        last_block: Callable[..., nn.Module] | None = None,
-        n_last: int = 1,
         pool: Callable[[int], nn.Module] | None = None,
         input_mean: Sequence[float] | None = None,
         input_std: Sequence[float] | None = None,
     ):
-        super().__init__()
-        self.in_channels = in_channels
-        self.input_mean, self.input_std = input_mean or (0.5,) * in_channels, input_std or (0.5,) * in_channels
+        super().__init__(in_channels=in_channels, input_mean=input_mean, input_std=input_std)
         channels = widths[0]
         self.conv1, self.bn1, self.act1 = stem(in_channels, channels), nn.BatchNorm2d(channels), (stem_act or act)()
         self.pool = pool(channels) if pool is not None else nn.Identity()
-        self.stages = len(widths)
-        left = sum(blocks)
-        for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
-            layers = []
-            for n in range(count):
-                make = last_block if last_block is not None and left <= n_last else block
-                layers.append(make(channels, width, 2 if stage > 1 and n == 0 else 1, conv=conv, act=act))
-                channels = width * block.expansion
-                left -= 1
-            self.add_module(f"layer{stage}", nn.Sequential(*layers))
-        self.feature_dim = channels
+        self.add_stages(partial(block, conv=conv, act=act), blocks, widths, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.act1(self.bn1(self.conv1(x))))
-        for stage in range(1, self.stages + 1):
-            x = self.get_submodule(f"layer{stage}")(x)
-        # Channels last, as `x` lies in memory: its gradient then lies there in the same way.
-        return x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+    def stem(self, x: Tensor) -> Tensor:
+        return self.pool(self.act1(self.bn1(self.conv1(x))))

@@ -35,11 +35,13 @@ for seed in ${SEEDS:-0}; do
             once "$run/lambda_line.json" "$weights" -- "$PYTHON" $calibrate --load_path "$weights" --seed "$seed"
         fi
         for lambda in $lambdas; do
+            inputs=("$weights")
+            [ "$lambda" = trained ] || inputs+=("$run/lambda_line.json")
             for level in clean ${LEVELS:-$levels}; do
                 out=$run/detector/${lambda}_$level under=() stem=()
                 [ "$level" = clean ] || under=(--test_noise gaussian --test_noise_level "$level")
                 [ "$lambda" = trained ] || stem=(--stem_lambda "$lambda")
-                once "$out/result_ood_pre_CSI.json" "$weights" -- \
+                once "$out/result_ood_pre_CSI.json" "${inputs[@]}" -- \
                     "$PYTHON" $of_simclr --load_path "$weights" --ood_score CSI --seed "$seed" --out "$out" \
                     "${under[@]}" "${stem[@]}"
             done

@@ -19,8 +19,8 @@ DATASET=${DATASET:-cifar10}
 logs=$(expanded "$LOG_ROOT") probes=()
 for model in $MODELS; do
     "$PYTHON" $supervised --dataset "$DATASET" --data_path "${DATA_PATH:-../Data/}" --model "$model" $batch --epochs 2 \
-        --log_root "$LOG_ROOT/speed" --amp bf16 "$@"
-    probes+=("$logs/speed/${DATASET}_${model}_$supervised_run")
+        --log_root "${LOG_ROOT}_speed" --amp bf16 "$@"
+    probes+=("${logs}_speed/${DATASET}_${model}_$supervised_run")
 done
 EPOCHS=$("$PYTHON" -m scripts.length "${probes[@]}" --minutes "${MINUTES:-20}" --most "$epochs")
 echo "-- $EPOCHS of $epochs epochs fit ${MINUTES:-20} minutes"

@@ -318,6 +318,7 @@ COMMANDS = {
     "sup_simclr": (train, [*LABELLED, "--epochs", "1"], None),
     "sup_linear": (train, [*LABELLED, "--epochs", "1"], "--load_path sup_simclr"),
     "supervised": (train, [*LABELLED, "--epochs", "1", "--model", "sdnet8"], None),
+    "adv_trades": (train, [*LABELLED, *"--epochs 1 --ra --anc --num_steps 2".split()], None),
     "cocsr_dict": (
         train_cocsr,
         [*SHIFTED, *SPARSE, *"--sr_dict_size 24 --ini_sr_dict_train".split()],
@@ -337,6 +338,7 @@ COMMANDS = {
     ),
     "rot_trans, evaluated": (evaluate, PLAIN, "--load_path rot_trans"),
     "test_acc": (evaluate, LABELLED, "--load_path sup_linear"),
+    "test_acc, under reverse attention": (evaluate, LABELLED, "--load_path adv_trades"),
     "test_acc, of an SDNet": (evaluate, [*LABELLED, "--model", "sdnet8"], "--load_path supervised"),
     "rdae": (train, [*NOISY, *"--rounds 2 --inner_epochs 2 --reinit --threshold 1".split()], None),
     "vae": (train, [*NOISY, *"--epochs 2 --likelihood gaussian".split()], None),

@@ -8,6 +8,8 @@ import torch
 import eval as evaluate
 import train
 import train_cocsr
+import tsne
+from datasets.pictures import centre
 from tests.conftest import SHIFT
 from tests.datasets.test_pictures import photographs
 
@@ -62,15 +64,27 @@ def test_all_classes_need_the_published_outlier_sets_or_others_only_in_evaluatio
     assert (run / "scores_ood_pre_CSI_interp.csv").is_file()
 
 
-def test_imagenet_1k_is_trained_with_labels_and_tested_on_centre_crops(tmp_path, capsys):
+def test_imagenet_1k_is_trained_with_labels_and_tested_on_centre_crops(tmp_path, capsys, monkeypatch):
     photographs(tmp_path, {"train/n01": 12, "train/n02": 12, "val/n01": 3, "val/n02": 4})
-    args = ["--dataset", "imagenet1k", "--data_path", str(tmp_path), "--image_size", "16", "--model", "resnet8"]
+    args = ["--dataset", "imagenet1k", "--data_path", str(tmp_path), "--image_size", "16", "--model", "sdnet8"]
     own = ["--mode", "supervised", "--epochs", "1", "--batch_size", "8", "--held_out", "4", "--num_worker", "0"]
     assert train.main([*args, *own, "--log_root", str(tmp_path / "logs")]) == 0, capsys.readouterr().err
-    run = tmp_path / "logs/imagenet1k_resnet8_supervised"
+    run = tmp_path / "logs/imagenet1k_sdnet8_supervised"
     assert "20 images of all classes" in (run / "log.txt").read_text()
     for weights in ("last", "best"):
         assert evaluate.main(["--load_path", str(run / f"{weights}.model")]) == 0, capsys.readouterr().err
     result = json.loads((run / "accuracy_test_acc.json").read_text())
     assert (result["n"], result["classes"]) == (7, 2) and result["dataset"] == "imagenet1k"
     assert (run / "accuracy_test_acc_best.json").is_file()
+    # Of training pictures only those are decoded that are looked at.
+    read = []
+    monkeypatch.setattr("datasets.pictures.centre", lambda pixels, side: (read.append(1), centre(pixels, side))[1])
+    few = "--noises gaussian --noise_levels 1 --lambdas 0.1 0.5".split()
+    assert evaluate.main(["--load_path", str(run), "--mode", "noise_lambda", *few]) == 0, capsys.readouterr().err
+    found = json.loads((run / "result_noise_lambda.json").read_text())
+    assert (found["n"], found["n_calibration"]) == (7, 4)
+    args = ["--load_path", str(run), "--mode", "sdnet_inside", "--inside_images", "2"]
+    before = len(read)
+    assert tsne.main(args) == 0, capsys.readouterr().err
+    shown = json.loads((run / "result_sdnet_inside.json").read_text())["shown"]
+    assert sorted(image["class"] for image in shown) == ["n01", "n02"] and 20 <= len(read) - before <= 26

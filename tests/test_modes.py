@@ -19,6 +19,7 @@ from evals import EVALS, TSNES
 from evals.scores import SCORES
 from evals.specs import TsneSpec
 from training import STAGE1, STAGE2
+from training.modes.adversarial import METHODS
 
 SMALL = "--dataset folder --image_size 8 --model resnet8 --num_worker 1".split()
 FEW = "--noises gaussian --noise_levels 1 5 --lambdas 0.1 0.6".split()
@@ -30,11 +31,16 @@ STARTS = {
     "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
 }
 AUTOENCODERS = ("rdae", "dae", "vae")
+# How the names of modes begin that train by labels.
+LABELLED = ("sup", *METHODS)
 LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"]}
 EXTRA = {
     "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),
     **{mode: ["--layers", "8"] for mode in AUTOENCODERS},
+    **{mode: ["--num_steps", "2", "--ra", "--anc"] for mode in METHODS},
 }
+# Passes of the network in training mode in a step: of attacked images, negatives and natural ones.
+PASSES = dict.fromkeys(METHODS, 3)
 # Evaluations of networks of one kind: the backbone of the run that they are tested on.
 MODELS = {
     "sdnet_inside": "sdnet8_all_noshortcut",
@@ -48,7 +54,7 @@ def model_for(evaluation: str) -> str:
 
 def of_mode(mode: str, model: str = "resnet8") -> list[str]:
     """The flags that the runs and the evaluations of a mode of training share."""
-    labelled = mode.startswith("sup")
+    labelled = mode.startswith(LABELLED)
     shifted = SHIFTED if mode in ("simclr_CSI", "cocsr_dict") else []
     return [*SMALL, "--model", model, *shifted, *([] if labelled else ["--one_class_idx", "0"])]
 
@@ -106,7 +112,7 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
         backbone = {k.removeprefix("feature_net."): v for k, v in state.items()}
         assert all(torch.equal(backbone[k], v) for k, v in start.items() if k.startswith(("conv", "bn", "layer")))
     else:
-        assert set(norms) == (set() if mode in AUTOENCODERS else {steps})
+        assert set(norms) == (set() if mode in AUTOENCODERS else {steps * PASSES.get(mode, 1)})
     assert script(mode).main(args) == 0 and "is finished" in capsys.readouterr().out
 
 
@@ -206,7 +212,7 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
 ):
     folder = trained(training, model_for(mode))[1]
-    labelled = training.startswith("sup")
+    labelled = training.startswith(LABELLED)
     detects = mode.startswith(("ood", "rot"))
     # A score that looks at a head is for the modes that train this head.
     scores = [n for n in EVALS[mode].scores if detects and training in (SCORES[n].trained_by or [training])]
@@ -238,9 +244,9 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
         assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
 
 
-# Metrics of detection and classification; those of a data matrix and its parts, and of predicted lambdas.
+# Metrics of detection and classification; those of a data matrix and its parts, of predicted lambdas, of distances.
 _SHARES = ("mean", "pooled", "accuracy", "ece")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle", "positive_cosine")
 
 
 @pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])

@@ -22,6 +22,9 @@ from tests.processes import found_by
 _TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
+ATTACK = "--num_steps 2 --epsilon 0.1 --step_size 0.05".split()
+
+
 @pytest.fixture(scope="module")
 def found(stage1, tmp_path_factory):
     """Findings of each mode, by number of processes: three of them share batches of 25 unevenly."""
@@ -33,6 +36,7 @@ def found(stage1, tmp_path_factory):
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
         "supervised": [*every, "--mode", "supervised", "--model", "sdnet8_all"],
+        "adv_trades": [*every, "--mode", "adv_trades", "--ra", "--anc", "--strategy", "hard_adv", *ATTACK],
         "rdae": [*tiny, "--mode", "rdae", "--layers", "8"],
         "vae": [*tiny, "--mode", "vae", "--autoencoder", "vae", "--layers", "8", "3"],
         "cocsr_dict": [*tiny, *SHIFT, "--mode", "cocsr_dict", "--resume_path", str(stage1), "--epochs", "9"],
@@ -54,6 +58,7 @@ def found(stage1, tmp_path_factory):
         "sup_CSI_linear",
         "rot_trans",
         "supervised",
+        "adv_trades",
         "rdae",
         "vae",
         "cocsr_dict",

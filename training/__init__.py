@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
+from common.attacks.specs import EpsilonSpec
 from common.dist import World
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, file_name, joined_name
 from datasets import DataSource, ShiftSpec, Split
@@ -20,7 +21,7 @@ from models.feature_net import FeatureTransform
 from models.sdnet import CSCSpec
 from models.sparse.dictionary import SparseSpec
 from training.micro_batch import MicroBatchSpec
-from training.modes import cocsr_dict, rdae, rot_trans, simclr, sup_linear, supervised
+from training.modes import adversarial, cocsr_dict, rdae, rot_trans, simclr, sup_linear, supervised
 from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
 from training.optim import LengthSpec, OptimSpec, RateSpec
@@ -145,6 +146,18 @@ def _autoencoder(
     return Mode(build, specs, name, defaults=own, backbone=False, length=length)
 
 
+def _adversarial(defaults: Mapping[str, Any] = {}) -> Mode:
+    own = {"lr_init": 0.01, "weight_decay": 2e-4, "epochs": 120, "held_out": "auto"}
+    schedule = {"lr_drops": [74, 89, 99], "no_nesterov": True}
+    return Mode(
+        adversarial.build,
+        (*COMMON, RateSpec, supervised.SupervisedSpec, AlignedSpec, CSCSpec, EpsilonSpec, adversarial.AdversarialSpec),
+        adversarial.run_parts,
+        defaults={**own, **schedule, **defaults},
+    )
+
+
+_CYCLE = {"lr_schedule": "cycle", "lr_init": 0.2, "epochs": 30}
 _VARIATIONAL = {"autoencoder": "vae", "layers": [400, 20]}
 _TEMPERATURE = {"temperature": 0.07}
 _ROTATION = {"shift_trans_type": "rotation"}
@@ -163,12 +176,24 @@ STAGE1: dict[str, Mode] = {
         rotations,
         defaults=_ROTATION,
     ),
+    "adv_rot_trans": Mode(
+        rot_trans.build_attacked,
+        (*COMMON, *_VIEWS, OptimSpec, CSCSpec, EpsilonSpec, rot_trans.ViewAttackSpec),
+        _unlabelled,
+        rotations,
+        defaults=_ROTATION,
+    ),
     "supervised": Mode(
         supervised.build,
         (*COMMON, RateSpec, supervised.SupervisedSpec, AlignedSpec, CSCSpec),
         _mode_alone,
         defaults={"lr_init": 0.1, "weight_decay": 5e-4, "epochs": 220, "held_out": "auto"},
     ),
+    "adv_pgd": _adversarial(),
+    "adv_trades": _adversarial(),
+    "adv_mart": _adversarial({"robust_weight": 5.0}),
+    "adv_fgsm_rs": _adversarial(_CYCLE),
+    "adv_nfgsm": _adversarial(_CYCLE),
     "rdae": _autoencoder(rdae.build, rdae.robust_name, length=rdae.rounds_and_epochs),
     "dae": _autoencoder(rdae.build_plain, rdae.plain_name),
     "vae": _autoencoder(rdae.build_plain, _mode_alone, _VARIATIONAL),

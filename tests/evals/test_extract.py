@@ -1,15 +1,31 @@
+import pytest
 import torch
 
+from common.files import save_tensors
+from common.flags import build_parser, parse
 from datasets.augment import AlignedSpec
 from datasets.sets import image_set
 from datasets.shifts import ShiftSpec
 from datasets.views import DrawSpec, draw_views
-from evals import extract
-from evals.extract import FITTED_SPARSE, Extraction, cocsr_outputs, concatenate, draw_means, net_outputs, reference_pool
+from evals import EVALS, TSNES, extract
+from evals.classify import classify
+from evals.extract import (
+    CLASSIFIER,
+    FITTED_SPARSE,
+    LABELLED,
+    Extraction,
+    cocsr_outputs,
+    concatenate,
+    draw_means,
+    net_outputs,
+    reference_pool,
+)
 from models.checkpoint import build_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
+from program import SPECS
+from tests.conftest import TINY
 from tests.evals.test_trained import trained_of
 
 SHIFTS = ShiftSpec("rot_bmix", 0.2).functions()
@@ -96,3 +112,37 @@ def test_draws_are_averaged_before_features_are_inverted_and_coded(stage1):
     # The same dictionaries code test images.
     again = fitted.outputs(train, "again")
     assert all(torch.allclose(known[name], again[name], atol=1e-6) for name in known)
+
+
+@pytest.mark.parametrize("model", ["resnet8", "wrn16_1"])
+def test_classifiers_with_reverse_attention_are_evaluated_as_their_files_say(model, tmp_path):
+    net = build_net("ra_classifier", model, n_classes=10, seed=0).eval()
+    torch.nn.init.normal_(net.linear.weight, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # Fresh networks tell images apart by little.
+        net.linear.bias -= net.heads(torch.rand(50, 3, 8, 8)).auxiliary[0].mean(0)
+    save_tensors(tmp_path / "last.model", net.state_dict(), facts={"flags": {"mode": "supervised"}, "epoch": 1})
+    given = [*TINY[:-2], "--model", model, "--load_path", str(tmp_path), "--device", "cpu"]
+
+    def loaded(table, mode: str, *more: str):
+        flags = parse([*given, "--mode", mode, *more], build_parser("x", table, mode, SPECS))
+        return table[mode].load(flags)
+
+    trained = loaded(EVALS, "test_acc")
+    test = trained.split.test()
+    with torch.inference_mode():
+        batch = test.batch(torch.arange(len(test)))
+        logits, h = net(batch), net.features(batch)
+    (result,) = classify(trained)
+    columns = result.per_image["digits"]
+    assert len(set(columns["predicted"])) > 2 and columns["predicted"].tolist() == logits.argmax(1).tolist()
+    assert columns["confidence"].tolist() == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-4)
+
+    found = Extraction.of(LABELLED, loaded(EVALS, "ood", "--ood_dataset", "interp"), {"linear"}).outputs(test, "test")
+    torch.testing.assert_close(found["linear"][:, 0], logits, atol=1e-3, rtol=1e-4)
+    found = Extraction.of(CLASSIFIER, loaded(TSNES, "supervised_tsne"), {"h"}).outputs(test, "test")
+    torch.testing.assert_close(found["h"][:, 0], h, atol=1e-5, rtol=1e-4)
+    # Rows of one's own guess change it: the plain network of these weights says something else.
+    plain = build_net("classifier", model, n_classes=10, seed=0).eval()
+    plain.load_state_dict({key: value for key, value in net.state_dict().items() if key in plain.state_dict()})
+    with torch.inference_mode():
+        assert (plain(batch) - logits).abs().max() > 1

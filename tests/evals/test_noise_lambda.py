@@ -24,7 +24,7 @@ from datasets.sets import image_set
 from datasets.views import DrawSpec, draw_set, set_views
 from evals.classify import linear_logits
 from evals.noise_lambda import CLASSES, COLUMNS, PREDICTED, ROTATIONS, SHIFTS, best_lambda, noise_lambda
-from evals.noise_lambda_report import table_lines
+from evals.noise_lambda_report import line_notes, table_lines
 from evals.trained import Trained
 from models.csc import CSC2d
 from models.feature_net import Classifier, RotTransNet
@@ -88,7 +88,7 @@ def trained():
     test, held_out = pictures(N, 1), pictures(HELD, 2)
     split = SimpleNamespace(
         test=lambda: test,
-        held_out_images=lambda: held_out,
+        training_parts=lambda crop: (held_out, held_out),
         train=lambda: held_out,
         facts=lambda images: {"dataset": "toy"},
         normal=lambda labels: labels >= 0,
@@ -143,7 +143,7 @@ def chosen(held_out, count, seed):
 def test_every_number_against_a_loop_over_images_and_lambdas(trained):
     found = measured(trained)
     net, split = trained.net, trained.split
-    held_out = chosen(split.held_out_images(), 25, 3)
+    held_out = chosen(split.training_parts(None)[1], 25, 3)
     facts, rows = found.facts, found.per_image["table"]
     assert (facts["n"], facts["n_calibration"], facts["lambda"], facts["lambdas"]) == (N, 25, 0.1, list(GRID))
     for kind in ("gaussian", "impulse"):
@@ -223,8 +223,8 @@ def test_no_test_label_moves_a_line_or_a_prediction_and_labels_of_held_out_image
     assert first["lines"] == second["lines"] and first["calibration"] == second["calibration"]
     seen = [[one["lambdas"] for kind in facts["test"].values() for one in kind.values()] for facts in (first, second)]
     assert seen[0] == seen[1] and first["test"] != second["test"]
-    held_out = trained.split.held_out_images()
-    trained.split.held_out_images = lambda: replace(held_out, labels=(held_out.labels + 1) % C)
+    train, held_out = trained.split.training_parts(None)
+    trained.split.training_parts = lambda crop: (train, replace(held_out, labels=(held_out.labels + 1) % C))
     assert measured(trained).facts["calibration"] != first["calibration"]
 
 
@@ -421,11 +421,12 @@ def test_what_cannot_be_measured_is_refused_before_the_work(trained, tmp_path):
         net=network(stem=partial(nn.Conv2d, kernel_size=3)),
     )
     for name, value, match in [
-        ("held_out_images", lambda: None, "--held_out: .* train with --held_out 5000"),
+        ("training_parts", lambda crop: ([], None), "--held_out: .* train with --held_out 5000"),
         ("one_class_idx", 2, "--one_class_idx: --mode noise_lambda names all classes"),
         ("n_classes", 7, "--dataset: it has 7 classes, but the network knows 4"),
     ]:
         refused({}, match, split=SimpleNamespace(**{**vars(trained.split), name: value}))
+    refused({}, "--data_path: the training images are not those that the network was", facts={"dataset": "others"})
     refused({"cifar10c": str(tmp_path)}, "--noise_protocol imagenetc: --cifar10c has the levels of cifar10c")
     refused({"cifar10c": str(tmp_path), "noise_protocol": "cifar10c"}, "--cifar10c: it has the classes of CIFAR-10")
     refused({"control_path": str(tmp_path)}, "--control_path: no last.model")
@@ -444,3 +445,11 @@ def test_the_lambda_of_training_joins_the_lambdas_that_were_not_given(trained):
     assert found.facts["lambdas"] == pytest.approx([0.05, 0.1, 0.3, 0.4, 0.9]) and found.facts[
         "lambda"
     ] == pytest.approx(0.3)
+
+
+def test_a_line_that_does_not_rise_is_named():
+    lines = {"gaussian": {"energy": {"a": -0.1}, "highpass": {"a": 0.2}}, "shot": {"energy": {"a": 0.0}}}
+    notes = list(line_notes({"lines": lines, "n_calibration": 60}))
+    assert [note.split(" does not rise")[0] for note in notes] == [
+        "note: the line of gaussian noise by energy", "note: the line of shot noise by energy"
+    ] and "60 images" in notes[0]  # fmt: skip

@@ -21,6 +21,7 @@ DENSE = {"spec": AutoencoderSpec(layers=(5, 2))}
 ARGUMENTS = {
     "feature": SIZES,
     "classifier": {"n_classes": 3},
+    "ra_classifier": {"n_classes": 3, "ra_blocks": 1},
     "rot_trans": {},
     "cocsr": {**SIZES, **SPARSE, **SETTINGS},
     "autoencoder": {**ROWS, **DENSE},
@@ -68,7 +69,9 @@ def test_fresh_weights_are_those_of_the_seeded_global_generator():
 
 
 def test_a_state_dict_of_no_kind_raises_and_of_several_the_most_markers_decide(monkeypatch):
-    with pytest.raises(ValueError, match="none of these networks: feature, classifier, rot_trans, cocsr"):
+    with pytest.raises(
+        ValueError, match="none of these networks: feature, classifier, ra_classifier, rot_trans, cocsr"
+    ):
         kind_of({"conv1.weight": torch.zeros(1)})
     linear = NetKind(("linear.weight",), "", NETS["feature"].build, lambda state: {})
     monkeypatch.setattr("models.checkpoint.NETS", {"linear": linear, **NETS})
@@ -83,12 +86,30 @@ def test_a_state_dict_of_no_kind_raises_and_of_several_the_most_markers_decide(m
         ("feature", "rot_trans", "holds no weights of a stage-1 network (no 'linear.weight')"),
         ("rot_trans", "feature", "was not made by train.py --mode rot_trans"),
         ("cocsr", "feature", "holds no dictionaries; give a last.cocsr_model, made by train_cocsr.py"),
+        ("classifier", "ra_classifier", "holds a classifier with reverse attention; give one without"),
+        ("ra_classifier", "classifier", "holds no classifier with reverse attention (no 'ra_blocks')"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(kind, other, why):
     with pytest.raises(UserError) as error:
         load_net(kind, fresh(other).state_dict(), **FILE, **settings(kind))
     assert str(error.value) == f"--load_path: f.model {why}"
+
+
+def test_a_file_with_reverse_attention_says_behind_how_many_blocks():
+    state = fresh("ra_classifier", model="wrn16_1").state_dict()
+    found = load_net("ra_classifier", state, **{**FILE, "model": "wrn16_1"})
+    assert len(found.eval().heads(torch.rand(1, 3, 8, 8)).auxiliary) == 1
+    for count in (torch.tensor(0), torch.tensor([1, 2])):
+        with pytest.raises(UserError, match="f.model is corrupt: its tensor ra_blocks is"):
+            load_net("ra_classifier", {**state, "ra_blocks": count}, **{**FILE, "model": "wrn16_1"})
+
+
+def test_networks_that_take_no_reverse_attention_are_named():
+    with pytest.raises(
+        UserError, match="^--model resnet18_imagenet: no reverse attention for it; there is for resnet8"
+    ):
+        build_net("ra_classifier", "resnet18_imagenet", n_classes=3, seed=0)
 
 
 @pytest.mark.parametrize("kind", ["feature", "cocsr"])
@@ -114,10 +135,11 @@ def test_floats_differ_by_more_than_the_rounding_of_a_file(capsys):
 
 @pytest.mark.parametrize("kind", BACKED)
 def test_the_model_that_a_file_holds_is_named(kind):
-    state = fresh(kind, model="resnet18_imagenet").state_dict()
+    other = "wrn16_1" if kind == "ra_classifier" else "resnet18_imagenet"
+    state = fresh(kind, model=other).state_dict()
     with pytest.raises(UserError) as error:
         load_net(kind, state, **FILE, **settings(kind))
-    why = "does not hold a resnet8 but a resnet18_imagenet; --no_strict loads what fits"
+    why = f"does not hold a resnet8 but a {other}; --no_strict loads what fits"
     assert str(error.value) == f"--model: f.model {why}"
     only = {key: value for key, value in state.items() if "layer3" not in key}
     with pytest.raises(UserError, match="does not hold a resnet8; --no_strict"):

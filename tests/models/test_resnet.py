@@ -84,15 +84,18 @@ def test_imagenet_networks_are_torchvisions_bit_for_bit(name):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
-# Networks with activations; SDNets of other depths are built of the same blocks.
-ACTIVATED = [name for name in BACKBONES if not name.startswith("sdnet")] + ["sdnet8", "sdnet8_all"]
+# Networks with activations; SDNets of other depths, and wide networks of others, are built of the same blocks.
+_LARGE = ("sdnet", "wrn28", "wrn34")
+ACTIVATED = [name for name in BACKBONES if not name.startswith(_LARGE)] + ["sdnet8", "sdnet8_all"]
 
 
 def activations(name: str) -> int:
     """How many a network has."""
     if name.startswith("sdnet8"):
         return 3 if name.endswith("_all") else 6
-    blocks = {"resnet8": 3, "resnet18": 8, "resnet34": 16, "resnet50": 16}[name.removesuffix("_imagenet")]
+    blocks = {"resnet8": 3, "resnet18": 8, "resnet34": 16, "resnet50": 16, "wrn16_1": 6, "preact18_64": 8}[
+        name.removesuffix("_imagenet")
+    ]
     return 1 + blocks * (3 if "resnet50" in name else 2)
 
 
@@ -144,19 +147,3 @@ def test_a_stem_without_activation_passes_negative_values_on():
         inner = block.bn2(block.conv2(block.bn1(block.conv1(y)).clamp(min=0)))
         assert (y < 0).any()
         torch.testing.assert_close(net(x), (inner + y).clamp(min=0).mean((2, 3)), atol=1e-6, rtol=1e-6)
-
-
-class Halved(BasicBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) / 2
-
-
-@pytest.mark.parametrize("n_last, expected", [(1, [0, 0, 0, 1]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 1])])
-def test_the_last_blocks_can_be_of_another_class(n_last, expected):
-    net = ResNet(BasicBlock, (2, 2), (4, 8), last_block=Halved, n_last=n_last)
-    assert [isinstance(block, Halved) for stage in (net.layer1, net.layer2) for block in stage] == expected
-    plain = ResNet(BasicBlock, (2, 2), (4, 8))
-    plain.load_state_dict(net.state_dict())
-    if n_last == 1:
-        with torch.inference_mode():
-            torch.testing.assert_close(net.eval()(images()), plain.eval()(images()) / 2)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,36 +10,10 @@ import pytest
 import eval as evaluate
 import train
 from scripts.recipes import Recipe
-from tests.conftest import ROOT
+from tests.scripts.conftest import script
 from tests.scripts.test_sweeps import options
 
 MAIN = {"train.py": train.main, "eval.py": evaluate.main}
-OWN = ("MODELS", "SEEDS", "EPOCHS", "NOISE_FLAGS", "DATA_PATH", "LOG_ROOT", "CLASS", "DATASET", "LEVELS", "MINUTES")
-
-
-def script(name: str, python: Path | str, *args: str, **env: str) -> subprocess.CompletedProcess:
-    """Run scripts/<name>.sh with `python` in place of the interpreter."""
-    kept = {key: value for key, value in os.environ.items() if key not in OWN}
-    line = ["bash", str(ROOT / f"scripts/{name}.sh"), *args]
-    return subprocess.run(line, env=kept | {"PYTHON": str(python)} | env, capture_output=True, text=True)
-
-
-@pytest.fixture
-def commands(tmp_path):
-    """What a script starts: lists of arguments, as a stub in place of Python writes them down. It says that 33 epochs
-    fit."""
-    stub, seen = tmp_path / "python", tmp_path / "seen"
-    asked = '[ "$2" != scripts.length ] || echo 33'
-    stub.write_text(f"#!/bin/sh\n{{ printf '%s\\0' \"$@\"; printf '\\n'; }} >>'{seen}'\n{asked}\n")
-    stub.chmod(0o755)
-
-    def run(name: str, *args: str, **env: str) -> list[list[str]]:
-        seen.unlink(missing_ok=True)
-        done = script(name, stub, *args, LOG_ROOT=str(tmp_path / "my logs"), **env)
-        assert done.returncode == 0, done.stderr
-        return [line.split("\0")[:-1] for line in seen.read_text().splitlines()] if seen.exists() else []
-
-    return run
 
 
 def plan(line: list[str], capsys) -> dict:
@@ -135,7 +108,7 @@ def test_what_is_there_is_not_evaluated_again_until_its_weights_change(commands,
     for folder in (run, control):
         for weights in ("last", "best"):
             touch(folder / f"{weights}.model", 0)
-        for name in ("accuracy_test_acc", "accuracy_test_acc_best", "result_noise_lambda"):
+        for name in ("clean/accuracy_test_acc", "clean/accuracy_test_acc_best", "result_noise_lambda"):
             touch(folder / f"{name}.json", 10)
 
     def again() -> list[str]:
@@ -156,8 +129,8 @@ def test_what_is_there_is_not_evaluated_again_until_its_weights_change(commands,
     touch(control / "last.model", 0)
     (run / "result_noise_lambda.json").unlink()
     assert again()[1:] == [f"noise_lambda/{name}/last.model"]
-    (run / "best.model").unlink()  # of a run without held-out images
-    assert again() == [f"noise_lambda/{name}/last.model"]
+    (run / "best.model").unlink()  # of a run without held-out images, by which lambda would be calibrated
+    assert again() == []
 
 
 def test_a_command_that_fails_ends_the_script(tmp_path):
@@ -198,7 +171,7 @@ def test_the_run_on_a_gpu_measures_its_speed_and_ends_its_cosine_in_time(command
     training = [options(line) for line in lines if line[0] == "train.py"]
     assert [flags["--epochs"] for flags in training] == [["2"], ["2"], ["33"], ["33"]]
     assert all(flags["--amp"] == ["bf16"] and "--compile" in flags for flags in training)
-    probes = [str(tmp_path / f"my logs/speed/cifar10_{model}_supervised") for model in ("resnet18", "sdnet18")]
+    probes = [str(tmp_path / f"my logs_speed/cifar10_{model}_supervised") for model in ("resnet18", "sdnet18")]
     assert [plan(line, capsys)["run_dir"] for line in lines[:2]] == probes
     (length,) = (line for line in found if "scripts.length" in line)
     assert length == ["-m", "scripts.length", *probes, "--minutes", "7", "--most", "220"]

@@ -3,12 +3,17 @@
 The row of the published tables that contrastive training is compared with. Letters: B images, V = 4 B views.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from common.attacks.specs import EpsilonSpec, StepsSpec
 from common.dist import SINGLE, Shard, World
-from common.flags import Flags
+from common.flags import Flags, flag
 from common.seed import generator, seed_of
 from datasets import Split
 from datasets.augment import AlignedSpec
@@ -17,7 +22,9 @@ from datasets.shifts import rotate_and_translate
 from datasets.views import shift_labels
 from models import ModelSpec
 from models.checkpoint import build_net
-from models.feature_net import Transformation
+from models.feature_net import RotTransNet, Transformation
+from models.mode import evaluation_mode, frozen
+from training.attack import ATTACKS, Attack
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     coding_settings,
@@ -34,8 +41,54 @@ from training.recipe import Batch, Recipe, Step
 from training.specs import CompileSpec
 
 
-def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
+@dataclass(frozen=True)
+class ViewAttackSpec(StepsSpec, group="adversarial training"):
+    """The attack on views."""
+
+    train_attack: str = flag("nfgsm", "adv_rot_trans: attack in training", choices=lambda: sorted(ATTACKS))
+
+
+def build_attacked(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
+    """The recipe of `adv_rot_trans`: `rot_trans` on views that are attacked, so that the score withstands attacks.
+
+    The rotated views are what an anomaly would be: the network learns on which side of them an image within epsilon
+    stays.
+    """
+    name = flags.of(ViewAttackSpec, only=["train_attack"]).train_attack
+    own = ["num_steps", "step_size"] if ATTACKS[name].steps is None else []
+    spec, eps = flags.of(ViewAttackSpec, only=["train_attack", *own]), flags.of(EpsilonSpec).epsilon
+    return build(flags, split, world, partial(_attacked, ATTACKS[name], eps, spec))
+
+
+# (network, views (V, 3, H, W), labels (3, V), noise's generator, shard) -> attacked views.
+Attacked = Callable[[RotTransNet, Tensor, Tensor, Generator, Shard], Tensor]
+
+
+def _attacked(
+    attack: Attack,
+    eps: float,
+    spec: StepsSpec,
+    net: RotTransNet,
+    views: Tensor,
+    labels: Tensor,
+    gen: Generator,
+    shard: Shard,
+) -> Tensor:
+    rows = shard.rows(4, views.device)
+    noise = attack.noise(4 * shard.batch, views, gen)[rows]
+
+    def losses(x: Tensor) -> Tensor:
+        parts = transformation_losses(net(x), labels[:, rows], reduction="none")
+        return torch.stack(list(parts.values())).sum(0)
+
+    with evaluation_mode(net), frozen(net):
+        return attack(losses, views, noise, eps, spec)
+
+
+def build(flags: Flags, split: Split, world: World = SINGLE, attacked: Attacked | None = None) -> Recipe:
     """The recipe of `rot_trans`: the cross-entropies of rotation, vertical and horizontal translation, added.
+
+    attacked: what becomes of views before the network learns from them.
 
     Each step sees an image, flipped at random, under all four rotations, each with translations of its own. There is no
     crop or jitter: a crop would hide the translation that is to be predicted (pictures that are cropped while they are
@@ -59,6 +112,9 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     def losses(batch: Batch) -> Step:
         gen = generator(seed, "augment", batch.epoch, batch.step, device=device)
         views, labels = transformed(floats(batch.local_images[0]), gen, batch.shard)
+        if attacked is not None:
+            with amp():
+                views = attacked(net, views, labels, gen, batch.shard)
         with amp():
             logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})
@@ -81,8 +137,9 @@ def transformed(images: Tensor, generator: Generator, shard: Shard | None = None
     return views, torch.cat([rotation[None], moves])
 
 
-def transformation_losses(logits: Transformation, labels: Tensor) -> dict[str, Tensor]:
+def transformation_losses(logits: Transformation, labels: Tensor, reduction: str = "mean") -> dict[str, Tensor]:
     """The three cross-entropies by name; labels (3, V)."""
     return {
-        name: F.cross_entropy(values, own) for name, values, own in zip(logits._fields, logits, labels, strict=True)
+        name: F.cross_entropy(values, own, reduction=reduction)
+        for name, values, own in zip(logits._fields, logits, labels, strict=True)
     }

@@ -1,9 +1,15 @@
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
 
+from common.attacks.specs import StepsSpec
 from common.seed import generator
 from datasets.shifts import rotations_and_translations
 from models.feature_net import Transformation
+from tests.training.test_recipes import batch_of, recipe_of
+from training.attack import ATTACKS
 from training.modes.rot_trans import transformation_losses, transformed
 
 
@@ -26,3 +32,28 @@ def test_losses_are_three_cross_entropies():
     terms = transformation_losses(logits, labels)
     assert list(terms) == ["rotation", "vertical", "horizontal"]
     torch.testing.assert_close(terms["horizontal"], F.cross_entropy(logits.horizontal, labels[2]))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_network_learns_from_views_that_raise_its_loss(name):
+    more = ["--train_attack", name, "--epsilon", "0.1", "--num_steps", "2", "--step_size", "0.05"]
+    own = more if name == "pgd" else more[:4]
+    recipe, again = (recipe_of("adv_rot_trans", Path("/none"), *own) for _ in range(2))
+    batch, gen, net = batch_of("adv_rot_trans", 2, 3), generator(0, "augment", 2, 3), again.model
+    views, labels = transformed(batch.images[0].float() / 255, gen)
+    noise = ATTACKS[name].noise(24, views, gen)
+
+    def losses(x):
+        return sum(F.cross_entropy(part, own, reduction="none") for part, own in zip(net(x), labels, strict=True))
+
+    net.eval()
+    spec = StepsSpec(num_steps=2, step_size=0.05)
+    attacked = ATTACKS[name](losses, views, noise, 0.1, spec)
+    with torch.no_grad():
+        assert losses(attacked).sum() > losses(views).sum()
+    assert (attacked - views).abs().max() <= (0.3 if name == "nfgsm" else 0.1) + 1e-6
+    net.train()
+    expected = {key: float(value.detach()) for key, value in transformation_losses(net(attacked), labels).items()}
+    found = {key: float(value.detach()) for key, value in recipe.losses(batch).losses.items()}
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert all(p.requires_grad for p in recipe.model.parameters()) and recipe.model.training

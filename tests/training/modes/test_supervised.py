@@ -94,9 +94,10 @@ def test_both_are_evaluated_each_under_its_own_name(trained, tmp_path):
     assert all(result["accuracy"] > 0.2 and result["predictions"] == {} for result in found)
 
 
-def test_the_predicted_class_of_every_image_is_written_on_request(trained, tmp_path):
+def test_the_predicted_class_of_every_image_is_written_on_request(trained, tmp_path, capsys):
     folder, _ = trained
     assert evaluate.main(["--load_path", str(folder), "--out", str(tmp_path), "--save_score"]) == 0
+    assert "--save_score has no effect" not in capsys.readouterr().out
     result = json.loads((tmp_path / "accuracy_test_acc.json").read_text())
     assert result["predictions"] == {"digits": "predictions_test_acc_digits.csv"}
     with (tmp_path / result["predictions"]["digits"]).open() as file:

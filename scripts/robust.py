@@ -1,0 +1,141 @@
+"""Tables of adversarial training: `python -m scripts.robust logs` reads what scripts/robust_sweep.sh has made.
+
+Accuracy in percent without an attack, under each attack, and in the worst case of every image over all of them; mean
+and standard deviation over seeds. The last column names the signs that gradients are masked.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, command
+from common.files import write_text
+from scripts.results import markdown
+from scripts.tables import cell
+
+# Modes of training, in the order of the table.
+METHODS = {
+    "supervised": "plain",
+    "adv_fgsm_rs": "FGSM-RS",
+    "adv_nfgsm": "N-FGSM",
+    "adv_pgd": "PGD",
+    "adv_trades": "TRADES",
+    "adv_mart": "MART",
+}
+_PARTS = {(False, False): "", (True, False): " + RA", (False, True): " + ANC", (True, True): "-ANCRA"}
+# Columns behind those of single attacks: key of the result, title.
+_WORST = {"standard": "worst, final logits", "adaptive": "worst, adaptive"}
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One result of `eval.py --mode attack`. method: place in the table and title. group: what rows must share."""
+
+    path: Path
+    method: tuple[int, int, str]
+    seed: int
+    group: tuple[Any, ...]
+    weights: str
+    found: Mapping[str, Any]
+    epochs: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Attacked":
+        """Raises: OSError, ValueError, KeyError, TypeError for what is no such result."""
+        found = json.loads(path.read_text())
+        flags = json.loads((path.parent / "args.json").read_text())["flags"]
+        method = method_of(flags)
+        images = {name: data["fingerprint"] for name, data in found["data"].items()}
+        shared = found["dataset"], flags["model"], found["n"], found["norm"], round(found["epsilon"], 9)
+        group = (*shared, found["precision"], json.dumps(images, sort_keys=True))
+        return cls(path, method, int(flags["seed"]), group, str(found["weights"]), found, int(found["epochs"]))
+
+    def values(self) -> dict[str, float]:
+        """Accuracies in percent, by column."""
+        shares = {"natural": self.found["accuracy"], **self.found["attacked"]}
+        shares |= {title: self.found["worst"][key] for key, title in _WORST.items() if key in self.found["worst"]}
+        shares["worst case"] = self.found["worst_case"]
+        return {name: 100 * float(share) for name, share in shares.items()}
+
+    def signs(self) -> list[str]:
+        return [sign["name"] for sign in self.found["signs"] if sign["shows"]]
+
+
+def method_of(flags: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Of a training's flags: place of the mode and of the parts of ANCRA in tables, and title. Raises: KeyError."""
+    mode, parts = flags["mode"], (bool(flags.get("ra")), bool(flags.get("anc")))
+    title = METHODS[mode] + _PARTS[parts]
+    return list(METHODS).index(mode), list(_PARTS).index(parts), title
+
+
+def read(roots: Sequence[Path]) -> list[Attacked]:
+    """The results below the folders, in the order of the table. Raises: UserError for one that cannot be read."""
+    results = []
+    for path in sorted({path for root in roots for path in root.rglob("result_attack*.json")}):
+        try:
+            results.append(Attacked.of(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path} is not a result of eval.py --mode attack in a run folder; move it elsewhere"
+            ) from None
+    return sorted(results, key=lambda one: (one.group, one.method, one.weights, one.seed))
+
+
+def table(results: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of results of one group. Raises: UserError for two of one row and seed."""
+    rows: dict[tuple[Any, ...], list[Attacked]] = defaultdict(list)
+    for one in results:
+        same = [other for other in rows[one.method, one.weights] if other.seed == one.seed]
+        if same:
+            raise UserError(f"{one.path} and {same[0].path} are of one network and seed; remove one of them")
+        rows[one.method, one.weights].append(one)
+    names = list(dict.fromkeys(name for one in results for name in one.values()))
+    last = [*_WORST.values(), "worst case"]
+    columns = [*(name for name in names if name not in last), *(name for name in last if name in names)]
+    found = []
+    for (method, weights), of_row in rows.items():
+        known = [one.values() for one in of_row]
+        numbers = [cell([values[name] for values in known if name in values], 1) for name in columns]
+        signs = list(dict.fromkeys(sign for one in of_row for sign in one.signs()))
+        epochs = ", ".join(map(str, sorted({one.epochs for one in of_row})))
+        found.append([method[2], weights, epochs, *numbers, ", ".join(signs)])
+    return ["training", "weights", "epochs", *columns, "masked gradients"], found
+
+
+def tables(roots: Sequence[Path]) -> str:
+    """All tables as text. Raises: UserError where there is none, and as `read`."""
+    groups: dict[tuple[Any, ...], list[Attacked]] = defaultdict(list)
+    for one in read(roots):
+        groups[one.group].append(one)
+    if not groups:
+        raise UserError(f"nothing to show below {', '.join(map(str, roots))}; scripts/robust_sweep.sh makes it")
+    parts = []
+    for (dataset, model, n, norm, eps, precision, _), results in groups.items():
+        seeds = ", ".join(map(str, sorted({one.seed for one in results})))
+        title = f"**{dataset}, {model}, {n} images, {norm} {255 * eps:.3g}/255, {precision}, seeds {seeds}**"
+        parts.append(f"{title}\n\n{markdown(*table(results))}")
+    return "\n".join(parts)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m scripts.robust", description=__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders to search for runs")
+    parser.add_argument("--out", type=Path, help="write the tables to this file as well")
+    args = parser.parse_args(argv)
+    text = tables([folder.expanduser() for folder in args.folders])
+    if args.out:
+        try:
+            write_text(args.out.expanduser(), text)
+        except OSError as error:
+            raise UserError(f"--out: cannot write {args.out} ({error.strerror})") from None
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
