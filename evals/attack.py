@@ -31,7 +31,7 @@ from common.flags import DeviceSpec
 from common.seed import generator
 from datasets import ImageSet
 from datasets.views import PassSpec
-from evals.classify import CLEAN, Condition, Perturb, Perturbed, classify, linear_logits, tested_images, worst_case
+from evals.classify import CLEAN, Condition, Perturb, Perturbed, classified_images, classify, linear_logits, worst_case
 from evals.result import Result
 from evals.specs import AttackSpec
 from evals.trained import Trained, evaluation_mode, load_other
@@ -362,7 +362,7 @@ def attack(trained: Trained) -> Iterator[Result]:
     flags, world = trained.flags, trained.world
     with world.raise_together():
         spec = flags.of(AttackSpec, only=_ALWAYS)
-        test = _some(tested_images(trained), spec.attack_images, flags.seed)
+        test = _some(classified_images(trained), spec.attack_images, flags.seed)
         victim = _victim(trained, spec, test)
         rows = _chosen(trained, victim)
         used = {name for row in rows.values() for name in row.reads}

@@ -155,7 +155,7 @@ def classify(
 ) -> Iterator[Result]:
     """One result for each condition, then those of the summary: accuracy on the test images of the training classes.
 
-    test: the images; None: `tested_images`.
+    test: the images; None: `classified_images`.
     Under a condition there is the expected calibration error, too. Random draws of a perturbation depend on the seed,
     the condition and the batch, hence on --ood_batch_size, and not on the number of ranks.
     Flags are read and test images loaded before the first result is asked for. All ranks get all results.
@@ -165,7 +165,7 @@ def classify(
     with trained.world.raise_together():
         if split.one_class_idx is not None:
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
-        images = tested_images(trained) if test is None else test
+        images = classified_images(trained) if test is None else test
         batch_size, seed = flags.of(PassSpec).ood_batch_size, flags.seed
         amp = autocast(flags.of(DeviceSpec, only=["amp"]).amp, trained.device)
     titles = [condition.title for condition in conditions]
@@ -201,7 +201,7 @@ def classify(
     return results()
 
 
-def tested_images(trained: Trained) -> ImageSet:
+def classified_images(trained: Trained) -> ImageSet:
     """The test images of the training classes, as the flags say. Raises: UserError as `Trained.test_images`."""
     test = trained.test_images()
     return test.where(trained.split.normal(test.labels)).to(trained.device)

@@ -39,7 +39,7 @@ FLAGS = {
     "dataset": "toy",
     "seed": 3,
     "amp": "off",
-    "ood_batch_size": 25,
+    "ood_batch_size": 60,
     "test_noise": "none",
     "test_noise_level": None,
     "epsilon": 0.1,
@@ -387,7 +387,7 @@ class Pair(World):
 
 def test_several_ranks_find_what_one_does(attentive):
     net, x, y = attentive
-    flags = {"attacks": ["fgsm_random", "pgd20", "aux", "curve", "apgd_t"], "attack_steps": 3, "ood_batch_size": 13}
+    flags = {"attacks": ["fgsm_random", "aux", "curve", "apgd_t"], "attack_steps": 2, "ood_batch_size": 13}
     expected = attacked(trained_of(net, x, y, 10), **flags)
     found: list = [None, None]
 
@@ -417,7 +417,8 @@ def test_attacks_and_the_judge_see_the_network_in_one_precision(attentive):
     for amp, precision in (("bf16", "bf16"), ("off", "float32")):
         seen.clear()
         names = ["fgsm", "apgd_ce", "temperature", "curve"]
-        found = attacked(trained_of(Net(watching), x, y, 10), amp=amp, attacks=names, attack_steps=2, attack_images=10)
+        settings = {"attacks": names, "attack_steps": 2, "attack_images": 10}
+        found = attacked(trained_of(Net(watching), x, y, 10), amp=amp, **settings)
         assert set(seen) == {amp == "bf16"} and found.facts["precision"] == precision
 
 
@@ -433,7 +434,7 @@ def test_autoattack_sees_all_images_in_one_call_and_what_it_says_is_reported(mon
     monkeypatch.setattr(module, "autoattack", fake)
     monkeypatch.setitem(module._NEEDS, "pyautoattack", (lambda victim: True, ""))
     net = trained_on_digits("conv")
-    found = attacked(on_digits(net), attacks=["autoattack", "square"], square_queries=7)
+    found = attacked(on_digits(net), attacks=["autoattack", "square"], square_queries=7, ood_batch_size=25)
     (whole,) = [settings for count, settings in calls if count == N]
     assert [count for count, _ in calls] == [25, 25, 10, N]
     assert whole["eps"] == 0.15 and whole["norm"] == "linf" and whole["batch_size"] == 25 and "attacks" not in whole

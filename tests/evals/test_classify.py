@@ -16,6 +16,7 @@ from evals.classify import (
     Condition,
     Perturbed,
     best,
+    classified_images,
     classify,
     correct_of,
     each,
@@ -23,9 +24,6 @@ from evals.classify import (
     linear_logits,
     marginalized_logits,
     worst_case,
-)
-from evals.classify import (
-    tested_images as images_under_test,
 )
 from evals.trained import Trained
 
@@ -218,7 +216,7 @@ def test_a_condition_on_all_images_at_once_sees_them_in_one_call(trained):
 
 
 def test_other_images_than_those_of_the_split(trained):
-    some = images_under_test(trained).where(torch.arange(N) % 3 == 1)
+    some = classified_images(trained).where(torch.arange(N) % 3 == 1)
     (found,) = classify(trained, test=some)
     (every,) = classify(trained)
     assert found.facts["n"] == len(some) == 8 and found.per_image["toy"]["index"].tolist() == list(range(1, N, 3))
