@@ -6,7 +6,6 @@ prediction, in the precision in which it predicts. N images of a set, b of a bat
 """
 
 import contextlib
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,10 +19,17 @@ import torch
 from torch import Generator, Tensor, nn
 
 from common.attacks import apgd, apgd_targeted, fgsm, masked, pgd
-from common.attacks.auto import autoattack
+from common.attacks.auto import NOT_INSTALLED, autoattack, installed
 from common.attacks.masked import Sign
-from common.attacks.objectives import cross_entropy, judged, margin, other_classes, targeted_margin
-from common.attacks.search import ascent
+from common.attacks.objectives import (
+    cross_entropy,
+    judged,
+    margin,
+    other_classes,
+    targeted_dlr,
+    targeted_dlr_or_margin,
+    targeted_margin,
+)
 from common.attacks.specs import EpsilonSpec
 from common.device import autocast
 from common.errors import UserError
@@ -54,7 +60,7 @@ class Victim:
     """A network as attacks see it, in evaluation mode and in the precision in which it predicts.
 
     logits: images (b, 3, H, W) -> the logits (b, C) by which it predicts. heads: (images, **settings) -> these and the
-    auxiliary ones, under settings of `RaClassifier.heads`. n_auxiliary: how many there are.
+    auxiliary ones, under settings of `RaClassifier.heads`. n_auxiliary: how many there are. n_classes: C.
     source: the logits of a network without the defence, where there is one.
     eps: in the norm of `spec`. pixels: numbers that an image has. batch_size: of attacks that see all images in one
     call. precision: its name.
@@ -63,6 +69,7 @@ class Victim:
     logits: Callable[[Tensor], Tensor]
     heads: Callable[..., Heads]
     n_auxiliary: int
+    n_classes: int
     source: Callable[[Tensor], Tensor] | None
     spec: AttackSpec
     eps: float
@@ -111,12 +118,7 @@ class Attack:
 
 def _natural(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Perturbed:
     """The images themselves, and which of them have no gradient."""
-
-    def loss_of_x(x: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(victim.logits(x), labels)
-
-    _, grad = ascent(loss_of_x, x.clone(), [labels])
-    return Perturbed(x, {"without_gradient": (grad.nan_to_num() == 0).flatten(1).all(1)})
+    return Perturbed(x, {"without_gradient": masked.without_gradient(victim.logits, x, labels)})
 
 
 def _fgsm(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Tensor:
@@ -161,11 +163,13 @@ def _apgd_ce(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Tenso
     return victim.climb(judged(victim.logits), x, labels, gen=gen)
 
 
-def _apgd_t(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Tensor:
-    spec = victim.spec
-    return apgd_targeted(
+def _apgd_t(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Perturbed:
+    spec, objective = victim.spec, targeted_dlr_or_margin(victim.n_classes)
+    found = apgd_targeted(
         victim.logits, x, labels, **victim.ball, steps=spec.attack_steps, targets=spec.attack_targets, generator=gen
     )
+    fallback = [] if objective.loss is targeted_dlr else [f"{victim.n_classes} classes: by the {objective.name}"]
+    return Perturbed(found, facts={"warnings": fallback})
 
 
 def _temperature(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Tensor:
@@ -341,10 +345,7 @@ ATTACKS: dict[str, Attack] = {
 _NEEDS: dict[str, tuple[Callable[[Victim], bool], str]] = {
     _AUXILIARY: (lambda victim: victim.n_auxiliary > 0, "it is for networks with reverse attention; leave it out"),
     _SOURCE: (lambda victim: victim.source is not None, "give --transfer_path, a network without the defence"),
-    _PACKAGE: (
-        lambda victim: importlib.util.find_spec("pyautoattack") is not None,
-        "AutoAttack and Square need the package pyautoattack; pip install pyautoattack",
-    ),
+    _PACKAGE: (lambda victim: installed(), NOT_INSTALLED),
 }
 
 
@@ -461,7 +462,7 @@ def _worst(columns: Iterable[Column]) -> np.ndarray:
 
 def _facts_of(column: Column) -> dict[str, Any]:
     found, facts = {"group": column.row.group, "seconds": column.seconds}, column.result.facts
-    if "warnings" in facts:
+    if facts.get("warnings"):
         found["warnings"] = facts["warnings"]
     if column.row.whole:
         (found["parts"],) = facts["parts"]
@@ -546,13 +547,14 @@ def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
 
     heads = under_amp(_heads_of(net))
     with evaluation_mode(net), torch.no_grad():
-        n_auxiliary = len(heads(test.batch(torch.arange(1, device=test.index_device))).auxiliary)
+        first = heads(test.batch(torch.arange(1, device=test.index_device)))
     with amp():
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "float32"
     return Victim(
         logits=lambda images: heads(images).final,
         heads=heads,
-        n_auxiliary=n_auxiliary,
+        n_auxiliary=len(first.auxiliary),
+        n_classes=first.final.shape[1],
         source=source and under_amp(lambda images: _heads_of(source)(images).final),
         spec=spec,
         eps=eps,

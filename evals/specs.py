@@ -190,13 +190,13 @@ class AttackSpec(Spec, group="attacks"):
         None, "so many test images, of each class as many as of the others (default: all)", type=int, above=0
     )
     norm: str = flag("linf", "norm of --epsilon", choices=lambda: sorted(NORMS))
-    attack_steps: int = flag(40, "steps of APGD, of adaptive attacks, too (AutoAttack has 100 of its own)", above=0)
+    attack_steps: int = flag(25, "steps of APGD, of adaptive attacks, too (AutoAttack has 100 of its own)", above=0)
     attack_step_size: float | None = flag(
         None, "length of a step of PGD and CW (default: epsilon / 4; published: 0.007)", type=fraction, above=0
     )
     attack_restarts: int = flag(1, "restarts of attacks that start at random", above=0)
     attack_targets: int = flag(5, "classes that attacks with a target try, the likeliest first", above=0)
-    square_queries: int = flag(1000, "queries of the Square attack (AutoAttack has 5000 of its own)", above=0)
+    square_queries: int = flag(500, "queries of the Square attack (AutoAttack has 5000 of its own)", above=0)
     epsilons: Sequence[float] | None = flag(
         None,
         "radii of the curve (default, linf: 0 1/255 2/255 4/255 8/255 16/255 1)",

@@ -5,6 +5,7 @@ shape (N, C, H, W), floats in [0, 1].
 """
 
 import contextlib
+import importlib.util
 import logging
 import math
 import re
@@ -24,6 +25,7 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # What there is, and how many classes it needs.
 ATTACKS = {"apgd-ce": 2, "apgd-t": 4, "fab-t": 2, "square": 2, "apgd-dlr": 3, "fab": 2}
 
+NOT_INSTALLED = "AutoAttack and Square need the package pyautoattack; pip install pyautoattack"
 _NORMS = {"linf": "Linf", "l2": "L2"}
 # How the package reports the natural accuracy, and a batch of an attack.
 _NATURAL = re.compile(r"initial accuracy: ([\d.]+)%")
@@ -82,13 +84,16 @@ def autoattack(
     return AutoResult(found.detach(), fooled, accuracy, (*remarks, *log.warnings))
 
 
+def installed() -> bool:
+    """Whether the package is there."""
+    return importlib.util.find_spec("pyautoattack") is not None
+
+
 def _package() -> ModuleType:
-    try:
-        import pyautoattack
-    except ImportError:
-        raise UserError(
-            "--attacks: AutoAttack and Square need the package pyautoattack; pip install pyautoattack"
-        ) from None
+    if not installed():
+        raise UserError(f"--attacks: {NOT_INSTALLED}")
+    import pyautoattack
+
     return pyautoattack
 
 

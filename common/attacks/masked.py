@@ -87,21 +87,32 @@ def zero_gradient_share(
     loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
     micro_batch: int | None = None,
 ) -> float:
-    """Share of images (N, ...) in [0, 1] of which each pixel's gradient of the loss is exactly 0 (or NaN) in float32.
-
-    logits_of_x: images -> (N, C), each for itself. micro_batch: so many images at a time.
-    """
+    """Share of the images (N, ...) that are `without_gradient`. micro_batch: so many at a time."""
     if not len(images):
         raise ValueError("a share of no images")
+    size, without = micro_batch or len(images), 0
+    for x, own in zip(images.split(size), labels.split(size), strict=True):
+        without += int(without_gradient(logits_of_x, x, own, loss=loss).sum())
+    return without / len(images)
+
+
+def without_gradient(
+    logits_of_x: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+) -> Tensor:
+    """Of which images (N, ...) in [0, 1] each pixel's gradient of the loss is exactly 0, or NaN, in float32: (N,) bool.
+
+    logits_of_x: images -> (N, C), each for itself.
+    """
 
     def loss_of_x(x: Tensor, labels: Tensor) -> Tensor:
         return loss(logits_of_x(x), labels)
 
-    size, without = micro_batch or len(images), 0
-    for x, own in zip(images.detach().float().split(size), labels.split(size), strict=True):
-        _, grad = ascent(loss_of_x, x.clone(), [own])
-        without += int((grad.nan_to_num() == 0).flatten(1).all(1).sum())
-    return without / len(images)
+    _, grad = ascent(loss_of_x, images.detach().float().clone(), [labels])
+    return (grad.nan_to_num() == 0).flatten(1).all(1)
 
 
 def _sign(name: str, number: float, slack: float) -> Sign:

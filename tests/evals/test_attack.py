@@ -143,6 +143,7 @@ def test_every_attack_finds_the_worst_image_of_a_linear_network(linear, eps):
         at = next(e for e in [*EPSILONS, eps] if radius_text(e) == radius)
         assert value == exactly(net, images, labels, at).mean(), radius
     assert found.metrics["robust_of_correct"] == pytest.approx(expected.mean() / found.metrics["accuracy"])
+    assert found.facts["attacks"]["apgd_t"]["warnings"] == ["2 classes: by the targeted margin"]
     assert not found.facts["health"].startswith(HEADLINE)
 
 
@@ -317,6 +318,29 @@ def test_what_is_reported_is_what_the_network_predicts_on_the_images_found(atten
     radius = found.per_image["toy"]["radius"]
     assert np.array_equal(found.per_image["toy"]["curve"] == y.numpy(), radius > 0.1)
     assert set(radius.tolist()) <= {0.05, 0.1, 0.2, float("inf")} and len(set(radius.tolist())) > 2
+
+
+def test_the_mask_is_held_at_the_likeliest_other_classes_in_turn(attentive, monkeypatch):
+    net, x, y = attentive
+    held, inner = [], net.heads
+
+    def watching(images, labels=None, **more):
+        if "rows" in more:
+            held.append(more["rows"](torch.zeros(len(images), 10), torch.eye(10)).argmax(1))
+        return inner(images, labels, **more)
+
+    monkeypatch.setattr(net, "heads", watching)
+    settings = {"attacks": ["mask_held"], "attack_steps": 1, "attack_targets": 2, "epsilon": 1e-4}
+    table = attacked(trained_of(net, x, y, 10), **settings).per_image["toy"]
+    right = torch.from_numpy(table["clean"] == table["label"])
+    net.eval()
+    with torch.no_grad():
+        logits = inner((x * 255).round() / 255).final.scatter(1, y[:, None], -torch.inf)
+    # At this radius all are right to the end: so many passes for the first class, then as many for the second.
+    assert np.array_equal(table["clean"], table["mask_held"]) and len(held) % 2 == 0
+    for place, aims in enumerate(logits.topk(2, 1).indices[right].unbind(1)):
+        half = held[place * len(held) // 2 :][: len(held) // 2]
+        assert all(torch.equal(one, aims) for one in half)
 
 
 def test_a_network_is_left_as_it_was(attentive):

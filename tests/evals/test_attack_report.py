@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import eval as evaluate
+import evals.attack as module
 import train
 from common.files import save_tensors
 from evals.attack_report import attack_lines, draw_curve
@@ -163,6 +165,15 @@ def test_weights_without_labels_and_sources_that_do_not_fit_are_refused(run, sta
 
 def _state(folder):
     return torch.load(folder / "last.model", weights_only=True)
+
+
+def test_an_interrupted_run_leaves_nothing(run, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(module.ATTACKS, "pgd20", replace(module.ATTACKS["pgd20"], run=interrupted))
+    folder, code, out, err = run("plain", *QUICK, "--attacks", "fgsm", "pgd20", "--save_score")
+    assert code == 130 and "fgsm: " in out and "interrupted" in err and not written(folder)
 
 
 # ------------------------------------------------------------------------------------------------ lines and picture
