@@ -32,6 +32,7 @@ from models.resnet import BasicBlock, ResNet
 from models.reverse_attention import RaClassifier
 from tests.common.attacks.nets import digits
 from tests.common.attacks.nets import trained as trained_on_digits
+from tests.conftest import ROOT
 
 N = 60
 FLAGS = {
@@ -341,6 +342,16 @@ def test_the_mask_is_held_at_the_likeliest_other_classes_in_turn(attentive, monk
     for place, aims in enumerate(logits.topk(2, 1).indices[right].unbind(1)):
         half = held[place * len(held) // 2 :][: len(held) // 2]
         assert all(torch.equal(one, aims) for one in half)
+
+
+def test_the_example_of_an_attack_becomes_a_column(monkeypatch):
+    (text,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/robustness.md").read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.setattr(module, "ATTACKS", dict(ATTACKS))
+    exec(text, vars(module) | {"ATTACKS": module.ATTACKS})
+    found = attacked(on_digits(trained_on_digits("conv")), attacks=["entropy", "fgsm"])
+    assert left(found)["entropy"] < found.metrics["accuracy"] - 0.1
+    assert found.facts["attacks"]["entropy"]["group"] == "adaptive"
+    assert found.metrics["worst/adaptive"] == left(found)["entropy"]
 
 
 def test_a_network_is_left_as_it_was(attentive):
