@@ -37,7 +37,17 @@ from common.flags import DeviceSpec
 from common.seed import generator
 from datasets import ImageSet
 from datasets.views import PassSpec
-from evals.classify import CLEAN, Condition, Perturb, Perturbed, classified_images, classify, linear_logits, worst_case
+from evals.classify import (
+    CLEAN,
+    Condition,
+    Perturb,
+    Perturbed,
+    check_classes,
+    classified_images,
+    classify,
+    linear_logits,
+    worst_case,
+)
 from evals.result import Result
 from evals.specs import AttackSpec
 from evals.trained import Trained, evaluation_mode, load_other
@@ -358,7 +368,7 @@ def attack(trained: Trained) -> Iterator[Result]:
     per_image: what each attack has the network take an image for, the radius at which it falls, whether it is robust.
     Flags are read and images loaded before the result is asked for. All ranks get it.
     Raises: UserError for an attack that is not possible here, a radius that is 0 or of another norm, a single normal
-    class, and a source that does not fit.
+    class, other classes than the network knows, and a source that does not fit.
     """
     flags, world = trained.flags, trained.world
     with world.raise_together():
@@ -548,6 +558,7 @@ def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
     heads = under_amp(_heads_of(net))
     with evaluation_mode(net), torch.no_grad():
         first = heads(test.batch(torch.arange(1, device=test.index_device)))
+    check_classes(trained, first.final.shape[1])
     with amp():
         precision = "bf16" if torch.is_autocast_enabled(device.type) else "float32"
     return Victim(

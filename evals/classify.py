@@ -207,6 +207,13 @@ def classified_images(trained: Trained) -> ImageSet:
     return test.where(trained.split.normal(test.labels)).to(trained.device)
 
 
+def check_classes(trained: Trained, there: int) -> None:
+    """Raises: UserError where the data has another number of classes than the network knows."""
+    if there != trained.split.n_classes:
+        here = trained.split.n_classes
+        raise UserError(f"--dataset: it has {here} classes, but {trained.title} knows {there}")
+
+
 class _Answers(NamedTuple):
     """Of a batch. columns: predicted (b,), the class; confidence (b,), its probability; those of the perturbation."""
 
@@ -231,9 +238,7 @@ def _answers(
             with torch.no_grad():
                 parts = images.detach().split(batch_size)
                 probabilities = torch.cat([logits(net, part) for part in parts]).softmax(1)
-            if probabilities.shape[1] != trained.split.n_classes:
-                here, there = trained.split.n_classes, probabilities.shape[1]
-                raise UserError(f"--dataset: it has {here} classes, but {trained.title} knows {there}")
+            check_classes(trained, probabilities.shape[1])
             confidence, named = probabilities.max(1)
             columns = {"predicted": named, "confidence": confidence, **columns}
             found.append(_Answers({name: column.cpu() for name, column in columns.items()}, facts))

@@ -59,7 +59,7 @@ def gradient_free_stronger(gradients: float, gradient_free: float, slack: float 
 
 def left_at_eps_1(left: float) -> Sign:
     """Something is left though an attack may make any image of any other."""
-    return _sign("left at eps 1", _share(left), 0)
+    return _sign("left at an unlimited radius", _share(left), 0)
 
 
 def zero_gradients(share: float) -> Sign:

@@ -154,6 +154,8 @@ def test_weights_without_labels_and_sources_that_do_not_fit_are_refused(run, sta
     assert "--load_path: " in told and "was trained by --mode simclr_CSI; --mode attack is for weights of" in told
     state = {key: value[:7] if key.startswith("linear.") else value for key, value in _state(logs / "plain").items()}
     save_tensors(tmp_path / "seven.model", state, facts={"flags": {"model": "resnet8"}})
+    assert evaluate.main(["--mode", "attack", "--load_path", str(tmp_path / "seven.model"), *DIGITS]) == 2
+    assert "--dataset: it has 10 classes, but" in (told := capsys.readouterr().err) and told.count("\n") == 1
     for place, text in {
         stage2 / "last.cocsr_model": "holds no classifier",
         tmp_path / "seven.model": "knows 7 classes",
@@ -185,8 +187,8 @@ def result(**more):
         "norm": "l2",
         "epsilon": 0.5,
         "radii": [0, 0.25, 0.5, 55.4],
-        "health": "MASKED GRADIENTS: left at eps 1 3.0 %",
-        "signs": [{"name": "left at eps 1", "number": 0.03, "shows": True}],
+        "health": "MASKED GRADIENTS: left at an unlimited radius 3.0 %",
+        "signs": [{"name": "left at an unlimited radius", "number": 0.03, "shows": True}],
         "not_measured_without": ["transfer"],
         "attacks": {
             "autoattack": {
@@ -222,7 +224,7 @@ def test_the_lines_of_a_result():
         "left         80.0     60.0     50.0      3.0",
         "autoattack, after each part: apgd-ce 50.0",
         "warning of autoattack: Square helped",
-        "MASKED GRADIENTS: left at eps 1 3.0 %",
+        "MASKED GRADIENTS: left at an unlimited radius 3.0 %",
         "signs not looked for, without attacks: transfer",
     ]
 
