@@ -1,9 +1,10 @@
 """Steps of attacks against what the network itself takes: `python -m benchmarks.attacks`.
 
 The ceiling: forward and backward pass to the images, as often as an attack steps, and nothing else; no attack can be
-faster. Beside it a plain loop, which `pgd` must equal, and the passes with parameters that are not frozen. The network
-is in evaluation mode, the loss the cross-entropy, and no image drops out. All sides live in one process and take their
-turns; a ratio is the median of the ratios within a turn.
+faster. Attacks that keep the best image judge the originals and the last images by forward passes of their own: they
+are held against the ceiling with two of these, too. Beside it a plain loop, which `pgd` must equal, and the passes with
+parameters that are not frozen. The network is in evaluation mode, the loss the cross-entropy, and no image drops out.
+All sides live in one process and take their turns; a ratio is the median of the ratios within a turn.
 """
 
 import argparse
@@ -29,8 +30,11 @@ from models.mode import frozen
 from scripts.results import markdown
 
 _EPS, _EPS_L2, _CLASSES = 8 / 255, 0.5, 10
-CEILING, LIVE, LOOP = "forward and backward pass", "the same, parameters not frozen", "a plain loop"
-PGD = "pgd, last"
+CEILING, JUDGED = "forward and backward pass", "the same, and two forward passes"
+LIVE, LOOP, PGD = "forward and backward pass, parameters not frozen", "a plain loop", "pgd, last"
+
+# How the names of attacks begin that judge images.
+_JUDGING = ("pgd, best", "apgd")
 
 Result = TypeVar("Result")
 
@@ -54,6 +58,13 @@ class Attacked:
         for _ in range(self.steps):
             x = self.images.detach().requires_grad_()
             torch.autograd.grad(self.loss(x, self.labels).sum(), x)
+
+    def judged(self) -> None:
+        """The same, and what an attack that keeps the best image needs beside."""
+        self.passes()
+        with torch.no_grad():
+            for _ in range(2):
+                self.loss(self.images, self.labels)
 
     def loop(self) -> Tensor:
         """PGD as tutorials have it, without a start at random."""
@@ -84,6 +95,7 @@ class Attacked:
 
         return {
             CEILING: alone(self.passes),
+            JUDGED: alone(self.judged),
             LIVE: self.passes,
             LOOP: alone(self.loop),
             PGD: attack(pgd, "linf", keep="last"),
@@ -108,7 +120,12 @@ def check(sides: dict[str, Callable[[], object]]) -> str:
 def table(seconds: dict[str, list[float]], image_steps: int) -> list[list[str]]:
     """A row for each side. image_steps: images times steps of a turn."""
     return [
-        [name, f"{image_steps / statistics.median(taken):.0f}", str(Ratio.of(taken, seconds[CEILING]))]
+        [
+            name,
+            f"{image_steps / statistics.median(taken):.0f}",
+            str(Ratio.of(taken, seconds[CEILING])),
+            str(Ratio.of(taken, seconds[JUDGED])) if name.startswith(_JUDGING) else "",
+        ]
         for name, taken in seconds.items()
     ]
 
@@ -142,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(check(sides), flush=True)
     seconds = turns(sides, Clock(device, args.process_time), args.repeats)
-    header = ["", "images x steps / s", "of the ceiling"]
+    header = ["", "images x steps / s", "of the ceiling", "with two forward passes"]
     print(markdown(header, table(seconds, args.batch_size * args.steps)), end="", flush=True)
 
 

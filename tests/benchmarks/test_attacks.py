@@ -32,7 +32,8 @@ def test_the_ceiling_is_as_many_passes_as_an_attack_has_steps():
         run()
         passes[name] = len(counted.forward_passes), len(counted.backward_passes)
     exact = dict.fromkeys([attacks.CEILING, attacks.LIVE, attacks.LOOP, "pgd, last", "pgd, last, L2"], (4, 4))
-    assert passes == exact | dict.fromkeys(["pgd, best", "apgd", "pgd, best, L2", "apgd, L2"], (6, 4))
+    judging = [attacks.JUDGED, "pgd, best", "apgd", "pgd, best, L2", "apgd, L2"]
+    assert passes == exact | dict.fromkeys(judging, (6, 4))
     assert all(p.grad is None and p.requires_grad for p in one.net.parameters())
 
 
@@ -51,6 +52,7 @@ def test_the_table(device, capsys):
     printed = capsys.readouterr().out
     rows = re.findall(r"^\| (.+?) +\| (\d+) +\| (\d.\d\d) \(", printed, re.M)
     assert [name for name, _, _ in rows] == list(attacked().sides()) and rows[0][2] == "1.00"
+    assert len(re.findall(r"\) +\| \d.\d\d \(", printed)) == 4  # Those that judge.
 
 
 @pytest.mark.parametrize(
