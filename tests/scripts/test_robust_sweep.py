@@ -1,5 +1,7 @@
 """The scripts of adversarial training: which commands they start, and that these fit each other."""
 
+import os
+
 import pytest
 
 from tests.scripts.conftest import script
@@ -63,3 +65,40 @@ def test_the_best_epoch_is_attacked_where_there_is_one_and_images_of_the_plain_n
 def test_an_unknown_family_is_refused(tmp_path):
     done = script("robust_sweep", tmp_path, "ancra_vgg", "cifar10")
     assert done.returncode == 2 and "FAMILY is ancra" in done.stderr
+
+
+def runs_in(folder, *names):
+    made = [folder / "my logs" / name for name in names]
+    for run in made:
+        run.mkdir(parents=True)
+        (run / "last.model").touch()
+        os.utime(run / "last.model", (1, 1))  # older than what is measured of it
+    return [str(run) for run in made]
+
+
+def test_figures_of_features_are_of_every_run_and_then_of_all(commands, tmp_path):
+    runs = runs_in(tmp_path, "a", "b")
+    found = commands("ANCRA_Figures", *runs, OUT="out", TARGET_LABEL="3")
+    *measured, drawn = found
+    assert [line[0] for line in measured] == ["eval.py", "tsne.py"] * 2
+    for line, run in zip(measured, [run for run in runs for _ in range(2)], strict=True):
+        flags = options(line)
+        assert flags["--load_path"] == [f"{run}/last.model"]
+        assert flags["--mode"] == [{"eval.py": "feature_distance", "tsne.py": "feature_umap"}[line[0]]]
+        assert ("--save_score" in flags) == (line[0] == "eval.py")
+    assert drawn == ["-m", "scripts.robust_figures", *runs, "--out", "out", "--target_label", "3"]
+
+
+def test_what_was_measured_is_not_measured_again(commands, tmp_path):
+    runs = runs_in(tmp_path, "a", "b")
+    for name in ("result_feature_distance.json", "feature_umap_penultimate_shift0.png"):
+        (tmp_path / "my logs/a" / name).touch()
+    found = commands("ANCRA_Figures", *runs)
+    assert [line[0] for line in found] == ["eval.py", "tsne.py", "-m"] and found[0][4] == f"{runs[1]}/last.model"
+    assert found[-1] == ["-m", "scripts.robust_figures", *runs, "--out", "."]
+
+
+def test_figures_of_what_is_no_run_are_refused(tmp_path):
+    for args, told in (((), "usage: ANCRA_Figures.sh RUN"), ((str(tmp_path),), "RUN: no last.model in")):
+        done = script("ANCRA_Figures", tmp_path, *args)
+        assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
