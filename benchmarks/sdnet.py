@@ -12,7 +12,7 @@ import argparse
 import os
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # The profiler counts memory; its own chatter is not wanted.
@@ -182,8 +182,8 @@ def check(size: str, images: int) -> str:
     return f"loss and gradients in float64 differ from the released formulation's by: {', '.join(remarks)}"
 
 
-def turns(steps: dict[str, Step], clock: Clock, repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` steps of each network, in turns, after one of each that is not counted."""
+def turns(steps: Mapping[str, Callable[[], object]], clock: Clock, repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` steps of each side, in turns, after one of each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name, step in steps.items():

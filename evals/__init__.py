@@ -5,13 +5,16 @@ Data goes one way: load (`trained`) -> views and outputs (`extract`) -> scores -
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from common.attacks.specs import EpsilonSpec, StepsSpec
 from common.dist import SINGLE, World
 from common.files import readable
 from common.flags import DeviceSpec, Flags, RunSpec, Spec, WeightsSpec, flags_of
+from common.negatives import RANDOM, StrategySpec
 from common.run import recorded_flags
 from datasets import DataSource
 from datasets.corrupt import CorruptSpec
@@ -19,7 +22,8 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, embed, inside, noise_lambda, robust
+from evals import classify, detect, distance, embed, inside, noise_lambda, robust
+from evals.distance_report import write_feature_distance
 from evals.extract import (
     AUTOENCODER,
     BACKBONE,
@@ -38,7 +42,17 @@ from evals.report import Write, write_classification, write_detection, write_pic
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
-from evals.specs import ImagesSpec, InsideSpec, NoiseLambdaSpec, PlaceSpec, ReferenceSpec, ScoreSpec, StemSpec, TsneSpec
+from evals.specs import (
+    DistanceSpec,
+    ImagesSpec,
+    InsideSpec,
+    NoiseLambdaSpec,
+    PlaceSpec,
+    ReferenceSpec,
+    ScoreSpec,
+    StemSpec,
+    TsneSpec,
+)
 from evals.stem_lambda import with_stem_lambda
 from evals.trained import Trained, load_trained, weights_of
 from models import ModelSpec
@@ -53,7 +67,8 @@ class Eval:
     write: prints and writes one of them.
     specs: whose flags it reads. extractor: which network is loaded. needs: flags -> names of the outputs that are read.
     trained_by: training modes whose weights fit. default_for: those whose runs are evaluated by this row where no
-    --mode is given. scores: what --ood_score chooses from, the default first.
+    --mode is given. scores: what --ood_score chooses from, the default first. defaults: flags that have another default
+    in this row.
     """
 
     measure: Callable[[Trained], Iterator[Result]]
@@ -64,6 +79,7 @@ class Eval:
     trained_by: tuple[str, ...]
     default_for: tuple[str, ...] = ()
     scores: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def views(self, flags: Flags) -> int:
         """K, how many views of an image a draw has."""
@@ -143,6 +159,19 @@ def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tu
     return Eval(measure, write_classification, specs, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
+def _feature_distance(trained_by: tuple[str, ...]) -> Eval:
+    specs = (*_TESTED, EpsilonSpec, StepsSpec, StrategySpec, DistanceSpec, ImagesSpec)
+    return Eval(
+        distance.feature_distance,
+        write_feature_distance,
+        specs,
+        CLASSIFIER,
+        lambda flags: frozenset(),
+        trained_by,
+        defaults={"strategy": RANDOM},
+    )
+
+
 def _picture(
     extractor: Extractor,
     trained_by: tuple[str, ...],
@@ -151,13 +180,16 @@ def _picture(
     layers: Mapping[str, str] = embed.LAYERS,
     partner: str = "neighbour",
     default_for: tuple[str, ...] = (),
+    by_class: bool = False,
 ) -> Eval:
     def needs(flags: Flags) -> frozenset[str]:
         return frozenset(embed.shown_outputs(flags, output, layers).values())
 
-    measure = partial(embed.embed, extractor=extractor, output=output, layers=layers, partner=partner)
+    settings: dict[str, Any] = {"output": output, "layers": layers, "partner": partner, "by_class": by_class}
+    measure = partial(embed.embed, extractor=extractor, **settings)
     specs = (*_TESTED, *extractor.specs, TsneSpec, *_partners(partner))
-    return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for)
+    defaults = {"projection": "auto"} if by_class else {}
+    return Eval(measure, write_picture, specs, extractor, needs, trained_by, default_for, defaults=defaults)
 
 
 def _separation(
@@ -196,6 +228,7 @@ EVALS: dict[str, Eval] = {
     "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
+    "feature_distance": _feature_distance(_CLASSIFIERS),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
     "noise_lambda_rot_trans": _noise_lambda(noise_lambda.ROTATIONS, _ROT_TRANS),
@@ -211,6 +244,7 @@ TSNES: dict[str, Eval] = {
     "ood_pre_tsne_dict_refmix": _picture(SPARSE, ("cocsr_dict",), "s", partner="reference"),
     "ood_tsne_codes": _picture(AUTOENCODER, _AUTOENCODERS, layers={"penultimate": "h"}, default_for=_AUTOENCODERS),
     "supervised_tsne": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, default_for=_CLASSIFIERS),
+    "feature_umap": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, by_class=True),
     "rot_trans_tsne": _picture(PLAIN_ROT_TRANS, _ROT_TRANS, layers={"penultimate": "h"}, default_for=_ROT_TRANS),
     "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
 }

@@ -34,6 +34,7 @@ def launch(
         flags = flags.filled({"mode": mode_of_run(modes, load_path) or default_mode})
         flags = one_class.with_table(flags)
         row = modes[flags.mode]
+        flags = flags.filled(row.defaults)
         only_look = flags.of(RunSpec, only=["dry_run"]).dry_run
         # A dry run may name weights that are yet to be trained.
         if not only_look or (load_path and Path(load_path).exists()):

@@ -52,9 +52,22 @@ def write_noise_lambda(result: Result, trained: Trained, begun: float) -> None:
     print(f"accuracy in %, {of}, {facts['n']} test images, lambda {facts['lambda']:g} in training:")
     for line in table_lines(rows):
         print(f"  {line}")
-    print("  * the best lambda by the test labels: a bound, not a method")
+    print("  * the best lambda of the grid for the set by the test labels: what nobody knows, not a method")
+    for note in line_notes(facts):
+        print(note)
     for place in (table, curves, points, lines, path):
         print(f"wrote {place}", flush=True)
+
+
+def line_notes(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What speaks against lines: more noise must ask for a larger lambda."""
+    for kind, lines in facts["lines"].items():
+        for measure, line in lines.items():
+            if line["a"] <= 0:
+                yield (
+                    f"note: the line of {kind} noise by {measure} does not rise: {facts['n_calibration']} images do not"
+                    " show that more noise asks for a larger lambda; hold out more, or leave --stem_lambda auto"
+                )
 
 
 def _write_lines(trained: Trained, facts: Mapping[str, Any]) -> Path:
@@ -100,7 +113,7 @@ def draw_accuracies(rows: Mapping[str, np.ndarray], path: Path) -> None:
     margin = max(1.0, 0.05 * float(np.ptp(values)))
     across = min(2, len(kinds))
     down = -(-len(kinds) // across)
-    figure = Figure(figsize=(4.6 * across, 3.4 * down + 0.8), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 4.6 * across), 3.4 * down + 0.8), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharey=True).flatten()
     for panel, kind in zip(panels, kinds, strict=False):
         of_kind = {name: column[rows["noise"] == kind] for name, column in rows.items()}
@@ -117,7 +130,7 @@ def draw_accuracies(rows: Mapping[str, np.ndarray], path: Path) -> None:
     for panel in panels[::across]:
         panel.set_ylabel("accuracy in %")
     handles, titles = panels[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles, titles, loc="outside lower center", ncols=across, frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
 
 

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ _STYLE: dict[str, dict[str, Any]] = {
     "normal test": {"c": "#0072B2", "marker": ".", "s": 22, "alpha": 0.9},
     "atoms": {"c": "#D55E00", "marker": "*", "s": 45, "alpha": 1.0, "edgecolors": "black", "linewidths": 0.4},
 }
+# The whole palette, and what tells classes of one colour apart. Classes beyond all pairs have a scale of colours.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#000000")
+_MARKERS = ("o", "^", "s", "D", "v")
 # The key of a picture's facts in its file.
 _FACTS = "Comment"
 
@@ -40,7 +43,7 @@ def write_detection(result: Result, trained: Trained, begun: float) -> None:
     flags, spec = trained.flags, trained.flags.of(ScoreSpec)
     facts = {"score": result.name, **result_facts(result, trained, begun)}
     path = result_place(trained, f"result_{flags.mode}_{result.name}", ".json", facts)
-    tables = _write_tables(result, trained, path.with_name(path.name.replace("result_", "scores_", 1)))
+    tables = write_tables(result, trained, path.with_name(path.name.replace("result_", "scores_", 1)))
     write_json(path, {**facts, **nested(result.metrics), "scores": tables})
     _show(result, trained)
     if spec.print_score:
@@ -55,15 +58,21 @@ def write_classification(result: Result, trained: Trained, begun: float) -> None
     facts = {**result_facts(result, trained, begun), **result.metrics}
     name = "" if result.name == "clean" else f"_{file_name(result.name)}"
     path = result_place(trained, f"accuracy_{flags.mode}{name}", ".json", facts)
-    tables = _write_tables(result, trained, path.with_name(path.name.replace("accuracy_", "predictions_", 1)))
+    tables = write_tables(result, trained, path.with_name(path.name.replace("accuracy_", "predictions_", 1)))
     write_json(path, {**facts, "predictions": tables})
     under = "" if result.name == "clean" else f" ({result.name})"
+    under += "".join(f", --{name} {facts['settings'][name]}" for name in _SEEN_UNDER if name in facts["settings"])
     numbers = ", ".join(f"{_WORDS[key]} {100 * value:.1f} %" for key, value in result.metrics.items())
     print(f"{trained.split.dataset}, {facts['n']} test images of {facts['classes']} classes{under}: {numbers}")
-    print(f"wrote {path}", flush=True)
+    for place in [*map(path.with_name, tables.values()), path]:
+        print(f"wrote {place}", flush=True)
 
 
-def _write_tables(result: Result, trained: Trained, path: Path) -> dict[str, str]:
+# Settings that change what the network sees.
+_SEEN_UNDER = ("test_noise", "test_noise_level", "stem_lambda")
+
+
+def write_tables(result: Result, trained: Trained, path: Path) -> dict[str, str]:
     """With --save_score a CSV of every set, named after `path`. Returns the names of the files by set."""
     if not trained.flags.of(ImagesSpec).save_score:
         return {}
@@ -84,7 +93,9 @@ def write_picture(result: Result, trained: Trained, begun: float) -> None:
     """`<mode>_<layer>_shift<k>.png`, a scatter plot whose facts are kept in the file."""
     facts = result_facts(result, trained, begun)
     path = result_place(trained, f"{trained.flags.mode}_{result.name}", ".png", facts, _read_facts)
-    draw_points(result.per_image, path, title=facts.pop("title"), facts=facts)
+    by_class = class_styles(len(result.per_image)) if result.facts["by_class"] else []
+    styles = by_class or [_STYLE[name] for name in result.per_image]
+    draw_points(result.per_image, path, title=facts.pop("title"), facts=facts, styles=styles)
     print(f"wrote {path}", flush=True)
 
 
@@ -193,18 +204,57 @@ def _read_facts(path: Path) -> Any:
         return None
 
 
+def class_styles(count: int) -> list[dict[str, Any]]:
+    """Of each of so many classes its colour and marker; a scale of colours where there are not as many pairs."""
+    if count <= len(_COLORS) * len(_MARKERS):
+        looks = [(_COLORS[n % len(_COLORS)], _MARKERS[n // len(_COLORS)]) for n in range(count)]
+        return [{"c": color, "marker": marker, "s": 12, "alpha": 0.8, "linewidths": 0} for color, marker in looks]
+    from matplotlib import colormaps
+
+    scale = colormaps["viridis"](np.linspace(0, 1, count))
+    return [{"color": color, "marker": "o", "s": 12, "alpha": 0.8, "linewidths": 0} for color in scale]
+
+
+# Characters of a legend in a row, and those that a marker and the space around it take.
+_ROW, _MARKER = 110, 7
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """All in one row where there is room, else five columns or as many as fit."""
+    widths = [len(label) + _MARKER for label in labels]
+    return len(labels) if sum(widths) <= _ROW else max(1, min(5, _ROW // max(widths)))
+
+
 def draw_points(
-    groups: Mapping[str, Mapping[str, np.ndarray]], path: Path, *, title: str, facts: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, np.ndarray]],
+    path: Path,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    styles: Sequence[Mapping[str, Any]],
 ) -> None:
-    """A scatter plot. groups: name in `_STYLE` -> columns x and y. facts: what it depends on, kept in its file."""
+    """A scatter plot. groups: name -> columns x and y. facts: what it depends on, kept in its file. styles: of each.
+
+    Many groups have a colour bar in place of a legend.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.add_subplot()
-    for name, points in groups.items():
-        axes.scatter(points["x"], points["y"], label=f"{name} ({len(points['x'])})", **_STYLE[name])
+    for (name, points), style in zip(groups.items(), styles, strict=True):
+        axes.scatter(points["x"], points["y"], label=f"{name} ({len(points['x'])})", **style)
     axes.set_title(title, fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=len(groups), frameon=False, markerscale=1.6)
+    if any("color" in style for style in styles):
+        bar = ScalarMappable(Normalize(0, len(groups) - 1), "viridis")
+        figure.colorbar(bar, ax=axes, label=f"class, of {len(groups)} by number", shrink=0.8, pad=0.01)
+    else:
+        labels = axes.get_legend_handles_labels()[1]
+        # Markers of groups that are drawn small are small in the legend, too.
+        scale = 1.6 if styles and styles[0]["s"] > 13 else 2.4
+        how: dict[str, Any] = {"ncols": legend_columns(labels), "markerscale": scale, "frameon": False}
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.01), fontsize=10 if len(labels) < 6 else 9, **how)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120, metadata={_FACTS: json.dumps(facts)}))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.flags import Spec, flag, path_flag
+from common.flags import Spec, class_choice, flag, path_flag
 from datasets.noise import LEVELS, NOISES
 from models.lambda_line import MEASURES
 
@@ -91,8 +91,13 @@ class FittedSpec(Spec, group="evaluation"):
 
 @dataclass(frozen=True)
 class TsneSpec(Spec, group="evaluation"):
-    """t-SNE pictures."""
+    """Pictures of features in the plane."""
 
+    projection: str = flag(
+        "tsne",
+        "features in the plane by t-SNE, or by UMAP where umap-learn is installed; auto: by UMAP if it is",
+        choices=lambda: ("auto", "tsne", "umap"),
+    )
     ood_layer: Sequence[str] = flag(("penultimate",), "t-SNE: penultimate or simclr", nargs="+")
     tsne_points: int = flag(1000, "t-SNE: points of each group at most", above=0)
 
@@ -107,6 +112,17 @@ class InsideSpec(Spec, group="evaluation"):
     )
     keep_mean: bool = flag(False, "sdnet_inside: leave in each inversion what all have in common, as published")
     equalise: bool = flag(False, "sdnet_inside: equalise the histograms of inversions")
+
+
+@dataclass(frozen=True)
+class DistanceSpec(Spec, group="evaluation"):
+    """Whose features are compared."""
+
+    target_label: int | str | None = flag(
+        None,
+        "feature_distance: test images of this class alone, its number or its name (default: of all)",
+        type=class_choice,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from evals.specs import AUTO, PlaceSpec, StemSpec
 from evals.trained import Trained
 from evals.writing import read_json
 from models.csc import stem_of
-from models.lambda_line import LambdaLine, follow
+from models.lambda_line import MEASURES, LambdaLine, follow
 
 _REMEDY = "eval.py --mode noise_lambda writes it"
 _NUMBERS = ("a", "b", "low", "high", "reference")
@@ -48,7 +48,8 @@ def line_file(weights: Path, folder: Path) -> Path:
 
 
 def write_lines(trained: Trained, lines: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write lines, by kind of noise and measure of the residual; those of other kinds that are there stay.
+    """Write lines, by kind of noise and measure of the residual; others that are there stay, and a line of output names
+    those that are replaced by other numbers.
 
     lines: kind -> what JSON knows: under each measure the numbers of its line, and what it comes from.
     In --out, else beside the weights. Those of other weights that are there are dropped.
@@ -59,7 +60,12 @@ def write_lines(trained: Trained, lines: Mapping[str, Mapping[str, Any]]) -> Pat
     digest = _digest(trained.path)
     before = read_json(path)
     kept = before.get("lines") if isinstance(before, dict) and before.get("weights_sha256") == digest else None
-    found = {**(kept if isinstance(kept, dict) else {}), **lines}
+    found = dict(kept) if isinstance(kept, dict) else {}
+    for kind, new in lines.items():
+        old = found[kind] if isinstance(found.get(kind), dict) else {}
+        if replaced := [name for name in MEASURES if name in old and name in new and old[name] != new[name]]:
+            print(f"note: {path} had other lines of {kind} noise ({', '.join(replaced)}), which are replaced")
+        found[kind] = {**old, **new}
     write_json(path, {"weights": trained.path.name, "weights_sha256": digest, "lines": found})
     return path
 

@@ -40,6 +40,7 @@ UNCHANGED = {
     "held_out": 0,
     "test_noise": "none",
     "stem_lambda": None,
+    "projection": "tsne",
 }
 
 

@@ -6,7 +6,7 @@
 # folders' metrics.jsonl and result_*.json. Started again it goes on.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
-: "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
+[ -n "${DATA_PATH:-}" ] || { echo "error: DATA_PATH: give a folder with train/<class>/ and test/<class>/" >&2; exit 2; }
 export DATA_PATH CLASS=${CLASS:-0} EPOCHS=${EPOCHS:-1000} MORE=${MORE:-300} MODEL=${MODEL:-resnet18}
 export DEVICE=${DEVICE:-cuda} LOG_ROOT=${LOG_ROOT:-./logs} REPEATS=${REPEATS:-21} EVERY=${EVERY:-5}
 out=${LOG_ROOT/#\~\//$HOME/}/gpu # commands expand ~ themselves

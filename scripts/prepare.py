@@ -1,7 +1,8 @@
 """Make the data sets that no package hands out, from pictures that you have: `python -m scripts.prepare WHAT ...`.
 
 imagenet30 picks 30 classes out of a folder of ImageNet originals; lsun_fix and imagenet_fix draw pictures and make them
-32 x 32 pixels. The same command goes on where an earlier one was stopped.
+32 x 32 pixels; tiny_imagenet sorts those of the published archive by class, for `--dataset folder`. The same command
+goes on where an earlier one was stopped.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from common.files import write_text, write_whole
 from common.progress import progress
 from common.seed import generator
 from datasets.decode import Reader, check_reading, reason, unreadable
-from datasets.listing import ENDINGS, PREPARED, LeftOut, common_folder, list_pictures, pictures_below, printable
+from datasets.listing import (
+    ENDINGS,
+    PREPARED,
+    LeftOut,
+    class_folders,
+    common_folder,
+    list_pictures,
+    pictures_below,
+    printable,
+)
 
 # Names and WordNet ids of ImageNet-30; the index of a class is its place in alphabetical order.
 IMAGENET30 = {
@@ -58,6 +68,11 @@ IMAGENET30 = {
 }
 FIX_FOLDERS = {"lsun_fix": "LSUN_fix", "imagenet_fix": "Imagenet_fix"}
 FIX_SIDE = 32
+TINY_FOLDER = "TinyImageNet"
+# Of the published archive: which class each picture of `val/images` is of.
+_ANNOTATIONS = "val/val_annotations.txt"
+# At most so many names in an error.
+_NAMED = 5
 
 
 class Job(NamedTuple):
@@ -112,6 +127,48 @@ def find_imagenet30(source: Path, out: dict[str, Path]) -> list[Job]:
     if missing:
         raise UserError(f"--source: no pictures in {source} for {', '.join(missing)}")
     return list(jobs.values())
+
+
+def find_tiny_imagenet(source: Path, out: Path) -> list[Job]:
+    """Jobs that turn the archive's folder into `out/{train,test}/<WordNet id>/*`.
+
+    There it is `train/<WordNet id>/images/*` and `val/images/*`, whose classes are in `val/val_annotations.txt`: a line
+    of a name and a WordNet id, with tabs between. The classes of both splits are those of `train`, sorted, whichever
+    of them the annotations name.
+    Raises: UserError for a source of another form, and for pictures and annotations that do not fit.
+    """
+    left_out = LeftOut()
+    jobs = [
+        Job(path, out / "train" / wnid / path.name)
+        for wnid in class_folders(source / "train")
+        for path in pictures_below(source / "train" / wnid, left_out, "--source")
+    ]
+    known = {job.target.parent.name for job in jobs}
+    wnids = _annotations(source / _ANNOTATIONS)
+    pictures = {path.name: path for path in pictures_below(source / "val" / "images", left_out, "--source")}
+    left_out.report(source)
+    wrong = {
+        "no pictures in train/ for": sorted({*wnids.values(), *class_folders(source / "train")} - known),
+        f"no line in {_ANNOTATIONS} for": sorted(pictures.keys() - wnids.keys()),
+        "no picture in val/images for the annotation of": sorted(wnids.keys() - pictures.keys()),
+    }
+    for what, names in wrong.items():
+        if names:
+            some = ", ".join(map(printable, names[:_NAMED])) + (", ..." if len(names) > _NAMED else "")
+            raise UserError(f"--source: {what} {some} ({len(names)}); unpack the archive again")
+    return jobs + [Job(pictures[name], out / "test" / wnid / name) for name, wnid in wnids.items()]
+
+
+def _annotations(path: Path) -> dict[str, str]:
+    """Of each picture its WordNet id. Raises: UserError for a file that is not there or of another form."""
+    try:
+        rows = [line.split("\t") for line in path.read_text().splitlines() if line]
+        return {row[0]: row[1] for row in rows}
+    except (OSError, ValueError, IndexError):
+        raise UserError(
+            f"--source: {printable(path)} is not there or holds no lines of NAME and WordNet id; give the folder of"
+            " the unpacked archive, tiny-imagenet-200"
+        ) from None
 
 
 def draw(pictures: Sequence[Path], out: Path, *, count: int, seed: int) -> list[Job]:
@@ -211,6 +268,35 @@ def prepare_imagenet30(args: argparse.Namespace) -> None:
     make(jobs, change, reader, threads=threads, skip_bad=skip_bad, format="JPEG", quality=95)
 
 
+def prepare_tiny_imagenet(args: argparse.Namespace) -> None:
+    """Copies, not links: the archive may go away. The pictures stay what they are, byte by byte."""
+    positive(workers=args.workers)
+    root = args.data_path / TINY_FOLDER
+    out = [root / "train", root / "test"]
+    check_source(args.source, out)
+    jobs = find_tiny_imagenet(args.source, root)
+    claim(out, {"source": str(args.source.resolve()), "pictures": len(jobs)})
+
+    def copy(job: Job) -> None:
+        try:
+            content = job.source.read_bytes()
+        except OSError as error:
+            raise UserError(f"--source: cannot read {printable(job.source)} ({error.strerror})") from None
+        try:
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(job.target, lambda file: file.write(content))
+        except OSError as error:
+            raise UserError(f"--data_path: cannot write {printable(job.target)} ({error.strerror})") from None
+
+    todo = [job for job in jobs if not job.target.exists()]
+    with ThreadPoolExecutor(args.workers) as pool:
+        for _ in progress(pool.map(copy, todo), total=len(todo), label="copying"):
+            pass
+    classes = len({job.target.parent.name for job in jobs})
+    print(f"{len(jobs)} pictures of {classes} classes: {len(todo)} made, {len(jobs) - len(todo)} there already")
+    print(f"train.py --dataset folder --image_size 64 --data_path {printable(root)} reads them")
+
+
 def prepare_fix(args: argparse.Namespace) -> None:
     positive(count=args.count, workers=args.workers)
     out = args.data_path / FIX_FOLDERS[args.what]
@@ -251,16 +337,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         kind = _add(kinds, what, prepare_fix, "folder with pictures anywhere below it", f"32 x 32, to {folder}")
         kind.add_argument("--count", type=int, default=10_000, help="pictures to draw (10000)")
         kind.add_argument("--seed", type=int, default=0, help="the draw follows from it (0)")
+    tiny = "folder of the unpacked archive: train/<WordNet id>/images/*, val/images/*, val/val_annotations.txt"
+    text = f"Tiny-ImageNet by class, to {TINY_FOLDER}"
+    _of_source(kinds, "tiny_imagenet", prepare_tiny_imagenet, tiny, text)
     args = parser.parse_args(argv)
     args.prepare(args)
 
 
-def _add(kinds: Any, what: str, prepare: Callable, source: str, text: str) -> argparse.ArgumentParser:
+def _of_source(kinds: Any, what: str, prepare: Callable, source: str, text: str) -> argparse.ArgumentParser:
+    """The parser of a command, with the flags of all."""
     kind = kinds.add_parser(what, help=text, description=text)
     kind.set_defaults(prepare=prepare)
     kind.add_argument("--source", type=Path, required=True, help=source)
     kind.add_argument("--data_path", type=Path, default=Path("../Data/"), help="folder of the data sets (../Data/)")
     kind.add_argument("--workers", type=int, default=4, help="threads (4)")
+    return kind
+
+
+def _add(kinds: Any, what: str, prepare: Callable, source: str, text: str) -> argparse.ArgumentParser:
+    """Likewise, of a command that decodes pictures."""
+    kind = _of_source(kinds, what, prepare, source, text)
     kind.add_argument("--skip_bad_images", action="store_true", help="leave out pictures that cannot be read")
     kind.add_argument("--max_megapixels", type=float, default=100.0, help="larger pictures are refused (100)")
     between = "16-bit and float pictures: values that become black and white (default: found from all pictures)"

@@ -49,10 +49,7 @@ class Attacked:
         """Raises: OSError, ValueError, KeyError, TypeError for what is no such result."""
         found = json.loads(path.read_text())
         flags = json.loads((path.parent / "args.json").read_text())["flags"]
-        parts = bool(flags.get("ra")), bool(flags.get("anc"))
-        mode = flags["mode"]
-        title = METHODS[mode] + _PARTS[parts]
-        method = list(METHODS).index(mode), list(_PARTS).index(parts), title
+        method = method_of(flags)
         images = {name: data["fingerprint"] for name, data in found["data"].items()}
         shared = found["dataset"], flags["model"], found["n"], found["norm"], round(found["epsilon"], 9)
         group = (*shared, found["precision"], json.dumps(images, sort_keys=True))
@@ -67,6 +64,13 @@ class Attacked:
 
     def signs(self) -> list[str]:
         return [sign["name"] for sign in self.found["signs"] if sign["shows"]]
+
+
+def method_of(flags: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Of a training's flags: place of the mode and of the parts of ANCRA in tables, and title. Raises: KeyError."""
+    mode, parts = flags["mode"], (bool(flags.get("ra")), bool(flags.get("anc")))
+    title = METHODS[mode] + _PARTS[parts]
+    return list(METHODS).index(mode), list(_PARTS).index(parts), title
 
 
 def read(roots: Sequence[Path]) -> list[Attacked]:

@@ -158,7 +158,7 @@ def read_result(path: Path) -> Row:
 def clean_accuracies(run: Run) -> dict[str, float]:
     """In percent, by weights: `last`, `best`. Under noise or another lambda does not count."""
     found = {}
-    for path in sorted(run.folder.glob("accuracy_test_acc*.json")):
+    for path in sorted(run.folder.rglob("accuracy_test_acc*.json")):
         result = read_result(path)
         changed = {"test_noise", "stem_lambda", "corrupt"} & result["settings"].keys()
         if not changed and result.get("condition") == CLEAN:

@@ -3,5 +3,5 @@
 # DATA_PATH ({train,test}/<class>/*); accuracy, and noise x lambda at three levels. See sdnet_sweep.sh, whose variables
 # act here, too.
 set -euo pipefail
-: "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
+[ -n "${DATA_PATH:-}" ] || { echo "error: DATA_PATH: give a folder with train/<class>/ and test/<class>/" >&2; exit 2; }
 SEEDS=${SEEDS:-0 1} exec bash "$(dirname "$0")/sdnet_sweep.sh" sdnet_short folder "$@"

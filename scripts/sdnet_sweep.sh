@@ -35,12 +35,13 @@ for seed in ${SEEDS:-0}; do
         [[ $model != *_all* ]] || size=$coding_batch
         "$PYTHON" $supervised --dataset "$dataset" --data_path "${DATA_PATH:-../Data/}" --model "$model" $size \
             --epochs "${EPOCHS:-$epochs}" --seed "$seed" --log_root "$LOG_ROOT" --suffix "s$seed" "$@"
-        once "$run/accuracy_test_acc.json" "$run/last.model" -- \
-            "$PYTHON" $of_supervised --load_path "$run/last.model" --seed "$seed"
+        # In a folder of their own, so that no other evaluation of the run is taken for them.
+        once "$run/clean/accuracy_test_acc.json" "$run/last.model" -- \
+            "$PYTHON" $of_supervised --load_path "$run/last.model" --seed "$seed" --out "$run/clean"
         # Without held-out images no epoch is selected.
         if [ -f "$run/best.model" ] || [ ! -f "$run/last.model" ]; then
-            once "$run/accuracy_test_acc_best.json" "$run/best.model" -- \
-                "$PYTHON" $of_supervised --load_path "$run/best.model" --seed "$seed"
+            once "$run/clean/accuracy_test_acc_best.json" "$run/best.model" -- \
+                "$PYTHON" $of_supervised --load_path "$run/best.model" --seed "$seed" --out "$run/clean"
         fi
     done
     other=$logs/${dataset}_${control}_${supervised_run}_s$seed/last.model beside=()

@@ -5,7 +5,8 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 source scripts/recipes.sh
-: "${DATA_PATH:?folder with train/<class>/ and test/<class>/}" "${OOD_DATA_PATH:?folder with MNIST/raw/*.gz}"
+[ -n "${DATA_PATH:-}" ] || { echo "error: DATA_PATH: give a folder with train/<class>/ and test/<class>/" >&2; exit 2; }
+[ -n "${OOD_DATA_PATH:-}" ] || { echo "error: OOD_DATA_PATH: give a folder with MNIST/raw/*.gz" >&2; exit 2; }
 EPOCHS=${EPOCHS:-3} MORE=${MORE:-1} LOG_ROOT=${LOG_ROOT:-./logs}
 
 recipe short_multi csi of_csi cocsr of_cocsr suffix stage2_suffix csi_run cocsr_run

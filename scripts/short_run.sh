@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" requirements.txt
 source scripts/recipes.sh
-: "${DATA_PATH:?folder with train/<class>/ and test/<class>/}"
+[ -n "${DATA_PATH:-}" ] || { echo "error: DATA_PATH: give a folder with train/<class>/ and test/<class>/" >&2; exit 2; }
 CLASS=${CLASS:-8} EPOCHS=${EPOCHS:-24} MORE=${MORE:-20} MODEL=${MODEL:-resnet8} DEVICE=${DEVICE:-auto}
 LOG_ROOT=${LOG_ROOT:-./logs}
 

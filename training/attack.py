@@ -4,26 +4,13 @@ Letters: p images of this rank.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from common.attacks import pgd
-from common.attacks.specs import fraction
-from common.flags import Spec, flag
-
-# Standard deviation of the noise that PGD starts from (ANCRA, arXiv 2310.03358).
-_NOISE = 0.001
-
-
-@dataclass(frozen=True)
-class StepsSpec(Spec, group="adversarial training"):
-    """The steps of PGD in training."""
-
-    num_steps: int = flag(10, "steps of the attack in training", above=0)
-    step_size: float = flag(0.007, "L-inf length of a step of the attack in training", type=fraction, above=0)
+from common.attacks.specs import START_NOISE, StepsSpec
 
 
 class Attack(NamedTuple):
@@ -52,7 +39,7 @@ class Attack(NamedTuple):
         return pgd(losses, images, eps=self.reach * eps, steps=steps, step=step, start=start, keep="last")
 
 
-PGD = Attack(torch.randn, lambda images, noise, eps: images + _NOISE * noise)
+PGD = Attack(torch.randn, lambda images, noise, eps: images + START_NOISE * noise)
 FGSM_RS = Attack(torch.rand, lambda images, noise, eps: (images + eps * (2 * noise - 1)).clamp_(0, 1), 1, 1.25)
 # From noise of twice epsilon, and with no ball but [0, 1]: from there one step reaches no farther than 3 epsilon.
 N_FGSM = Attack(torch.rand, lambda images, noise, eps: images + 2 * eps * (2 * noise - 1), 1, 1.0, reach=3.0)

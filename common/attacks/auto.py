@@ -6,6 +6,7 @@ shape (N, C, H, W), floats in [0, 1].
 
 import contextlib
 import logging
+import math
 import re
 import sys
 from collections import Counter
@@ -24,7 +25,8 @@ STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 ATTACKS = {"apgd-ce": 2, "apgd-t": 4, "fab-t": 2, "square": 2, "apgd-dlr": 3, "fab": 2}
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
-# How the package reports a batch of an attack.
+# How the package reports the natural accuracy, and a batch of an attack.
+_NATURAL = re.compile(r"initial accuracy: ([\d.]+)%")
 _BATCH = re.compile(r"(\S+) - \d+/\d+ - (\d+) out of \d+ successfully perturbed")
 
 
@@ -59,14 +61,14 @@ def autoattack(
     Raises: UserError where the package is not installed; ValueError for arguments that no attack can use.
     """
     package = _package()
-    Search(eps, 1, norm, 1, "none", None, batch_size).check(images, [labels], may_wait=True)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be > 0, got {batch_size}")
+    Search(eps, 1, norm, 1, "none", None, None).check(images, [labels], may_wait=True)
     if eps == 0 or not len(images):
         raise ValueError(f"AutoAttack needs eps > 0 and images, got {eps} and {len(images)}")
     images, labels = images.detach().float().contiguous(), labels.detach()
     model = _of_input_alone(logits_of_x)
-    with torch.no_grad():
-        logits = torch.cat([model(part) for part in images.split(batch_size)])
-    n_classes, right = logits.shape[1], int((logits.argmax(1) == labels).sum())
+    n_classes = model(images[:1]).shape[1]
     names, remarks = _chosen(attacks, n_classes)
     with _kept(package, images.device) as log:
         attack = package.AutoAttack(model, device=images.device, eps=eps, norm=_NORMS[norm], seed=seed)
@@ -76,10 +78,7 @@ def autoattack(
             part.n_target_classes = min(part.n_target_classes, n_classes - 1)
         found, named = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
     fooled = named != labels
-    accuracy = _accuracies(names, right, log.perturbed, len(images))
-    left = int((~fooled).sum()) / len(images)
-    if abs(accuracy[names[-1]] - left) > 1e-9:
-        raise RuntimeError(f"pyautoattack leaves {left} of the images but reports {accuracy}; install version 0.2.0")
+    accuracy = log.accuracies(names, left=int((~fooled).sum()), n=len(images))
     return AutoResult(found.detach(), fooled, accuracy, (*remarks, *log.warnings))
 
 
@@ -109,20 +108,14 @@ def _chosen(attacks: Sequence[str] | None, n_classes: int) -> tuple[Sequence[str
     return attacks, []
 
 
-def _accuracies(names: Sequence[str], right: int, perturbed: Counter[str], n: int) -> dict[str, float]:
-    found = {"natural": right / n}
-    for name in names:
-        right -= perturbed[name]
-        found[name] = right / n
-    return found
-
-
 class _Log(logging.Handler):
-    """What the package reports: warnings, each once, and how many images each attack has perturbed."""
+    """What the package reports: warnings, each once, the natural accuracy in percent, rounded, and how many images each
+    attack has perturbed."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
         self.warnings: list[str] = []
+        self.natural = math.nan
         self.perturbed: Counter[str] = Counter()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -131,6 +124,22 @@ class _Log(logging.Handler):
             self.warnings.append(text)
         if batch := _BATCH.fullmatch(text):
             self.perturbed[batch[1]] += int(batch[2])
+        if natural := _NATURAL.fullmatch(text):
+            self.natural = float(natural[1])
+
+    def accuracies(self, names: Sequence[str], *, left: int, n: int) -> dict[str, float]:
+        """Raises: RuntimeError unless the counts of all attacks and what is left add up to the natural accuracy."""
+        right = left + sum(self.perturbed[name] for name in names)
+        if not abs(100 * right / n - self.natural) < 0.011:
+            raise RuntimeError(
+                f"pyautoattack counts {dict(self.perturbed)}, leaves {left} of {n} images and reports a natural"
+                f" accuracy of {self.natural} %; install version 0.2.0"
+            )
+        found = {"natural": right / n}
+        for name in names:
+            right -= self.perturbed[name]
+            found[name] = right / n
+        return found
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ N images of any shape (N, ...), floats in [0, 1].
 import torch
 from torch import Generator, Tensor
 
-# Binary images, the worst case, are then within 1e-5 of the radius; each takes about ten passes over the pixels.
+# Images are then within 2e-4 of the radius from the nearest, 1e-5 as a rule; each round is ten passes over the pixels.
 _ROUNDS = 3
 
 
@@ -22,6 +22,10 @@ class Ball:
     def project_(self, x: Tensor) -> Tensor:
         """The nearest images of the set, in the memory of x."""
         raise NotImplementedError
+
+    def contains(self, x: Tensor) -> Tensor:
+        """Which images belong to the set, but for rounding: (N,) bool."""
+        return (self.distance(x, self.x0) <= self.eps + 1e-6) & ((x >= 0) & (x <= 1)).flatten(1).all(1)
 
     def noise(self, generator: Generator) -> Tensor:
         """Uniform in the ball, whatever [0, 1] allows: (N, ...). The generator is on the images' device."""
@@ -78,12 +82,13 @@ class L2Ball(Ball):
         d = x.sub_(self.x0)
         square, tiny = d.square(), torch.finfo(x.dtype).tiny
         s = (self.eps / _total(square).clamp_min(tiny).sqrt()).clamp_max(1)
+        scaled, inside = torch.empty_like(d), torch.empty_like(d)
         for _ in range(_ROUNDS):
-            scaled = d * s
-            inside = scaled.clamp(self.low, self.high)
+            torch.mul(d, s, out=scaled)
+            torch.clamp(scaled, self.low, self.high, out=inside)
             clipped = scaled.sub_(inside).abs_().sign_()  # 1 or 0: masks of bool are ten times as slow on a CPU.
             left = self.eps**2 - _total(inside.square_().mul_(clipped))
-            free = _total(torch.addcmul(square, square, clipped, value=-1))
+            free = _total(torch.addcmul(square, square, clipped, value=-1, out=clipped))
             # Rounding must not shrink it again.
             s = torch.maximum(s, (left.clamp_min(0) / free.clamp_min(tiny)).sqrt().clamp_max(1))
         d.mul_(s).clamp_(self.low, self.high)

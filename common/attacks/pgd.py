@@ -36,7 +36,8 @@ def pgd(
     data: tensors with one entry an image, labels say. Where there are none, the loss always sees all N images.
     eps, step: in the norm `linf` or `l2`; step: eps / 4 by default.
     start: `uniform` in the ball, `none`, the standard deviation of normal noise, or images. The last two are projected
-    after the first step only. generator: on the images' device; None: one that is seeded alike in each call.
+    after the first step only, and what lies outside is not kept.
+    generator: on the images' device; None: one that is seeded alike in each call.
     keep: `best`: of all images seen, the originals included, one that fools before one that does not, then the one with
     the largest loss; what is fooled drops out before the next restart. It takes steps + 1 forward passes a restart, and
     one more; the host waits for the device once a restart, and once to check that images lie in [0, 1]. `last`: the
@@ -61,8 +62,9 @@ def pgd(
         x, ball = start, search.ball(x0)
         for k in range(steps):
             found, grad = ascent(loss_of_x, x, data)
-            if best is not None and (k or isinstance(search.start, str)):
-                best.update(x, found)
+            if best is not None:
+                # Of what the projection has not yet seen only images that it would leave alone.
+                best.update(x, found if k else found.among(ball.contains(x)))
             x = ball.project_(x.add_(ball.direction(grad), alpha=step))
         if best is not None:
             best.update(x, value(loss_of_x, x, data))

@@ -27,6 +27,10 @@ class Value(NamedTuple):
     loss: Tensor
     fooled: Tensor
 
+    def among(self, allowed: Tensor) -> "Value":
+        """Only of images that are allowed (N,) bool: the others are no better than any."""
+        return Value(self.loss.masked_fill(~allowed, -torch.inf), self.fooled & allowed)
+
 
 def value(loss_of_x: LossOfX, x: Tensor, data: Sequence[Tensor]) -> Value:
     """One forward pass without gradient."""
@@ -56,8 +60,7 @@ def _call(loss_of_x: LossOfX, x: Tensor, data: Sequence[Tensor]) -> tuple[Tensor
 
 
 def _value(loss: Tensor, fooled: Tensor) -> Value:
-    broken = loss.isnan()
-    return Value(loss.masked_fill(broken, -torch.inf), fooled & ~broken)
+    return Value(loss, fooled).among(~loss.isnan())
 
 
 class Best:

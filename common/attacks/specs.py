@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from common.flags import Spec, flag
 
+# Standard deviation of the noise that PGD starts from in training (ANCRA, arXiv 2310.03358).
+START_NOISE = 0.001
+
 
 def fraction(text: str) -> float:
     """A type for `flag`: a number, or a fraction such as 8/255."""
@@ -27,3 +30,11 @@ class EpsilonSpec(Spec, group="attacks"):
         at_most=1,
         origin="network",
     )
+
+
+@dataclass(frozen=True)
+class StepsSpec(Spec, group="adversarial training"):
+    """The steps of PGD as it is used in training."""
+
+    num_steps: int = flag(10, "steps of the attack in training, and of feature_distance", above=0)
+    step_size: float = flag(0.007, "their length, L-inf", type=fraction, above=0)

@@ -24,7 +24,7 @@ from datasets.sets import image_set
 from datasets.views import DrawSpec, draw_set, set_views
 from evals.classify import linear_logits
 from evals.noise_lambda import CLASSES, COLUMNS, PREDICTED, ROTATIONS, SHIFTS, best_lambda, noise_lambda
-from evals.noise_lambda_report import table_lines
+from evals.noise_lambda_report import line_notes, table_lines
 from evals.trained import Trained
 from models.csc import CSC2d
 from models.feature_net import Classifier, RotTransNet
@@ -445,3 +445,11 @@ def test_the_lambda_of_training_joins_the_lambdas_that_were_not_given(trained):
     assert found.facts["lambdas"] == pytest.approx([0.05, 0.1, 0.3, 0.4, 0.9]) and found.facts[
         "lambda"
     ] == pytest.approx(0.3)
+
+
+def test_a_line_that_does_not_rise_is_named():
+    lines = {"gaussian": {"energy": {"a": -0.1}, "highpass": {"a": 0.2}}, "shot": {"energy": {"a": 0.0}}}
+    notes = list(line_notes({"lines": lines, "n_calibration": 60}))
+    assert [note.split(" does not rise")[0] for note in notes] == [
+        "note: the line of gaussian noise by energy", "note: the line of shot noise by energy"
+    ] and "60 images" in notes[0]  # fmt: skip

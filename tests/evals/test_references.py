@@ -103,7 +103,7 @@ def test_references_are_mixed_into_test_images_of_the_modes_that_say_so(mode, st
     "mode", [mode for mode, row in TSNES.items() if MIXED & set(row.trained_by) and TsneSpec in row.specs]
 )
 def test_references_of_pictures(mode, stage1, stage2, mixed, tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "project", lambda groups, title: {})
+    monkeypatch.setattr(embed, "project", lambda *_: {})
     monkeypatch.setattr("evals.report.draw_points", lambda *args, **facts: None)
     run = stage2 if TSNES[mode].trained_by == ("cocsr_dict",) else stage1
     evaluated(tsne, mode, run, tmp_path, "--refmix_batch_size", "9")

@@ -10,9 +10,13 @@ import torch
 import eval as evaluate
 import train
 from common.files import load_state_dict, save_tensors
+from common.flags import build_parser, parse
+from evals import EVALS
 from evals.classify import linear_logits
+from evals.stem_lambda import write_lines
 from models.checkpoint import load_net
 from models.lambda_line import LambdaLine, adaptive, fixed
+from program import SPECS
 
 DATA = "--dataset digits --image_size 8".split()
 NOISE = "--noises gaussian shot --noise_protocol imagenetc --noise_levels 2 4 --lambdas 0.1 0.6 1.2".split()
@@ -170,3 +174,20 @@ def test_networks_without_sparse_coding_have_no_stem_whose_lambda_could_change(t
     assert "stem_lambda" not in json.loads(result.read_text())["settings"]
     assert evaluate.main(["--mode", "noise_lambda", "--load_path", str(folder), *NOISE]) == 2
     assert "no layer of sparse coding" in capsys.readouterr().err
+
+
+def test_lines_of_other_measures_stay_and_what_is_replaced_is_said(copy, capsys):
+    trained = EVALS["test_acc"].load(
+        parse(["--load_path", str(copy), "--mode", "test_acc", "--dataset", "digits", "--image_size", "8", "--model",
+               "sdnet8"], build_parser("x", EVALS, "test_acc", SPECS))
+    )  # fmt: skip
+    before = json.loads((copy / "lambda_line.json").read_text())["lines"]
+    new = {**before["gaussian"]["highpass"], "a": 7.0}
+    capsys.readouterr()
+    write_lines(trained, {"gaussian": {"highpass": new}})
+    told, after = capsys.readouterr().out, json.loads((copy / "lambda_line.json").read_text())["lines"]
+    assert "had other lines of gaussian noise (highpass), which are replaced" in told
+    assert after["gaussian"]["highpass"] == new and after["gaussian"]["energy"] == before["gaussian"]["energy"]
+    assert after["shot"] == before["shot"]
+    write_lines(trained, {"gaussian": {"highpass": new}})
+    assert not capsys.readouterr().out

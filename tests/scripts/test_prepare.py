@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets import DataSource, split_one_class
 from datasets.folder import list_pictures
 from scripts.prepare import IMAGENET30, fix, main, shorten
 from tests.datasets.test_folder import save
@@ -164,6 +165,83 @@ def test_the_seed_draws_and_a_larger_count_goes_on_with_the_draw(grays, tmp_path
     assert levels(tmp_path / "a/LSUN_fix") == drawn["more"]
 
 
+# --------------------------------------------------------------------------------------------------- Tiny-ImageNet
+
+# Not sorted, as the lines of an archive's file need not be; no test picture of the second.
+WNIDS = ("n02", "n10", "n01")
+
+
+@pytest.fixture
+def archive(tmp_path) -> Path:
+    """The unpacked archive, small: each picture has a grey level of its own."""
+    root = tmp_path / "tiny-imagenet-200"
+    for k, wnid in enumerate(WNIDS):
+        for n in range(2):
+            save(solid(40 * k + n, (64, 64)), root / "train" / wnid / "images" / f"{wnid}_{n}.JPEG")
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("boxes\n")
+    lines = []
+    for n, k in enumerate((2, 0, 2)):
+        save(solid(200 + n, (64, 64)), root / "val/images" / f"val_{n}.JPEG")
+        lines.append(f"val_{n}.JPEG\t{WNIDS[k]}\t0\t0\t62\t62\n")
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+    return root
+
+
+def tiny_imagenet(source: Path, data: Path, *args: object) -> int:
+    return main(["tiny_imagenet", "--source", str(source), "--data_path", str(data), *map(str, args)])
+
+
+def test_tiny_imagenet_becomes_a_folder_whose_splits_have_one_mapping_of_classes(archive, tmp_path, capsys):
+    assert tiny_imagenet(archive, tmp_path / "data") == 0
+    assert "9 pictures of 3 classes: 9 made, 0 there already" in capsys.readouterr().out
+    root = tmp_path / "data/TinyImageNet"
+    split = split_one_class("folder", DataSource(data_path=str(root), image_size=64, num_worker=1), None, 64)
+    assert split.class_names == ["n01", "n02", "n10"] and split.n_classes == 3
+    levels = {}
+    for images in (split.train(), split.test()):
+        assert images.size == (64, 64)
+        for image, label in zip(images.images, images.labels.tolist(), strict=True):
+            levels.setdefault(split.class_names[label], []).append(round(float(image.float().mean())))
+    assert {name: sorted(found) for name, found in levels.items()} == {
+        "n01": [80, 81, 200, 202],
+        "n02": [0, 1, 201],
+        "n10": [40, 41],
+    }
+    source, made = archive / "train/n01/images/n01_1.JPEG", root / "train/n01/n01_1.JPEG"
+    assert made.read_bytes() == source.read_bytes() and not made.is_symlink()
+
+
+def test_tiny_imagenet_is_copied_once_and_a_stopped_copy_completed(archive, tmp_path, capsys):
+    assert tiny_imagenet(archive, tmp_path / "d") == 0
+    before = snapshot(tmp_path / "d")
+    lost = tmp_path / "d/TinyImageNet/test/n01/val_2.JPEG"
+    lost.unlink()
+    capsys.readouterr()
+    assert tiny_imagenet(archive, tmp_path / "d") == 0
+    assert "1 made, 8 there already" in capsys.readouterr().out
+    assert {path for path, state in snapshot(tmp_path / "d").items() if state != before[path]} == {lost}
+
+
+ANNOTATIONS = "val/val_annotations.txt"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda root: (root / ANNOTATIONS).unlink(), [f"{ANNOTATIONS} is not there", "tiny-imagenet-200"]),
+        (lambda root: (root / ANNOTATIONS).write_text("val_0.JPEG n01\n"), ["holds no lines"]),
+        (lambda root: (root / ANNOTATIONS).write_text("val_0.JPEG\tn01\n"), ["val_1.JPEG, val_2.JPEG (2)"]),
+        (lambda root: (root / "val/images/val_1.JPEG").unlink(), ["annotation of val_1.JPEG (1)"]),
+        (lambda root: (root / "train/n01").rename(root / "train/n05"), ["no pictures in train/ for n01 (1)"]),
+        (lambda root: (root / "train/n07").mkdir(), ["no pictures in train/ for n07 (1)"]),
+    ],
+)
+def test_an_archive_of_tiny_imagenet_that_does_not_fit_is_refused(change, words, archive, tmp_path, capsys):
+    change(archive)
+    refused(capsys, tiny_imagenet(archive, tmp_path / "d"), "--source", *words)
+    assert not (tmp_path / "d").exists()
+
+
 # --------------------------------------------------------------------------------------------- again, and damage
 
 
@@ -277,6 +355,8 @@ def test_more_that_cannot_work(grays, tmp_path, capsys):
     refused(capsys, lsun_fix(tmp_path / "empty", data), "--source", "no pictures")
     refused(capsys, lsun_fix(grays, data, "--count", 0), "--count")
     refused(capsys, lsun_fix(grays, data, "--workers", 0), "--workers")
+    refused(capsys, tiny_imagenet(grays, data, "--workers", 0), "--workers")
+    refused(capsys, tiny_imagenet(tmp_path / "nothing", data), "--source", "nothing")
     refused(capsys, imagenet30(grays, data, "--size", -1), "--size")
     assert not data.exists()
     data.write_text("a file")

@@ -108,7 +108,7 @@ def test_what_is_there_is_not_evaluated_again_until_its_weights_change(commands,
     for folder in (run, control):
         for weights in ("last", "best"):
             touch(folder / f"{weights}.model", 0)
-        for name in ("accuracy_test_acc", "accuracy_test_acc_best", "result_noise_lambda"):
+        for name in ("clean/accuracy_test_acc", "clean/accuracy_test_acc_best", "result_noise_lambda"):
             touch(folder / f"{name}.json", 10)
 
     def again() -> list[str]:

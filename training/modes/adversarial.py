@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.attacks.specs import EpsilonSpec
+from common.attacks.specs import EpsilonSpec, StepsSpec
 from common.dist import SINGLE, Shard, World
 from common.flags import Flags, flag
+from common.negatives import NONE, RANDOM, StrategySpec, pick_negatives
 from common.seed import generator
 from datasets import Split
 from datasets.sets import floats
 from models.feature_net import Heads
 from models.mode import evaluation_mode, frozen
-from training.attack import FGSM_RS, N_FGSM, PGD, Attack, StepsSpec
+from training.attack import FGSM_RS, N_FGSM, PGD, Attack
 from training.losses.adversarial import anc_of_pairs, boosted_cross_entropy, kl, kl_of_each, weighted_kl
-from training.modes.negatives import NONE, RANDOM, STRATEGIES, pick_negatives
 from training.modes.setup import precision
 from training.modes.supervised import HELD_OUT, set_up
 from training.recipe import Batch, Check, EpochEnd, Recipe, Step
@@ -34,7 +34,6 @@ from training.specs import CompileSpec, StepSpec
 ROBUST = "held_out/robust"
 # In so many epochs every strategy is `random`.
 _RANDOM_EPOCHS = 10
-_ADVERSARIAL = "_adv"
 _OVERFITTED = Check(
     ROBUST,
     "the network has lost its robustness, or not found any (catastrophic overfitting of one-step attacks); try"
@@ -44,7 +43,7 @@ _OVERFITTED = Check(
 
 
 @dataclass(frozen=True)
-class AdversarialSpec(StepsSpec, group="adversarial training"):
+class AdversarialSpec(StepsSpec, StrategySpec, group="adversarial training"):
     """The attack of training, and the parts of ANCRA; most flags have their published names."""
 
     inner_attack: str = flag(
@@ -56,11 +55,6 @@ class AdversarialSpec(StepsSpec, group="adversarial training"):
     anc: bool = flag(False, "contrast with negatives, images of other classes")
     zeta: float = flag(3.0, "--anc: weight of the contrast", at_least=0)
     alpha: float = flag(1.0, "--anc: share of its gradient that goes to negatives", at_least=0, at_most=1)
-    strategy: str = flag(
-        "random_adv",
-        "--anc: which images are negatives; _adv: they are attacked, too",
-        choices=lambda: [f"{name}{tail}" for name in STRATEGIES for tail in ("", _ADVERSARIAL)],
-    )
     sample_class_number: int = flag(1, "--anc: classes that negatives of an image are drawn from", above=0)
     sample_number: int = flag(1, "--anc: negatives of each of these classes", above=0)
 
@@ -228,7 +222,6 @@ class Attacker:
 
         images (p, 3, H, W): those of this rank. labels (B,): of the batch.
         """
-        name = self.spec.strategy.removesuffix(_ADVERSARIAL)
         of_class = self.spec.sample_number
         count = self.spec.sample_class_number * of_class
         with torch.no_grad():
@@ -236,7 +229,7 @@ class Attacker:
         chosen = pick_negatives(
             logits,
             labels,
-            strategy=RANDOM if epoch <= _RANDOM_EPOCHS else name,
+            strategy=RANDOM if epoch <= _RANDOM_EPOCHS else self.spec.rule,
             count=count,
             per_class=of_class,
             generator=gen,
@@ -244,7 +237,7 @@ class Attacker:
         own = shard.indices(images.device)[: shard.size]
         rows = chosen[own].clamp_min(0).flatten()
         found = batch[rows]
-        if self.spec.strategy.endswith(_ADVERSARIAL):
+        if self.spec.attacked:
             noise = self.attack.noise(count * len(labels), images, gen).unflatten(0, (-1, count))[own].flatten(0, 1)
             targets = labels[own].repeat_interleave(count)
             found = self._raise(lambda heads: -self._cross_entropy(targets, heads), found, noise)

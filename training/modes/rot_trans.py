@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from common.attacks.specs import EpsilonSpec
+from common.attacks.specs import EpsilonSpec, StepsSpec
 from common.dist import SINGLE, Shard, World
 from common.flags import Flags, flag
 from common.seed import generator, seed_of
@@ -24,7 +24,7 @@ from models import ModelSpec
 from models.checkpoint import build_net
 from models.feature_net import RotTransNet, Transformation
 from models.mode import evaluation_mode, frozen
-from training.attack import ATTACKS, Attack, StepsSpec
+from training.attack import ATTACKS, Attack
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     coding_settings,

@@ -46,7 +46,11 @@ class SupervisedSpec(Spec, group="training"):
 
     lr_final: float = flag(1e-6, "supervised: learning rate at the end of the cosine", at_least=0)
     lr_drops: Sequence[int] = flag(
-        (), "supervised: epochs after which the rate falls to a tenth, in place of the cosine", type=int, nargs="+"
+        (),
+        "supervised: epochs after which the rate falls to a tenth, in place of the cosine",
+        type=int,
+        nargs="+",
+        at_least=1,
     )
     lr_schedule: str = flag(
         "auto",

@@ -40,6 +40,14 @@ def test_projected_images_are_in_the_ball_and_in_0_to_1(norm, eps):
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_what_the_set_contains_is_what_the_projection_leaves_alone(norm):
+    x0 = torch.full((4, 1, 1, 2), 0.5)
+    x = x0 + torch.tensor([[0.1, 0], [0.2, 0], [0.3, 0], [0.6, 0]]).view(4, 1, 1, 2)
+    assert NORMS[norm](x0, 0.2).contains(x).tolist() == [True, True, False, False]
+    assert NORMS[norm](x0, 1.0).contains(x).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("norm", NORMS)
 def test_images_inside_stay_as_they_are(norm):
     x0 = images()
     x = away(x0, 1e-3).clamp(0, 1)

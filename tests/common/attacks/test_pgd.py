@@ -247,6 +247,18 @@ def test_of_several_images_that_fool_the_one_with_the_largest_loss_is_kept():
     torch.testing.assert_close(last, torch.tensor([[0.8], [0.8]]))
 
 
+def test_a_start_is_kept_where_it_is_best_and_inside():
+    """The loss falls with every step; of three starts the last two lie outside."""
+
+    def loss_of_x(x, y):
+        return (x - 2 * (x - x.detach())).flatten(1).sum(1)  # The gradient points the wrong way.
+
+    x = torch.full((3, 1), 0.5)
+    start = torch.tensor([[0.6], [0.8], [1.1]])
+    found = pgd(loss_of_x, x, torch.zeros(3), eps=0.2, step=0.05, steps=1, start=start)
+    torch.testing.assert_close(found, torch.tensor([[0.6], [0.7], [0.7]]))
+
+
 def test_the_last_image_is_that_of_a_plain_loop(net, batch):
     x, y = batch
     adv = x + 0.001 * torch.randn(x.shape, generator=generator(0, "start"))

@@ -80,6 +80,19 @@ def test_the_attack_of_a_linear_network_is_known(steps, moved):
     assert (found.images[1] - images[1]).flatten().tolist() == pytest.approx([-moved, moved, 0], abs=4e-3)
 
 
+def test_one_step_attacks_of_a_linear_network_are_known():
+    images, labels = torch.full((50, 3, 1, 1), 0.5), torch.zeros(50, dtype=torch.long)
+    sign = torch.tensor([-1.0, 1.0, 0.0]).view(1, 3, 1, 1)
+    noise = torch.rand(images.shape, generator=gen())
+    drawn = 2 * noise - 1
+    for name, expected in {
+        "adv_fgsm_rs": (drawn + 1.25 * sign).clamp(-1, 1),
+        "adv_nfgsm": 2 * drawn + sign,
+    }.items():
+        found = attacker(Linear(), name)(images, labels, noise.clone())
+        torch.testing.assert_close((found - images) / EPS, expected, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_attacked_images_are_images_and_leave_the_network_alone(name):
     net = net_of().eval()
@@ -312,6 +325,7 @@ def test_training_makes_robust_and_keeps_the_epoch_that_is_most_so(tmp_path):
     assert all(0 <= row["held_out/robust"] <= row["held_out/accuracy"] + 0.05 <= 1.05 for row in rows)
     best = int(np.argmax([row["held_out/robust"] for row in rows])) + 1
     assert read_facts(folder / "best.model")["epoch"] == best
+    assert "held_out/robust: last" in (folder / "log.txt").read_text()
     assert rows[-1]["held_out/accuracy"] > 0.25 and rows[-1]["held_out/robust"] > 0.2
     assert all(row["train/without_negative"] == 0 for row in rows)
     assert all(math.isfinite(value) for row in rows for value in row.values() if isinstance(value, float))

@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.attacks.specs import StepsSpec
 from common.seed import generator
 from datasets.shifts import rotations_and_translations
 from models.feature_net import Transformation
 from tests.training.test_recipes import batch_of, recipe_of
-from training.attack import ATTACKS, StepsSpec
+from training.attack import ATTACKS
 from training.modes.rot_trans import transformation_losses, transformed
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from common.negatives import NONE, STRATEGIES, StrategySpec, pick_negatives
 from tests.fake_gpu import FakeGpu
-from training.modes.negatives import NONE, STRATEGIES, pick_negatives
 
 
 def gen(seed=0, device="cpu"):
@@ -105,3 +105,11 @@ def test_settings_out_of_range_are_refused():
         pick_negatives(logits, labels, strategy="hardest", generator=gen())
     with pytest.raises(ValueError, match="2 negatives of a class do not make 3"):
         pick_negatives(logits, labels, strategy="random", count=3, per_class=2, generator=gen())
+
+
+def test_a_strategy_says_who_is_chosen_and_whether_they_are_attacked():
+    assert [(spec.rule, spec.attacked) for spec in map(StrategySpec, ("hard", "random_adv"))] == [
+        ("hard", False),
+        ("random", True),
+    ]
+    assert StrategySpec() == StrategySpec("random_adv")

@@ -4,9 +4,12 @@ Letters: N images, C classes, m negatives of each image.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
+
+from common.flags import Spec, flag
 
 NONE = -1
 
@@ -19,6 +22,28 @@ _CANDIDATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 RANDOM = "random"
 STRATEGIES = (RANDOM, *_CANDIDATES)
+_ATTACKED = "_adv"
+
+
+@dataclass(frozen=True)
+class StrategySpec(Spec, group="adversarial training"):
+    """How negatives are chosen, and whether they are used as they are."""
+
+    strategy: str = flag(
+        f"{RANDOM}{_ATTACKED}",
+        "--anc, feature_distance: which images are negatives; _adv: they are attacked, too",
+        choices=lambda: [f"{name}{tail}" for name in STRATEGIES for tail in ("", _ATTACKED)],
+    )
+
+    @property
+    def rule(self) -> str:
+        """Of `STRATEGIES`."""
+        return self.strategy.removesuffix(_ATTACKED)
+
+    @property
+    def attacked(self) -> bool:
+        """Whether negatives are moved towards the class of their anchors."""
+        return self.strategy.endswith(_ATTACKED)
 
 
 def pick_negatives(
