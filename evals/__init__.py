@@ -43,6 +43,9 @@ from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
 from evals.specs import (
+    AttackSpec,
+    CorruptionsSpec,
+    DetectorAttackSpec,
     DistanceSpec,
     ImagesSpec,
     InsideSpec,
@@ -148,7 +151,7 @@ def _detection(
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
     specs = (*_TESTED, *extractor.specs, ScoreSpec, ImagesSpec, *options, OutlierSpec, TestBatchSpec)
-    specs = (*specs, *_partners(partner))
+    specs = (*specs, *_partners(partner), CorruptionsSpec, EpsilonSpec, AttackSpec, DetectorAttackSpec)
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 

@@ -309,6 +309,11 @@ class Extraction:
         see(self.read, images, self.draws, seen, part, sums)
         return self._finished(mean_outputs(sums, self.samples))
 
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn for test images."""
+        return self.draws.aligned is not None
+
     def batches(self, index: Tensor) -> list[Tensor]:
         """The indices, batch by batch, for all ranks; of all images of a set those that `blocks` goes by."""
         return list(index.split(self.draws.batch_size))

@@ -2,17 +2,20 @@
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from common.attacks.specs import fraction
 from common.flags import Spec, class_choice, flag, path_flag
-from datasets.noise import LEVELS, NOISES
+from datasets.noise import CORRUPTIONS, LEVELS, NOISES
 from models.lambda_line import MEASURES
 
 # Lambda from the residual of each image.
 AUTO = "auto"
 # Each kind of noise by its own line.
 SAME = "same"
+# Every corruption there is.
+ALL = "all"
 
 
 def lambda_value(text: str) -> float:
@@ -44,6 +47,18 @@ class ImagesSpec(Spec, group="evaluation"):
     """What is written of each test image."""
 
     save_score: bool = flag(False, "write every image's score, or predicted class, as CSV")
+
+
+@dataclass(frozen=True)
+class CorruptionsSpec(Spec, group="evaluation"):
+    """Detection under corruptions."""
+
+    corruptions: Sequence[str] | None = flag(
+        None,
+        "detection under these corruptions of test images, each at all five severities",
+        nargs="+",
+        choices=lambda: (ALL, *CORRUPTIONS),
+    )
 
 
 @dataclass(frozen=True)
@@ -166,3 +181,46 @@ class NoiseLambdaSpec(Spec, group="noise and lambda"):
     )
     cifar10c: str | None = path_flag(None, "folder of CIFAR-10-C, whose arrays are then the noisy test images")
     control_path: str | None = path_flag(None, "run or weights of a network to compare with, without sparse coding")
+
+
+@dataclass(frozen=True)
+class AttackSpec(Spec, group="attacks"):
+    """How attacks are made."""
+
+    attack_images: int | None = flag(
+        None,
+        "so many test images, of each class as many as of the others; --attack: so many normal and so many anomalous"
+        " ones (default: all)",
+        type=int,
+        above=0,
+    )
+    attack_steps: int = flag(40, "steps of attacks", above=0)
+    epsilons: Sequence[float] | None = flag(
+        None,
+        "radii of the curve, besides --epsilon: 0 1/255 8/255, say",
+        type=fraction,
+        nargs="+",
+        at_least=0,
+        at_most=1,
+    )
+
+
+def _detector_attacks() -> Iterable[str]:
+    from evals.attacked import ATTACKS  # Which reads the spec.
+
+    return ATTACKS
+
+
+@dataclass(frozen=True)
+class DetectorAttackSpec(Spec, group="attacks"):
+    """Attacks on detectors."""
+
+    attack: Sequence[str] | None = flag(
+        None,
+        "attack test images of a detection so that it fails; several: the worst of each image counts",
+        nargs="+",
+        choices=_detector_attacks,
+    )
+    attack_draws: int = flag(
+        1, "--attack: how often an attacker runs a random procedure for each gradient, with draws of its own", above=0
+    )

@@ -74,7 +74,14 @@ def test_a_broken_link_is_found(tmp_path):
 
 @pytest.mark.parametrize(
     "name, count",
-    [("README.md", 2), ("docs/usage.md", 7), ("docs/scaling.md", 1), ("docs/rdae.md", 3), ("docs/sdnet.md", 8)],
+    [
+        ("README.md", 2),
+        ("docs/usage.md", 7),
+        ("docs/scaling.md", 1),
+        ("docs/rdae.md", 3),
+        ("docs/sdnet.md", 8),
+        ("docs/robust_detection.md", 5),
+    ],
 )
 def test_commands_parse_and_name_the_folders_that_earlier_ones_make(name, count, capsys):
     made: set[Path] = set()
