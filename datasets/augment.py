@@ -260,21 +260,12 @@ def hsv_jitter(x: Planes, hue: Tensor, saturation: Tensor, value: Tensor) -> Pla
     top = torch.maximum(torch.maximum(r, g), b)
     chroma = top - torch.minimum(torch.minimum(r, g), b)
     # 2 r - g - b and g - b, the coordinates of the colour circle.
-    across, along = (g - b).mul_(math.sqrt(3)), (r - g).add_(r).sub_(b)
-    if across.requires_grad:
-        # Grey has no hue: the gradient there is NaN, and counts as 0, since the chroma that it multiplies is 0.
-        across.register_hook(_finite)
-        along.register_hook(_finite)
-    hue6 = torch.atan2(across, along).mul_(6 / (2 * math.pi))
+    hue6 = torch.atan2((g - b).mul_(math.sqrt(3)), (r - g).add_(r).sub_(b)).mul_(6 / (2 * math.pi))
     hue6 = hue6.add_(_per_plane(hue * (6 * 255 / 360)))
     hue6 = hue6.sub_((hue6 * (1 / 6)).floor_(), alpha=6)
     chroma = chroma.div_(top.clamp_min(1e-12)).mul_(_per_plane(saturation)).clamp_(0, 1)
     top = (top * _per_plane(value)).clamp_(0, 1)  # Not in place: the gradient of the quotient needs it as it was.
     return _from_hexagon(hue6, chroma.mul_(top), top)
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    return gradient.nan_to_num(0, 0, 0)
 
 
 def gray(x: Planes, chosen: Tensor) -> Planes:

@@ -388,6 +388,29 @@ def test_columns_and_radii_are_in_order_and_at_eps_1_nothing_is_left():
     )
 
 
+def test_what_helps_the_detector_counts_as_nothing_and_is_reported(monkeypatch):
+    """An attack that goes the wrong way from the second radius on: of each image the smaller radius counts."""
+    data = images(24)
+    pgd = ATTACKS["pgd"]
+
+    def climb(loss, x, index, direction, *, eps, **settings):
+        return pgd.climb(loss, x, index, direction * (1 if eps < 0.02 else -1), eps=eps, **settings)
+
+    monkeypatch.setitem(ATTACKS, "pgd", pgd._replace(climb=climb))
+    weight = torch.randn(192, generator=gen(1))
+    attacker = attacker_of(pixels_as_they_are, LinearScore(weight), DrawSpec(IDENTITY, None, 0))
+    found = attack_detector(plan(epsilon=0.05, radii=(0, 0.01), steps=8), attacker, [chosen(data)])
+    first, second, third = (row["both"]["mean"] for row in found.facts["curve"])
+    assert first > second == third
+    assert np.array_equal(found.columns["digits"]["attacked"], found.columns["digits"]["attacked 0.01"])
+    signs = {sign["name"]: sign for sign in found.facts["health"]}
+    above, larger = signs["left under attack above natural"], signs["a larger radius leaves more by"]
+    assert (
+        above["shows"] and above["number"] == pytest.approx(found.facts["by_attack"]["pgd"] - first) and larger["shows"]
+    )
+    assert signs["one step leaves less than many by"]["shows"] and "MASKED GRADIENTS" in found.facts["health_line"]
+
+
 @dataclass(frozen=True)
 class Broken(LinearScore):
     """Rounded, so that there is no gradient; NaN far from the images."""
