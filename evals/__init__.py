@@ -22,7 +22,8 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import classify, detect, distance, embed, inside, noise_lambda, robust
+from evals import attack, classify, detect, distance, embed, inside, noise_lambda, robust
+from evals.attack_report import write_attack
 from evals.distance_report import write_feature_distance
 from evals.extract import (
     AUTOENCODER,
@@ -162,6 +163,12 @@ def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tu
     return Eval(measure, write_classification, specs, LABELLED, lambda flags: needs, trained_by, default_for)
 
 
+def _attack(trained_by: tuple[str, ...]) -> Eval:
+    specs = (*_TESTED, ImagesSpec, EpsilonSpec, AttackSpec)
+    needs = frozenset({"linear"})
+    return Eval(attack.attack, write_attack, specs, LABELLED, lambda flags: needs, trained_by)
+
+
 def _feature_distance(trained_by: tuple[str, ...]) -> Eval:
     specs = (*_TESTED, EpsilonSpec, StepsSpec, StrategySpec, DistanceSpec, ImagesSpec)
     return Eval(
@@ -231,6 +238,7 @@ EVALS: dict[str, Eval] = {
     "rdae_features": _separation(robust.features, ("rdae",)),
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
+    "attack": _attack(("sup_linear", *_CLASSIFIERS)),
     "feature_distance": _feature_distance(_CLASSIFIERS),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),

@@ -250,6 +250,8 @@ class Plan:
         spec = flags.of(AttackSpec, only=["attack_images", "attack_steps", "epsilons"])
         epsilon = flags.of(EpsilonSpec).epsilon
         radii = tuple(sorted({*(spec.epsilons or ()), epsilon}))
+        if radii[-1] > 1:
+            raise UserError(f"--epsilons {radii[-1]:g}: at 1 images in [0, 1] may become any other; give at most 1")
         names = tuple(dict.fromkeys(attacks))
         return cls(names, epsilon, radii, spec.attack_steps, runs, spec.attack_images, flags.seed)
 

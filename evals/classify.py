@@ -3,11 +3,11 @@
 Letters: N images, b of a batch, C classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from common.device import autocast
 from common.dist import SINGLE, World
 from common.errors import RunStopped, UserError
 from common.flags import DeviceSpec
+from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet, PictureSet, ShiftSpec
 from datasets.views import PassSpec
@@ -46,6 +47,21 @@ def marginalized_logits(net: Any, images: Tensor) -> Tensor:
     return marginalized(joint.unflatten(0, views.shape[:2]))
 
 
+class Perturbed(NamedTuple):
+    """Perturbed images (b, 3, H, W), and what else is known of them.
+
+    columns: for results per image, (b,) each. facts: lists of what a report should say, joined over batches.
+    """
+
+    images: Tensor
+    columns: Mapping[str, Tensor] = {}
+    facts: Mapping[str, Sequence[Any]] = {}
+
+
+# (network, images (b, 3, H, W) in [0, 1], labels (b,), generator) -> images.
+Perturb = Callable[[nn.Module, Tensor, Tensor, Generator], Tensor | Perturbed]
+
+
 def unperturbed(net: nn.Module, images: Tensor, labels: Tensor, generator: Generator) -> Tensor:
     """The images as they are."""
     return images
@@ -56,16 +72,18 @@ class Condition:
     """Under what a network classifies.
 
     name: of the perturbation; `clean` for none.
-    perturb: (network, images (b, 3, H, W) in [0, 1], labels (b,), generator) -> images. Gradients are on, the network
-    is in evaluation mode, and its parameters collect none. The generator is on the images' device and seeded by the
-    condition and the batch.
+    perturb: (network, images (b, 3, H, W) in [0, 1], labels (b,), generator) -> images, or `Perturbed`. Gradients are
+    on, the network is in evaluation mode, and its parameters collect none. The generator is on the images' device and
+    seeded by the condition and the batch.
     setting: network -> context manager, within which it is perturbed and asked. at: names the setting.
+    whole: all images are perturbed in one call, by one rank.
     """
 
     name: str = CLEAN
-    perturb: Callable[[nn.Module, Tensor, Tensor, Generator], Tensor] = unperturbed
+    perturb: Perturb = unperturbed
     setting: Callable[[nn.Module], AbstractContextManager[Any]] = lambda net: nullcontext()
     at: str = ""
+    whole: bool = False
 
     @property
     def title(self) -> str:
@@ -133,9 +151,11 @@ def classify(
     predict: Predict = linear_logits,
     conditions: Sequence[Condition] = (Condition(),),
     summarise: Summary = each,
+    test: ImageSet | None = None,
 ) -> Iterator[Result]:
     """One result for each condition, then those of the summary: accuracy on the test images of the training classes.
 
+    test: the images; None: `classified_images`.
     Under a condition there is the expected calibration error, too. Random draws of a perturbation depend on the seed,
     the condition and the batch, hence on --ood_batch_size, and not on the number of ranks.
     Flags are read and test images loaded before the first result is asked for. All ranks get all results.
@@ -145,8 +165,7 @@ def classify(
     with trained.world.raise_together():
         if split.one_class_idx is not None:
             raise UserError(f"--one_class_idx: --mode {flags.mode} names all classes; leave it out")
-        test = trained.test_images()
-        test = test.where(split.normal(test.labels)).to(trained.device)
+        images = classified_images(trained) if test is None else test
         batch_size, seed = flags.of(PassSpec).ood_batch_size, flags.seed
         amp = autocast(flags.of(DeviceSpec, only=["amp"]).amp, trained.device)
     titles = [condition.title for condition in conditions]
@@ -159,21 +178,22 @@ def classify(
 
     def results() -> Iterator[Result]:
         found = []
-        facts = {"data": {split.dataset: identity(test)}, "settings": settings_of(flags), "n": len(test)}
+        facts = {"data": {split.dataset: identity(images)}, "settings": settings_of(flags), "n": len(images)}
         for condition in conditions:
             with trained.world.raise_together():
-                own = _confidences(trained, condition, logits, test, batch_size, seed)
+                own = _answers(trained, condition, logits, images, batch_size, seed)
             parts = list(chain.from_iterable(trained.world.all_gather_object(own)))
-            confidence, named = (torch.cat(column) for column in zip(*parts, strict=True))
-            labels = test.labels.cpu()
-            correct = named == labels
+            columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+            labels = images.labels.cpu()
+            correct = columns["predicted"] == labels
             values = {
                 "accuracy": metrics.accuracy(correct),
-                "ece": metrics.calibration_error(confidence, correct),
+                "ece": metrics.calibration_error(columns["confidence"], correct),
             }
-            columns = {"index": test.indices.cpu(), "label": labels, "predicted": named, "confidence": confidence}
-            per_image = {name: column.numpy() for name, column in (columns | {"correct": correct}).items()}
+            columns = {"index": images.indices.cpu(), "label": labels, **columns, "correct": correct}
+            per_image = {name: column.numpy() for name, column in columns.items()}
             own_facts = {**facts, "condition": condition.name, "at": condition.at, "classes": split.n_classes}
+            own_facts |= _joined(part.facts for part in parts)
             found.append(Result(condition.title, values, {split.dataset: per_image}, own_facts))
             yield found[-1]
         yield from summarise(found)
@@ -181,26 +201,52 @@ def classify(
     return results()
 
 
-def _confidences(
+def classified_images(trained: Trained) -> ImageSet:
+    """The test images of the training classes, as the flags say. Raises: UserError as `Trained.test_images`."""
+    test = trained.test_images()
+    return test.where(trained.split.normal(test.labels)).to(trained.device)
+
+
+class _Answers(NamedTuple):
+    """Of a batch. columns: predicted (b,), the class; confidence (b,), its probability; those of the perturbation."""
+
+    columns: dict[str, Tensor]
+    facts: Mapping[str, Sequence[Any]]
+
+
+def _answers(
     trained: Trained, condition: Condition, logits: Predict, test: ImageSet, batch_size: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Of the batches of this rank: the largest class probability of each image (b,), and its class, on the CPU."""
+) -> list[_Answers]:
+    """Those of the batches of this rank, on the CPU."""
     net, found = trained.net, []
-    batches = list(torch.arange(len(test), device=test.device).split(batch_size))
+    batches = list(torch.arange(len(test), device=test.device).split(len(test) if condition.whole else batch_size))
+    own = trained.world.shard_list(batches)
     labels = test.labels.to(test.device)
     with evaluation_mode(net), condition.setting(net):
-        for index in trained.world.shard_list(batches):
+        for index in progress(own, total=len(own), label=condition.title):
             gen = generator(seed, f"condition {condition.title}", int(index[0]), device=test.device)
-            images = test.batch(index)
             with torch.enable_grad(), frozen(net):
-                images = condition.perturb(net, images, labels[index], gen).detach()
+                perturbed = condition.perturb(net, test.batch(index), labels[index], gen)
+            images, columns, facts = perturbed if isinstance(perturbed, Perturbed) else Perturbed(perturbed)
             with torch.no_grad():
-                probabilities = logits(net, images).softmax(1)
+                parts = images.detach().split(batch_size)
+                probabilities = torch.cat([logits(net, part) for part in parts]).softmax(1)
             if probabilities.shape[1] != trained.split.n_classes:
                 here, there = trained.split.n_classes, probabilities.shape[1]
                 raise UserError(f"--dataset: it has {here} classes, but {trained.title} knows {there}")
             confidence, named = probabilities.max(1)
-            found.append((confidence.cpu(), named.cpu()))
+            columns = {"predicted": named, "confidence": confidence, **columns}
+            found.append(_Answers({name: column.cpu() for name, column in columns.items()}, facts))
+    return found
+
+
+def _joined(facts: Iterable[Mapping[str, Sequence[Any]]]) -> dict[str, list[Any]]:
+    """The facts of all batches: each entry of a list once."""
+    found: dict[str, list[Any]] = {}
+    for part in facts:
+        for name, entries in part.items():
+            joined = found.setdefault(name, [])
+            joined += [entry for entry in entries if entry not in joined]
     return found
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from common.device import Amp, autocast
 from common.dist import World
 from common.errors import UserError
-from common.files import load_state_dict, read_facts
 from common.flags import DeviceSpec
 from common.progress import progress
 from common.run import recorded_flags
@@ -33,9 +32,8 @@ from evals.classify import Predict, linear_logits
 from evals.extract import CONTRASTIVE, LABELLED, ROT_TRANS, Extractor
 from evals.result import Result
 from evals.specs import SAME, NoiseLambdaSpec
-from evals.trained import Trained, evaluation_mode, identity, settings_of
-from models import ModelSpec
-from models.checkpoint import find_weights, kind_of, load_net
+from evals.trained import Trained, evaluation_mode, identity, load_other, settings_of
+from models.checkpoint import kind_of
 from models.csc import stem_of
 from models.lambda_line import MEASURES, LambdaLine, fit_line, fixed, measured
 
@@ -520,12 +518,8 @@ def _control(trained: Trained, spec: NoiseLambdaSpec, shifts: int) -> nn.Module 
     """The network of --control_path, as it was trained."""
     if spec.control_path is None:
         return None
-    flag, own = "control_path", trained.net
-    path = find_weights(spec.control_path, ("last.model",), flag=flag)
-    state, recorded = load_state_dict(path, flag=flag), recorded_flags(path)
+    own = trained.net
     kind = kind_of(getattr(own, "feature_net", own).state_dict())
-    model = recorded.get("model") or trained.flags.of(ModelSpec, only=["model"]).model
     sizes: dict[str, Any] = {"n_shifts": shifts} if kind == "feature" and shifts > 1 else {}
-    net = load_net(kind, state, model=model, path=path, flag=flag, **sizes)
-    trained.split.check_trained(read_facts(path).get("data", {}), path, flag=flag)
-    return net.to(trained.device).eval()
+    net, _ = load_other(trained, spec.control_path, flag="control_path", kind=lambda state: kind, **sizes)
+    return net

@@ -191,7 +191,7 @@ def attack_lines(result: Result) -> Iterator[str]:
         return
     facts = result.facts["attack"]
     counts = [sum(of[side] for of in facts["images"].values()) for side in ("normal", "anomalous")]
-    how = f"{facts['steps']} steps" + (f", gradients of {facts['draws']} draws" if facts["draws"] else "")
+    how = f"{facts['steps']} steps" + (f", draws a gradient: {facts['draws']}" if facts["draws"] else "")
     of = f"{counts[0]} normal and {counts[1]} anomalous images, L-inf, {' and '.join(facts['by_attack'])}, {how}"
     yield f"AUROC of {result.name} under attack, {of}:"
     yield f"  {'radius':<10} {'clean':>9} {'normal':>9} {'anomalous':>9} {'both':>9}  attacked"

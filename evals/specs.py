@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from common.attacks.ball import NORMS
 from common.attacks.specs import fraction
 from common.flags import Spec, class_choice, flag, path_flag
 from datasets.noise import CORRUPTIONS, LEVELS, NOISES
@@ -183,10 +184,22 @@ class NoiseLambdaSpec(Spec, group="noise and lambda"):
     control_path: str | None = path_flag(None, "run or weights of a network to compare with, without sparse coding")
 
 
+def _attacks() -> Iterable[str]:
+    from evals.attack import ATTACKS  # Which reads the spec.
+
+    return ATTACKS
+
+
 @dataclass(frozen=True)
 class AttackSpec(Spec, group="attacks"):
-    """How attacks are made."""
+    """Attacks on classifiers, and in part on detectors. epsilons: None: those of `evals.attack`, by the norm."""
 
+    attacks: Sequence[str] | None = flag(
+        None,
+        "which attacks (default: those that take minutes for 1,000 images and a small network)",
+        nargs="+",
+        choices=_attacks,
+    )
     attack_images: int | None = flag(
         None,
         "so many test images, of each class as many as of the others; --attack: so many normal and so many anomalous"
@@ -194,14 +207,25 @@ class AttackSpec(Spec, group="attacks"):
         type=int,
         above=0,
     )
-    attack_steps: int = flag(40, "steps of attacks", above=0)
+    norm: str = flag("linf", "norm of --epsilon", choices=lambda: sorted(NORMS))
+    attack_steps: int = flag(
+        40, "steps of APGD, of adaptive attacks and of --attack, too (AutoAttack has 100 of its own)", above=0
+    )
+    attack_step_size: float | None = flag(
+        None, "length of a step of PGD and CW (default: epsilon / 4; published: 0.007)", type=fraction, above=0
+    )
+    attack_restarts: int = flag(1, "restarts of attacks that start at random", above=0)
+    attack_targets: int = flag(5, "classes that attacks with a target try, the likeliest first", above=0)
+    square_queries: int = flag(1000, "queries of the Square attack (AutoAttack has 5000 of its own)", above=0)
     epsilons: Sequence[float] | None = flag(
         None,
-        "radii of the curve, besides --epsilon: 0 1/255 8/255, say",
+        "radii of the curve (default, linf: 0 1/255 2/255 4/255 8/255 16/255 1; --attack: --epsilon alone)",
         type=fraction,
         nargs="+",
         at_least=0,
-        at_most=1,
+    )
+    transfer_path: str | None = path_flag(
+        None, "run or weights of a network without the defence, whose attacked images are given to this one"
     )
 
 

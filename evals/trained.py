@@ -20,8 +20,8 @@ from datasets import ImageSet, PictureSet, Split
 from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
-from models import model_size
-from models.checkpoint import State, find_weights
+from models import ModelSpec, model_size
+from models.checkpoint import Misfit, State, find_weights, load_net
 from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
@@ -134,6 +134,26 @@ def load_trained(
     split.check_trained(facts, path, flag="load_path")
     _report_training(flags, path, trained, known_class=bool(facts))
     return Trained(net.to(device).eval(), flags, split, device, world, path, _epoch(path), facts)
+
+
+def load_other(
+    trained: Trained, place: str, *, flag: str, kind: Callable[[State], str], **sizes: Any
+) -> tuple[nn.Module, Path]:
+    """Another network, as it was trained, on the same device, and its file: that of --`flag`, a run folder or a file.
+
+    kind: state dict -> row of `NETS`. Raises: Misfit where there is none. sizes: as `load_net`.
+    Raises: UserError for a file that is not found, corrupt or of another kind, and for one of other classes.
+    """
+    path = find_weights(place, ("last.model",), flag=flag)
+    state, recorded = load_state_dict(path, flag=flag), recorded_flags(path)
+    model = recorded.get("model") or trained.flags.of(ModelSpec, only=["model"]).model
+    try:
+        row = kind(state)
+    except Misfit as why:
+        raise UserError(f"--{flag}: {path} {why}") from None
+    net = load_net(row, state, model=model, path=path, flag=flag, **sizes)
+    trained.split.check_trained(read_facts(path).get("data", {}), path, flag=flag)
+    return net.to(trained.device).eval(), path
 
 
 def _check_writable(folder: Path) -> None:

@@ -23,6 +23,7 @@ from training.modes.adversarial import METHODS
 
 SMALL = "--dataset folder --image_size 8 --model resnet8 --num_worker 1".split()
 FEW = "--noises gaussian --noise_levels 1 5 --lambdas 0.1 0.6".split()
+ATTACKED = "--attack_images 6 --attack_steps 2 --square_queries 3 --epsilons 0 0.1 1 --save_score".split()
 SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
 # Modes that start from a run of another mode, and the flag that says so.
 STARTS = {
@@ -167,6 +168,7 @@ def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, t
     )
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in name else []
     more += FEW if name.startswith("noise_lambda") else []
+    more += ATTACKED if name == "attack" else []
     script = evaluate if name in EVALS else tsne
     assert script.main(["--mode", name, "--load_path", str(folder), *more]) == 0
     named = {flag for spec in row.specs for flag in flags_of(spec)}
@@ -223,7 +225,13 @@ def test_labelled_modes_have_a_temperature_of_their_own(given, expected, picture
     assert train.main([*args, *given]) == 0 and set(seen) == {expected}
 
 
-@pytest.mark.parametrize("mode, training", [(m, t) for m, row in EVALS.items() for t in row.trained_by])
+# Methods of adversarial training make networks of one kind: evaluations look at those of one.
+ALIKE = set(METHODS) - {"adv_trades"}
+
+
+@pytest.mark.parametrize(
+    "mode, training", [(m, t) for m, row in EVALS.items() for t in row.trained_by if t not in ALIKE]
+)
 def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
 ):
@@ -237,6 +245,7 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     more += sets if labelled and detects else []
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in mode else []
     more += FEW if mode.startswith("noise_lambda") else []
+    more += ATTACKED if mode == "attack" else []
     # The heads of a labelled run were trained on the four rotations, or on none.
     more += ["--shift_trans_type", "rotation"] if "sup_" in training and "CSI" in training and "ood_pre" in mode else []
     more += ["--invert_sr_feature_norm"] if training == "cocsr_dict" else []
@@ -260,9 +269,9 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
         assert all({"interp", "digits"} < set(result["auroc"]) for result in found[0][0])
 
 
-# Metrics of detection and classification; those of a data matrix and its parts, and of predicted lambdas.
-_SHARES = ("mean", "pooled", "accuracy", "ece")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle")
+# Metrics of detection and classification; those of a data matrix and its parts, of predicted lambdas, of distances.
+_SHARES = ("mean", "pooled", "accuracy", "ece", "worst_case")
+_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle", "positive_cosine", "attacked", "curve")
 
 
 @pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])

@@ -14,7 +14,9 @@ from common.flags import Flags
 from datasets.sets import image_set
 from evals.classify import (
     Condition,
+    Perturbed,
     best,
+    classified_images,
     classify,
     correct_of,
     each,
@@ -178,6 +180,47 @@ def test_draws_of_a_perturbation_follow_the_seed_and_its_name(trained):
     first = confidences("noise")
     assert confidences("noise") == first and torch.equal(state, torch.get_rng_state())
     assert confidences("noise", seed=1) != first and confidences("noise 2") != first
+
+
+def test_a_perturbation_that_knows_more_adds_columns_and_facts(trained):
+    def knowing(net, images, labels, generator):
+        moved = noise(net, images, labels, generator)
+        return Perturbed(moved, {"change": (moved - images).abs().amax((1, 2, 3))}, {"sizes": [len(images)]})
+
+    known, plain = classify(
+        trained, conditions=[Condition("noise", knowing, at="b"), Condition("noise", noise, at="b2")]
+    )
+    change = known.per_image["toy"]["change"]
+    assert change.shape == (N,) and len(set(change.tolist())) > 3 and known.facts["sizes"] == [4, 3]
+    assert "sizes" not in plain.facts and "change" not in plain.per_image["toy"]
+    # It gets the same images as one that knows nothing.
+    (again,) = classify(trained, conditions=[Condition("noise", noise, at="b")])
+    assert np.array_equal(again.per_image["toy"]["confidence"], known.per_image["toy"]["confidence"])
+
+
+def test_a_condition_on_all_images_at_once_sees_them_in_one_call(trained):
+    seen, asked = [], []
+
+    def watching(net, images, labels, generator):
+        seen.append((len(images), labels.tolist()))
+        return fgsm(net, images, labels, generator)
+
+    def predict(net, images):
+        asked.append(len(images))
+        return linear_logits(net, images)
+
+    whole, parts = Condition("a", watching, whole=True), Condition("b", fgsm)
+    one, two = classify(trained, predict=predict, conditions=[whole, parts])
+    assert seen == [(N, trained.split.test().labels.tolist())] and max(asked) == 4
+    assert np.array_equal(one.per_image["toy"]["correct"], two.per_image["toy"]["correct"])
+
+
+def test_other_images_than_those_of_the_split(trained):
+    some = classified_images(trained).where(torch.arange(N) % 3 == 1)
+    (found,) = classify(trained, test=some)
+    (every,) = classify(trained)
+    assert found.facts["n"] == len(some) == 8 and found.per_image["toy"]["index"].tolist() == list(range(1, N, 3))
+    assert np.array_equal(found.per_image["toy"]["correct"], every.per_image["toy"]["correct"][1::3])
 
 
 def grid(trained):

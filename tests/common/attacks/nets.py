@@ -71,6 +71,7 @@ def train(net: nn.Module, epochs: int, *, eps: float = 0.0) -> nn.Module:
 
 
 @functools.cache
+@torch.enable_grad()
 def trained(kind: str) -> nn.Module:
     """`dense`, `conv`, or `robust`: a convolutional one trained on attacked images."""
     with torch.random.fork_rng():

@@ -154,3 +154,27 @@ def test_the_targeted_attack_is_repeatable_and_in_micro_batches_the_same():
     assert torch.equal(whole, apgd_targeted(each_alone, x, y, micro_batch=7, **settings))
     assert not torch.equal(whole, apgd_targeted(each_alone, x, y, **{**settings, "generator": generator(1, "t")}))
     assert apgd_targeted(each_alone, x[:0], y[:0], **settings).shape == (0, 1, 8, 8)
+
+
+def test_a_step_size_is_halved_where_the_largest_loss_did_not_grow_unless_it_was_halved_last_time():
+    """Losses by script, whatever the image: after a fall, each step raises them, but never to where they began."""
+    script = [10.0, *range(1, 8), *range(1, 8), *range(1, 8), *range(1, 20)]
+    x, eps, steps = torch.full((1, 1), 0.5), 0.1, 30
+    assert checkpoints(steps)[:3] == [7, 13, 18]
+
+    def seen_by(run, before=()):
+        seen, losses = [], iter([*before, *script])
+
+        def loss_of_x(x):
+            seen.append(float(x.detach()))
+            return (x - x.detach())[:, 0] + next(losses)  # Its gradient points up.
+
+        run(loss_of_x)
+        return seen
+
+    ours = seen_by(lambda loss: apgd(loss, x, eps=eps, steps=steps, start="none"), before=script[:1])[1:]
+    theirs = seen_by(lambda loss: follow(loss, x, x, eps=eps, steps=steps, norm="linf"))
+    assert ours == pytest.approx(theirs)
+    # Back to the first image, from where the step before leads half of the way down again; the border; back.
+    assert ours[7:9] == pytest.approx([0.6, 0.55]) and ours[13:15] == pytest.approx([0.6, 0.6])
+    assert ours[18:20] == pytest.approx([0.6, 0.5 + 0.75 * 0.05 - 0.25 * 0.1])

@@ -125,6 +125,20 @@ def test_normal_noise_is_not_clipped_before_the_first_gradient():
     assert torch.equal(seen[0], noise) and seen[0].min() < 0 and seen[1].min() >= 0
 
 
+def test_an_attack_that_starts_at_random_in_the_ball_sees_nothing_outside_it():
+    for norm in NORMS:
+        for attack in (pgd, apgd):
+            seen, x = [], images()
+            ball = NORMS[norm](x, 0.3)
+
+            def loss_of_x(x):
+                seen.append(ball.contains(x.detach()).all())  # noqa: B023
+                return -x.flatten(1).sum(1)
+
+            attack(loss_of_x, x, eps=0.3, steps=2, norm=norm)
+            assert len(seen) == 4 and all(seen)
+
+
 # ----------------------------------------------------------------------------------------------------- linear models
 
 
@@ -370,7 +384,8 @@ def test_a_batch_is_as_many_batches_of_one(batch, attack, norm):
 
 @pytest.mark.parametrize("attack", [*ATTACKS, "last"])
 def test_micro_batches_find_the_same(batch, attack):
-    x, y = batch
+    x = batch[0]
+    y = each_alone(x).argmax(1)
     net = Counting(each_alone)
     run = ATTACKS.get(attack, pgd)
     settings = {"keep": "last"} if attack == "last" else {"restarts": 3}
@@ -465,6 +480,7 @@ def test_the_attack_computes_in_float32_under_autocast(net, batch):
     with torch.autocast("cpu", torch.bfloat16):
         found = pgd(loss_of_x, x, y, eps=0.1, steps=3)
     assert found.dtype == torch.float32 and set(seen) == {torch.bfloat16}
+    assert value(lambda x, y: net(x)[:, 0].bfloat16(), x, [y]).loss.dtype == torch.float32
     assert NORMS["linf"].distance(found, x).max() <= 0.1 + 1e-6
 
 
