@@ -264,7 +264,7 @@ def hsv_jitter(x: Planes, hue: Tensor, saturation: Tensor, value: Tensor) -> Pla
     hue6 = hue6.add_(_per_plane(hue * (6 * 255 / 360)))
     hue6 = hue6.sub_((hue6 * (1 / 6)).floor_(), alpha=6)
     chroma = chroma.div_(top.clamp_min(1e-12)).mul_(_per_plane(saturation)).clamp_(0, 1)
-    top = top.mul_(_per_plane(value)).clamp_(0, 1)
+    top = (top * _per_plane(value)).clamp_(0, 1)  # Not in place: the gradient of the quotient needs it as it was.
     return _from_hexagon(hue6, chroma.mul_(top), top)
 
 

@@ -174,17 +174,26 @@ def draw_set(images: ImageSet | PictureSet, spec: DrawSpec, t: int) -> SetDraw:
 
 
 def set_views(
-    images: ImageSet | PictureSet, spec: DrawSpec, draw: SetDraw, index: Tensor, reference: Tensor | None = None
+    images: ImageSet | PictureSet,
+    spec: DrawSpec,
+    draw: SetDraw,
+    index: Tensor,
+    reference: Tensor | None = None,
+    pixels: Tensor | None = None,
 ) -> Tensor:
-    """The views (B * K, channels, H, W) that `draw_views` yields for the images at `index` (B,)."""
+    """The views (B * K, channels, H, W) that `draw_views` yields for the images at `index` (B,).
+
+    pixels (B, channels, H, W) in [0, 1]: what is seen in place of these images. Mix partners stay as they are in the
+    set. Gradients flow to the pixels.
+    """
     n, k_shifts = len(images), len(spec.shifts)
-    x = images.batch(index)
+    x = images.batch(index) if pixels is None else pixels
     if reference is None:
         partner_index = (index + 1) % n
-        partner = images.batch(partner_index) if any(shift.partner for shift in spec.shifts) else x
+        partner = images.batch(partner_index).to(x) if any(shift.partner for shift in spec.shifts) else x
     else:
         partner_index = torch.full_like(index, n)
-        partner = reference.expand_as(x)
+        partner = reference.to(x).expand_as(x)
     views = []
     for k, (shift, drawn) in enumerate(zip(spec.shifts, draw.sub_views, strict=True)):
         flipped, other = hflip(x, draw.flip[index, k]), hflip(partner, draw.flip[partner_index, k])

@@ -45,6 +45,8 @@ from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
 from evals.specs import (
     AttackSpec,
+    CorruptionsSpec,
+    DetectorAttackSpec,
     DistanceSpec,
     ImagesSpec,
     InsideSpec,
@@ -150,7 +152,7 @@ def _detection(
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
     specs = (*_TESTED, *extractor.specs, ScoreSpec, ImagesSpec, *options, OutlierSpec, TestBatchSpec)
-    specs = (*specs, *_partners(partner))
+    specs = (*specs, *_partners(partner), CorruptionsSpec, EpsilonSpec, AttackSpec, DetectorAttackSpec)
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 
 
@@ -164,7 +166,8 @@ def _classification(marginal: bool, trained_by: tuple[str, ...], default_for: tu
 def _attack(trained_by: tuple[str, ...]) -> Eval:
     specs = (*_TESTED, ImagesSpec, EpsilonSpec, AttackSpec)
     needs = frozenset({"linear"})
-    return Eval(attack.attack, write_attack, specs, LABELLED, lambda flags: needs, trained_by)
+    defaults = {"attack_steps": 25}
+    return Eval(attack.attack, write_attack, specs, LABELLED, lambda flags: needs, trained_by, defaults=defaults)
 
 
 def _feature_distance(trained_by: tuple[str, ...]) -> Eval:

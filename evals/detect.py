@@ -2,23 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common.errors import UserError
 from datasets import DataSource, ImageSet
-from datasets.noise import TestNoiseSpec
+from datasets.noise import CORRUPTIONS, NONE, SEVERITIES, TestNoiseSpec
 from datasets.one_class import TEST
 from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
+from evals.attacked import Attacked, Attacker, Chosen, Plan, attack_detector
 from evals.coding import Coder, Outputs
 from evals.extract import Extraction, Extractor, reference_pool
-from evals.metrics import detection_metrics
+from evals.metrics import auroc, detection_metrics
 from evals.result import Result
 from evals.scores import SCORES, Scorer, chosen_scores
-from evals.specs import ReferenceSpec
+from evals.specs import ALL, CorruptionsSpec, ReferenceSpec
 from evals.trained import Trained, identity, settings_of
 
 # Of the outputs, the optimality gap of codes.
@@ -43,8 +46,13 @@ def detect(
         needs = frozenset[str]().union(*(SCORES[name].scorer.needs for name in names), {_GAP})
         extraction = Extraction.of(extractor, trained, needs)
         references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
-        tests = _test_sets(trained)
+        loaded = _loaded_sets(trained)
+        corrupted = _corruptions(trained)
+        tests = _test_sets(trained, loaded)
         train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
+        plan = Plan.of(flags, extraction.random)
+        if plan:
+            plan.check({name: SCORES[name].scorer for name in names}, extraction.random)
     flags_of = {name: {f.name for f in fields(options[name])} for name in names}
 
     def results() -> Iterator[Result]:
@@ -60,12 +68,50 @@ def detect(
         del known
         found = {title: _score(fitted, scorers, images, title, pool) for title, images in tests.items()}
         gap = _relative_gap(fitted.coder, found)
+        under = {}
+        for kind, severity in corrupted:
+            noise = TestNoiseSpec(kind, severity=severity, seed=flags.seed)
+            sets = _test_sets(trained, loaded, noise)
+            of = {
+                title: _score(fitted, scorers, images, f"{kind} {severity}, {title}", pool)
+                for title, images in sets.items()
+            }
+            under[kind, severity] = {
+                name: _mean(trained, sets, {t: columns[name] for t, columns in of.items()}) for name in names
+            }
         for name in names:
             foreign = frozenset(chain.from_iterable(flags_of.values())) - flags_of[name]
             facts = {"data": data, "settings": settings_of(flags, foreign)}
-            yield _result(trained, name, tests, {title: columns[name] for title, columns in found.items()}, gap, facts)
+            scores = {title: columns[name] for title, columns in found.items()}
+            result = _result(trained, name, tests, scores, gap, facts)
+            if corrupted:
+                result = _with_corruptions(result, {at: auroc_of[name] for at, auroc_of in under.items()})
+            if plan:
+                attacker = Attacker(fitted, scorers[name], pool, plan.runs, flags.seed)
+                result = _with_attack(result, attack_detector(plan, attacker, _chosen(trained, tests, plan)))
+            yield result
 
     return results()
+
+
+def _chosen(trained: Trained, tests: dict[str, ImageSet], plan: Plan) -> list[Chosen]:
+    """The images that are attacked, by set, that with normal ones first."""
+    own, *others = tests
+    normal = trained.split.normal(tests[own].labels.cpu())
+    choose = partial(Chosen.of, n=plan.images, seed=plan.seed)
+    return [
+        choose(own, tests[own], normal, name_of),
+        *(choose(title, tests[title], torch.zeros(len(tests[title]), dtype=torch.bool)) for title in others),
+    ]
+
+
+def _with_attack(result: Result, attacked: Attacked) -> Result:
+    """The result with what attacks have found."""
+    return result._replace(
+        metrics=result.metrics | attacked.metrics,
+        per_image={title: {**columns, **attacked.columns[title]} for title, columns in result.per_image.items()},
+        facts={**result.facts, "attack": attacked.facts},
+    )
 
 
 def _score(
@@ -114,9 +160,42 @@ def _result(
     return Result(name, metrics | gap, per_image, {**facts, "n_in": int(normal.sum()), "n_out": n_out})
 
 
+def _mean(trained: Trained, tests: dict[str, ImageSet], scores: dict[str, np.ndarray]) -> float:
+    """The mean AUROC over classes, or over other sets where there is one class."""
+    own, *others = tests
+    labels = tests[own].labels.cpu()
+    normal = trained.split.normal(labels).numpy()
+    classes = _by_class(labels.numpy(), scores[own], normal) or {title: scores[title] for title in others}
+    return float(np.mean([auroc(scores[own][normal], values) for values in classes.values()]))
+
+
+def _corruptions(trained: Trained) -> list[tuple[str, int]]:
+    """Kinds and severities of --corruptions. Raises: UserError beside --test_noise."""
+    flags = trained.flags
+    asked = flags.of(CorruptionsSpec).corruptions or ()
+    if asked and TestNoiseSpec.of(flags).test_noise != NONE:
+        raise UserError("--corruptions: they are of clean images; leave out --test_noise")
+    kinds = tuple(CORRUPTIONS) if ALL in asked else tuple(dict.fromkeys(asked))
+    return [(kind, severity) for kind in kinds for severity in SEVERITIES]
+
+
+def _with_corruptions(result: Result, aurocs: dict[tuple[str, int], float]) -> Result:
+    """The result with mean AUROCs under corruptions, by kind and severity."""
+    kinds = dict.fromkeys(kind for kind, _ in aurocs)
+    table = {kind: [aurocs[kind, severity] for severity in SEVERITIES] for kind in kinds}
+    means = {f"corrupted/{kind}": float(np.mean(row)) for kind, row in table.items()}
+    means["corrupted/mean"] = float(np.mean(list(aurocs.values())))
+    return result._replace(metrics=result.metrics | means, facts={**result.facts, "corruptions": table})
+
+
 def _by_class(labels: np.ndarray, values: np.ndarray, normal: np.ndarray) -> dict[str, np.ndarray]:
     """Scores of the anomalous test images by class, under their published names."""
-    return {f"one_class_{label}": values[labels == label] for label in np.unique(labels[~normal]).tolist()}
+    return {name_of(label): values[labels == label] for label in np.unique(labels[~normal]).tolist()}
+
+
+def name_of(label: int) -> str:
+    """The published name of a class."""
+    return f"one_class_{label}"
 
 
 def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -130,12 +209,25 @@ def _columns(images: ImageSet, scores: np.ndarray, class_names: Sequence[str]) -
     return columns
 
 
-def _test_sets(trained: Trained) -> dict[str, ImageSet]:
-    """The test images of the data set, and after them those they are compared with, by name.
+# By title: images, and the name of the set that draws of noise depend on.
+_Loaded = dict[str, tuple[ImageSet, str]]
 
-    Mixtures are made of clean images; then all sets get the noise of the split, and on it that of --test_noise.
+
+def _test_sets(
+    trained: Trained, loaded: _Loaded | None = None, noise: TestNoiseSpec | None = None
+) -> dict[str, ImageSet]:
+    """The test images of the data set, and after them those they are compared with, by name, under noise.
+
+    noise: by default that of --test_noise.
     """
-    split, noise = trained.split, TestNoiseSpec.of(trained.flags)
+    noise = noise or TestNoiseSpec.of(trained.flags)
+    sets = loaded or _loaded_sets(trained)
+    return {title: noise.applied(images, name).to(trained.device) for title, (images, name) in sets.items()}
+
+
+def _loaded_sets(trained: Trained) -> _Loaded:
+    """The sets of `_test_sets`: mixtures are made of clean images, then all get the noise of the split."""
+    split = trained.split
     clean = split.clean_test()
     normal = split.normal(clean.labels)
     others = _other_sets(trained, clean.size[0], lambda: clean.where(normal))
@@ -147,12 +239,10 @@ def _test_sets(trained: Trained) -> dict[str, ImageSet]:
     if not normal.any():
         raise UserError(f"--data_path: no test image of the normal class, {split.normal_title}")
 
-    def seen(images: ImageSet, name: str) -> ImageSet:
-        return noise.applied(split.corrupted(images, name), name).to(trained.device)
-
     # By the fingerprint, so that the noise does not depend on the place of a folder.
-    named = {title: seen(images, images.fingerprint or title) for title, images in others.items()}
-    return {split.dataset: seen(clean, TEST), **named}
+    names = {title: images.fingerprint or title for title, images in others.items()}
+    named = {split.dataset: (clean, TEST), **{title: (images, names[title]) for title, images in others.items()}}
+    return {title: (split.corrupted(images, name), name) for title, (images, name) in named.items()}
 
 
 def _other_sets(trained: Trained, side: int, normal: Callable[[], ImageSet]) -> dict[str, ImageSet]:

@@ -3,13 +3,13 @@
 Letters: N images, b of a batch, T draws, K shifts, C classes, F features, P projection, M atoms.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain
 from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
-from datasets.views import DrawSpec, PassSpec, batches_of, draw_set, set_views
+from datasets.views import DrawSpec, PassSpec, SetDraw, batches_of, draw_set, set_views
 from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
 from evals.specs import AverageSpec, FittedSpec
 from evals.trained import Trained, evaluation_mode
@@ -31,7 +31,15 @@ from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.checkpoint import State, autoencoder_spec, kind_of, load_net
-from models.feature_net import BackboneNet, Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.feature_net import (
+    BackboneNet,
+    Classifier,
+    CocsrNet,
+    FeatureNet,
+    FeatureTransform,
+    RotTransNet,
+    full_precision,
+)
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
 # What a network makes of views (b, K, 3, H, W): outputs (b, K, .).
@@ -67,7 +75,7 @@ def class_outputs(net: FeatureNet | Classifier) -> Reader:
         logits = {"linear": net.linear(h)}
         if isinstance(net, FeatureNet):
             logits["joint"] = net.joint_distribution_layer(h)
-        return {name: value.float().unflatten(0, views.shape[:2]) for name, value in logits.items()}
+        return {name: full_precision(value).unflatten(0, views.shape[:2]) for name, value in logits.items()}
 
     return outputs
 
@@ -127,6 +135,33 @@ def mean_outputs(sums: Outputs, draws: int) -> Outputs:
     return {name: value.div_(draws) for name, value in sums.items()}
 
 
+class Look(NamedTuple):
+    """One draw of all images of a set. reference (1, 3, H, W): what they mix with; None: each with its neighbour."""
+
+    draw: SetDraw
+    reference: Tensor | None
+
+
+def looks(images: ImageSet, spec: DrawSpec, draws: Iterable[int], references: Tensor | None) -> list[Look]:
+    """The draws of these numbers. references (R, 3, H, W): each mixes with one of them, chosen by the seed."""
+    return [Look(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in draws]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch of a set. index (b,). pixels (b, 3, H, W): what is seen in place of these images, None: they are."""
+
+    index: Tensor
+    pixels: Tensor | None = None
+
+
+def see(outputs: Reader, images: ImageSet, spec: DrawSpec, seen: Iterable[Look], part: Part, sums: Outputs) -> None:
+    """Add the outputs (b, K, .) of each draw to `sums`, which starts empty. Gradients flow to the pixels."""
+    for draw, reference in seen:
+        views = set_views(images, spec, draw, part.index, reference, part.pixels)
+        add_outputs(sums, outputs(views.unflatten(0, (-1, len(spec.shifts)))))
+
+
 @torch.no_grad()
 def draw_means(
     outputs: Reader,
@@ -137,24 +172,24 @@ def draw_means(
     label: str,
     references: Tensor | None = None,
     world: World = SINGLE,
+    parts: Sequence[Part] | None = None,
 ) -> Iterator[Outputs]:
     """Every output averaged over `draws` draws, batch by batch of the images: (b, K, .) each, on their device.
 
     references (R, 3, H, W): draw t mixes every image with one of them, chosen by the seed; without, an image mixes with
     its neighbour by index. The draws of a batch come together, so that what they give is held for one batch only; past
     `_TOGETHER` draws, whose numbers then take more than that, sums are held for all images instead.
-    world: of several ranks each takes some of the batches.
+    world: of several ranks each takes some of the batches. parts: the batches of this rank, where they are others.
     """
-    parts = world.shard_list(batches_of(images, spec))
+    if parts is None:
+        parts = [Part(index) for index in world.shard_list(batches_of(images, spec))]
     sums: list[Outputs] = [{} for _ in parts]
     rounds = [(first, i) for first in range(0, draws, _TOGETHER) for i in range(len(parts))]
     for first, i in progress(rounds, total=len(rounds), label=label):
         if i == 0:
             last = min(first + _TOGETHER, draws)
-            looks = [(draw_set(images, spec, t), _reference(references, spec.seed, t)) for t in range(first, last)]
-        for draw, reference in looks:
-            views = set_views(images, spec, draw, parts[i], reference)
-            add_outputs(sums[i], outputs(views.unflatten(0, (-1, len(spec.shifts)))))
+            seen = looks(images, spec, range(first, last), references)
+        see(outputs, images, spec, seen, parts[i], sums[i])
         if last == draws:
             found, sums[i] = sums[i], {}
             yield mean_outputs(found, draws)
@@ -249,10 +284,39 @@ class Extraction:
         fit_coder = extractor.fit_coder and extractor.fit_coder(flags)
         return cls(net, read, extractor.coder(net), fit_coder, draws, samples, frozenset(needs), trained.world)
 
-    def blocks(self, images: ImageSet, label: str, references: Tensor | None = None) -> Iterator[Outputs]:
-        """Outputs of a batch at a time, on the CPU. Of several ranks each has some of the batches, in order."""
-        for block in self._means(images, label, references):
-            yield select(self.coder(block), self.needs, "cpu")
+    def blocks(
+        self,
+        images: ImageSet,
+        label: str,
+        references: Tensor | None = None,
+        parts: Sequence[Part] | None = None,
+    ) -> Iterator[Outputs]:
+        """Outputs of a batch at a time, on the CPU. Of several ranks each has some of the batches, in order.
+
+        parts: the batches of this rank, where they are others.
+        """
+        for means in self._means(images, label, references, parts):
+            yield self._finished(means)
+
+    def run(self, images: ImageSet, first: int, references: Tensor | None, part: Part) -> Outputs:
+        """Outputs of one batch by draws `first`, `first` + 1, ..., as many as `blocks` averages over (its first is 0).
+
+        Gradients flow to the pixels of the part, through views, network, averages and codes. The network's mode is the
+        caller's business.
+        """
+        sums: Outputs = {}
+        seen = looks(images, self.draws, range(first, first + self.samples), references)
+        see(self.read, images, self.draws, seen, part, sums)
+        return self._finished(mean_outputs(sums, self.samples))
+
+    @property
+    def random(self) -> bool:
+        """Whether anything is drawn for test images."""
+        return self.draws.aligned is not None
+
+    def batches(self, index: Tensor) -> list[Tensor]:
+        """The indices, batch by batch, for all ranks; of all images of a set those that `blocks` goes by."""
+        return list(index.split(self.draws.batch_size))
 
     def outputs(self, images: ImageSet, label: str, references: Tensor | None = None) -> Outputs:
         """Outputs of all images, on the CPU, in all ranks."""
@@ -267,10 +331,27 @@ class Extraction:
         fitted = replace(self, coder=self.fit_coder(means, self.world), fit_coder=None)
         return fitted, select(fitted.coder(means), self.needs, "cpu")
 
-    def _means(self, images: ImageSet, label: str, references: Tensor | None = None) -> Iterator[Outputs]:
+    def _finished(self, means: Outputs) -> Outputs:
+        """What averaged outputs become."""
+        return select(self.coder(means), self.needs, "cpu")
+
+    def _means(
+        self,
+        images: ImageSet,
+        label: str,
+        references: Tensor | None = None,
+        parts: Sequence[Part] | None = None,
+    ) -> Iterator[Outputs]:
         with evaluation_mode(self.net):
             yield from draw_means(
-                self.read, images, self.draws, self.samples, label=label, references=references, world=self.world
+                self.read,
+                images,
+                self.draws,
+                self.samples,
+                label=label,
+                references=references,
+                world=self.world,
+                parts=parts,
             )
 
     def _gather(self, blocks: Iterator[Outputs], device: torch.device | str) -> Outputs:
@@ -282,11 +363,11 @@ class Extraction:
 
 
 def _in_float32(make: Callable[[], Reader], amp: Amp) -> Reader:
-    """The reader that `make` makes when it is first called, under `amp`, with outputs in float32."""
+    """The reader that `make` makes when it is first called, under `amp`, with outputs in float32 (or float64)."""
 
     def read(views: Tensor) -> Outputs:
         with amp():
-            return {name: value.float() for name, value in make()(views).items()}
+            return {name: full_precision(value) for name, value in make()(views).items()}
 
     return read
 

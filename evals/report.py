@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from common.device import device_name, peak_memory
 from common.files import write_json, write_text, write_whole
 from common.flags import file_name
 from common.run import describe_program
+from datasets.noise import SEVERITIES
+from evals.attacked import SIDES, radius_text
 from evals.result import Result, family, nested
 from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained
@@ -159,6 +161,8 @@ def _show(result: Result, trained: Trained) -> None:
     print(f"  {'One_class_real_mean (pooled)':<32} {100 * metrics['pooled']:5.1f}")
     numbers = [f"{title} {100 * metrics[f'{name}/pooled']:.1f}" for name, title in _POOLED.items()]
     print(f"  pooled: {', '.join(numbers)}", flush=True)
+    for line in (*corruption_lines(result), *attack_lines(result)):
+        print(line, flush=True)
 
 
 _POOLED = {
@@ -166,6 +170,36 @@ _POOLED = {
     "aupr_anomalous": "of anomalous ones",
     "fpr_at_95_recall": "FPR at 95 % recall",
 }
+
+
+def corruption_lines(result: Result) -> Iterator[str]:
+    """The table of AUROC under corruptions, where there are any: kind by severity, and means."""
+    if "corruptions" not in result.facts:
+        return
+    yield f"AUROC of {result.name} under corruptions of test images, by severity:"
+    yield f"  {'':<16} {' '.join(f'{severity:>6}' for severity in SEVERITIES)}   mean"
+    for kind, row in result.facts["corruptions"].items():
+        numbers = " ".join(f"{100 * value:6.1f}" for value in (*row, result.metrics[f"corrupted/{kind}"]))
+        yield f"  {kind:<16} {numbers}"
+    yield f"  {'mean':<16} {'':>34} {100 * result.metrics['corrupted/mean']:6.1f}"
+
+
+def attack_lines(result: Result) -> Iterator[str]:
+    """The table of AUROC under attack, where there is one: a line for each radius, what each attack leaves by itself,
+    and the signs of masked gradients."""
+    if "attack" not in result.facts:
+        return
+    facts = result.facts["attack"]
+    counts = [sum(of[side] for of in facts["images"].values()) for side in ("normal", "anomalous")]
+    how = f"{facts['steps']} steps" + (f", draws a gradient: {facts['draws']}" if facts["draws"] else "")
+    of = f"{counts[0]} normal and {counts[1]} anomalous images, L-inf, {' and '.join(facts['by_attack'])}, {how}"
+    yield f"AUROC of {result.name} under attack, {of}:"
+    yield f"  {'radius':<10} {'clean':>9} {'normal':>9} {'anomalous':>9} {'both':>9}  attacked"
+    for row in facts["curve"]:
+        yield f"  {radius_text(row['epsilon']):<10} " + " ".join(f"{100 * row[side]['mean']:9.1f}" for side in SIDES)
+    left = ", ".join(f"{attack} {100 * value:.1f}" for attack, value in facts["by_attack"].items())
+    yield f"  both at {radius_text(facts['epsilon'])}, each attack by itself: {left}"
+    yield f"  gradients: {facts['health_line']}"
 
 
 def _groups(result: Result, trained: Trained) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ images mix with a reference image: the published choice, kept.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -25,6 +25,8 @@ from evals.specs import KnnSpec, PartsSpec, ScoreSpec
 _BLOCK = 2**22
 # Of the one-class SVM.
 _NU = 0.1
+# Of a soft maximum, in standard deviations.
+_SOFTNESS = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,14 @@ class Scorer(ABC):
 
     @abstractmethod
     def __call__(self, outputs: Outputs) -> Tensor:
-        """Scores (N,)."""
+        """Scores (N,). Gradients flow to the outputs."""
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """What an attacker may climb in place of the scores, (N,): of the same sign, without their kinks and plateaus.
+
+        By default the scores.
+        """
+        return self(outputs)
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name: all there is to save."""
@@ -62,9 +71,16 @@ class CsiScore(Scorer):
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """z (N, K, P) projections, shift (N, K, K) logits."""
+        return self._parts(outputs, lambda similarity: similarity.amax(2))
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """With a soft maximum over the axes."""
+        return self._parts(outputs, _soft_maximum)
+
+    def _parts(self, outputs: Outputs, maximum: Callable[[Tensor], Tensor]) -> Tensor:
         z_KNP = outputs["z"].transpose(0, 1)[: len(self.axes)]
         rows = max(1, _BLOCK // self.axes.shape[:2].numel())
-        nearest = torch.cat([(part @ self.axes.mT).amax(2) for part in z_KNP.split(rows, dim=1)], 1)
+        nearest = torch.cat([maximum(part @ self.axes.mT) for part in z_KNP.split(rows, dim=1)], 1)
         parts = nearest * self.similarity_weight[:, None]
         parts = parts + _own_logit(outputs["shift"])[: len(self.axes)] * self.shift_weight[:, None]
         return parts.mean(0)
@@ -104,12 +120,19 @@ class NearestScore(Scorer):
         """h (N, K, F) features."""
         return self.of_vectors(_unit_features(outputs))
 
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """Minus a soft minimum of the distances to all."""
+        return torch.cat([_soft_maximum(-part) for part in self._distances(_unit_features(outputs))])
+
     def of_vectors(self, x: Tensor) -> Tensor:
         """x (N, F) -> (N,), in float64: a distance near zero has no digits left in float32."""
+        return -torch.cat([part.kthvalue(int(self.k), 1).values for part in self._distances(x)])
+
+    def _distances(self, x: Tensor) -> Iterator[Tensor]:
+        """Of x (N, F) to all training vectors, in blocks of rows, float64."""
         rows = max(1, _BLOCK // len(self.known))
         known = self.known.double()
-        parts = [torch.cdist(part.double(), known, compute_mode=_BY_PRODUCTS) for part in x.split(rows)]
-        return -torch.cat([part.kthvalue(int(self.k), 1).values for part in parts])
+        return (torch.cdist(part.double(), known, compute_mode=_BY_PRODUCTS) for part in x.split(rows))
 
 
 _BY_PRODUCTS = "use_mm_for_euclid_dist"
@@ -161,6 +184,11 @@ class LabelScore(Scorer):
         """linear (N, K, C) logits."""
         return outputs["linear"][:, 0].softmax(1).amax(1)
 
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """The log-odds of that probability."""
+        logits = outputs["linear"][:, 0]
+        return _log_odds(logits, logits.argmax(1))
+
 
 @dataclass(frozen=True)
 class MarginalizedLabelScore(Scorer):
@@ -171,6 +199,11 @@ class MarginalizedLabelScore(Scorer):
     def __call__(self, outputs: Outputs) -> Tensor:
         """joint (N, 4, 4 C) logits."""
         return marginalized(outputs["joint"]).softmax(1).amax(1)
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """The log-odds of that probability."""
+        logits = marginalized(outputs["joint"])
+        return _log_odds(logits, logits.argmax(1))
 
 
 @dataclass(frozen=True)
@@ -186,9 +219,19 @@ class TransformationScore(Scorer):
     def __call__(self, outputs: Outputs) -> Tensor:
         """rotation (N, 36, 4), vertical and horizontal (N, 36, 3) logits."""
         k = torch.arange(36)
-        truth = {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
-        parts = [outputs[name].softmax(2)[:, k, index] for name, index in truth.items()]
+        parts = [outputs[name].softmax(2)[:, k, index] for name, index in self._truth().items()]
         return torch.stack(parts).sum((0, 2))
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """The sum of the log-odds of these probabilities."""
+        parts = [_log_odds(outputs[name], index.to(outputs[name].device)) for name, index in self._truth().items()]
+        return torch.stack(parts).sum((0, 2))
+
+    @staticmethod
+    def _truth() -> dict[str, Tensor]:
+        """The class of each view, (36,), by head."""
+        k = torch.arange(36)
+        return {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
 
 
 @dataclass(frozen=True)
@@ -210,6 +253,21 @@ def marginalized(joint: Tensor) -> Tensor:
     classes = joint.shape[2] // 4
     own = [joint[:, i, i * classes : (i + 1) * classes] for i in range(4)]
     return torch.stack(own).mean(0)
+
+
+def _soft_maximum(x: Tensor) -> Tensor:
+    """Along the last axis: the log of a sum of exponentials, in units of a tenth of the standard deviation."""
+    # Of equal entries the standard deviation has no gradient.
+    scale = _SOFTNESS * (x.var(-1, keepdim=True, correction=0) + torch.finfo(x.dtype).tiny).sqrt()
+    return (x / scale).logsumexp(-1) * scale[..., 0]
+
+
+def _log_odds(logits: Tensor, own: Tensor) -> Tensor:
+    """log p / (1 - p) of the probability of classes `own` (...) by logits (..., C). It grows with p and saturates
+    nowhere."""
+    which = torch.arange(logits.shape[-1], device=logits.device) == own[..., None]
+    others = logits.masked_fill(which, -torch.inf).logsumexp(-1)
+    return logits.masked_fill(~which, 0).sum(-1) - others
 
 
 def _own_logit(shift: Tensor) -> Tensor:

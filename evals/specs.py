@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from common.attacks.ball import NORMS
 from common.attacks.specs import fraction
 from common.flags import Spec, class_choice, flag, path_flag
-from datasets.noise import LEVELS, NOISES
+from datasets.noise import CORRUPTIONS, LEVELS, NOISES
 from models.lambda_line import MEASURES
 
 # Lambda from the residual of each image.
 AUTO = "auto"
 # Each kind of noise by its own line.
 SAME = "same"
+# Every corruption there is.
+ALL = "all"
 
 
 def lambda_value(text: str) -> float:
@@ -46,6 +48,18 @@ class ImagesSpec(Spec, group="evaluation"):
     """What is written of each test image."""
 
     save_score: bool = flag(False, "write every image's score, or predicted class, as CSV")
+
+
+@dataclass(frozen=True)
+class CorruptionsSpec(Spec, group="evaluation"):
+    """Detection under corruptions."""
+
+    corruptions: Sequence[str] | None = flag(
+        None,
+        "detection under these corruptions of test images, each at all five severities",
+        nargs="+",
+        choices=lambda: (ALL, *CORRUPTIONS),
+    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ def _attacks() -> Iterable[str]:
 
 @dataclass(frozen=True)
 class AttackSpec(Spec, group="attacks"):
-    """Attacks on classifiers. epsilons: None: those of `evals.attack`, by the norm."""
+    """Attacks on classifiers, and in part on detectors. epsilons: None: those of `evals.attack`, by the norm."""
 
     attacks: Sequence[str] | None = flag(
         None,
@@ -187,10 +201,16 @@ class AttackSpec(Spec, group="attacks"):
         choices=_attacks,
     )
     attack_images: int | None = flag(
-        None, "so many test images, of each class as many as of the others (default: all)", type=int, above=0
+        None,
+        "so many test images, of each class as many as of the others; --attack: so many normal and so many anomalous"
+        " ones (default: all)",
+        type=int,
+        above=0,
     )
     norm: str = flag("linf", "norm of --epsilon", choices=lambda: sorted(NORMS))
-    attack_steps: int = flag(25, "steps of APGD, of adaptive attacks, too (AutoAttack has 100 of its own)", above=0)
+    attack_steps: int = flag(
+        40, "steps of --attack, of APGD and of adaptive attacks (attack: 25; AutoAttack has 100 of its own)", above=0
+    )
     attack_step_size: float | None = flag(
         None, "length of a step of PGD and CW (default: epsilon / 4; published: 0.007)", type=fraction, above=0
     )
@@ -199,11 +219,32 @@ class AttackSpec(Spec, group="attacks"):
     square_queries: int = flag(500, "queries of the Square attack (AutoAttack has 5000 of its own)", above=0)
     epsilons: Sequence[float] | None = flag(
         None,
-        "radii of the curve (default, linf: 0 1/255 2/255 4/255 8/255 16/255 1)",
+        "radii of the curve (default, linf: 0 1/255 2/255 4/255 8/255 16/255 1; --attack: --epsilon alone)",
         type=fraction,
         nargs="+",
         at_least=0,
     )
     transfer_path: str | None = path_flag(
         None, "run or weights of a network without the defence, whose attacked images are given to this one"
+    )
+
+
+def _detector_attacks() -> Iterable[str]:
+    from evals.attacked import ATTACKS  # Which reads the spec.
+
+    return ATTACKS
+
+
+@dataclass(frozen=True)
+class DetectorAttackSpec(Spec, group="attacks"):
+    """Attacks on detectors."""
+
+    attack: Sequence[str] | None = flag(
+        None,
+        "attack test images of a detection so that it fails; several: the worst of each image counts",
+        nargs="+",
+        choices=_detector_attacks,
+    )
+    attack_draws: int = flag(
+        1, "--attack: how often an attacker runs a random procedure for each gradient, with draws of its own", above=0
     )

@@ -41,6 +41,9 @@ UNCHANGED = {
     "test_noise": "none",
     "stem_lambda": None,
     "projection": "tsne",
+    "severity": None,
+    "attack": None,
+    "corruptions": None,
 }
 
 

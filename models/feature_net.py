@@ -208,7 +208,6 @@ class CocsrNet(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> SparseFeatures:
-        """Images (N, in_channels, H, W) in [0, 1]. Without gradient, since the network is frozen."""
-        with torch.no_grad():
-            features = self.feature_net(images)
-            return SparseFeatures(self.transform(features), features.shift)
+        """Images (N, in_channels, H, W) in [0, 1]. Gradients reach them and no parameter: the network is frozen."""
+        features = self.feature_net(images)
+        return SparseFeatures(self.transform(features), features.shift)

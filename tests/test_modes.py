@@ -175,6 +175,22 @@ def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, t
     assert set(seen[0].used()) - named <= {"local_rank"}
 
 
+@pytest.mark.parametrize("name", [name for name, row in EVALS.items() if row.scores])
+def test_every_score_of_every_detection_can_be_attacked(name, trained, tmp_path):
+    row = EVALS[name]
+    folder = shutil.copytree(trained(row.trained_by[-1])[1], tmp_path / "run")
+    more = ["--ood_score", *row.scores, "--ood_dataset", "digits", "--attack", "pgd", "apgd"]
+    more += ["--attack_images", "2", "--attack_steps", "2", "--epsilon", "0.2"]
+    more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in name else []
+    assert evaluate.main(["--mode", name, "--load_path", str(folder), *more]) == 0
+    for score in row.scores:
+        found = json.loads((folder / f"result_{name}_{score}.json").read_text())
+        assert found["attacked"]["both"] <= found["attacked"]["clean"], score
+        assert found["attack"]["images"]["digits"] == {"normal": 0, "anomalous": 2}
+        (gradients,) = [sign for sign in found["attack"]["health"] if sign["name"] == "images without gradient"]
+        assert gradients["number"] == 0, score
+
+
 def test_what_differs_from_the_weights_to_start_from_is_reported(trained, tmp_path, capsys):
     start = str(trained("simclr_CSI")[1])
     more = ["--batch_size", "16", "--mix_alpha", "0.3", "--log_root", str(tmp_path), *EXTRA["cocsr_dict"]]

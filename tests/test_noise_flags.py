@@ -14,7 +14,7 @@ from PIL import Image
 import eval as evaluate
 import train
 import tsne
-from datasets.noise import NOISES, noisy
+from datasets.noise import CORRUPTIONS, noisy
 from evals import EVALS, TSNES
 from evals.trained import Trained
 from scripts import results
@@ -22,7 +22,7 @@ from tests.conftest import SHIFT, TINY
 from tests.evals.test_trained import flags_of, trained_of
 from tests.test_commands import refused
 
-LEVELS = {"gaussian": "0.1", "shot": "12", "speckle": "0.4", "impulse": "0.2"}
+LEVELS = {"gaussian": "0.1", "shot": "12", "speckle": "0.4", "impulse": "0.2", "contrast": "0.3"}
 GAUSSIAN = ["--test_noise", "gaussian", "--test_noise_level", "0.1"]
 
 
@@ -64,26 +64,26 @@ def seen(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ who has noise
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", LEVELS)
 def test_all_test_sets_of_a_detection_have_it_and_training_images_never(kind, stage1, tmp_path, seen, monkeypatch):
     import evals.detect as module
 
     sets, real = [], module._test_sets
-    monkeypatch.setattr(module, "_test_sets", lambda trained: (sets.append(real(trained)), sets[-1])[1])
+    monkeypatch.setattr(module, "_test_sets", lambda *args: (sets.append(real(*args)), sets[-1])[1])
     flags = ["--load_path", str(stage1), "--ood_dataset", "interp", "--test_batch_size", "9"]
     assert evaluate.main([*flags, "--out", str(tmp_path / "clean")]) == 0 and not seen
     more = ["--test_noise", kind, "--test_noise_level", LEVELS[kind], "--out", str(tmp_path / "noisy")]
     assert evaluate.main([*flags, *more]) == 0
     clean, noise = sets
     assert len(seen) == 2 and list(clean) == ["digits", "interp"]
-    for (before, _, after), name in zip(reversed(seen), ("digits", "interp"), strict=True):
+    for (before, _, after), name in zip(seen, ("digits", "interp"), strict=True):
         assert torch.equal(before.images, clean[name].images)  # both the normal and the anomalous ones
         assert torch.equal(after.images, noise[name].images)
     level = float(LEVELS[kind])
     assert torch.equal(noise["digits"].images, noisy(clean["digits"], kind, level, 0).images)
     # Mixtures are of clean images, and their noise is not that of the images with the same numbers.
     same = noisy(clean["interp"], kind, level, 0)
-    assert not torch.equal(noise["interp"].images, same.images)
+    assert torch.equal(noise["interp"].images, same.images) == (CORRUPTIONS[kind].draw is None)
     one, two = (json.loads((tmp_path / n / "result_ood_pre_CSI.json").read_text()) for n in ("clean", "noisy"))
     assert one["data"] == two["data"] and one["data"].keys() == {"training", "digits", "interp"}
     assert one["auroc"].keys() == two["auroc"].keys() and one["mean"] != two["mean"]
@@ -197,8 +197,8 @@ def test_where_it_changes_nothing_it_is_reported(stage1, autoencoder, tmp_path, 
         args = ["--mode", mode, "--load_path", str(autoencoder), "--out", str(tmp_path), *GAUSSIAN]
         assert evaluate.main(args) == 0 and no_effect(capsys) == both, mode
         assert "test_noise" not in json.loads((tmp_path / f"result_{mode}.json").read_text())["settings"]
-    args = ["--load_path", str(stage1), "--out", str(tmp_path), "--test_noise_level", "7"]
-    assert evaluate.main(args) == 0 and no_effect(capsys) == {"test_noise_level"}
+    args = ["--load_path", str(stage1), "--out", str(tmp_path), "--test_noise_level", "7", "--severity", "2"]
+    assert evaluate.main(args) == 0 and no_effect(capsys) == {"test_noise_level", "severity"}
     assert evaluate.main([*args[:4], *GAUSSIAN]) == 0 and not no_effect(capsys)
 
 
@@ -217,6 +217,9 @@ def test_where_it_changes_nothing_it_is_reported(stage1, autoencoder, tmp_path, 
         (["--test_noise", "speckle", "--test_noise_level", "11"], ["--test_noise_level 11"]),
         (["--test_noise", "salt_pepper", "--test_noise_level", "1"], ["--test_noise", "impulse"]),
         ([*GAUSSIAN[:3], "much"], ["--test_noise_level", "much"]),
+        ([*GAUSSIAN, "--severity", "3"], ["--severity 3", "--test_noise_level"]),
+        (["--test_noise", "jpeg", "--severity", "6"], ["--severity", "6"]),
+        (["--test_noise", "jpeg", "--test_noise_level", "0"], ["--test_noise_level 0", "a JPEG quality in [1, 100]"]),
     ],
 )  # fmt: skip
 def test_a_level_that_cannot_be_is_one_line_and_nothing_is_written(more, told, stage1, tmp_path, capsys):
@@ -227,6 +230,13 @@ def test_a_level_that_cannot_be_is_one_line_and_nothing_is_written(more, told, s
     assert sorted(run.iterdir()) == before
 
 
+def test_corruptions_are_of_clean_images(stage1, tmp_path, capsys):
+    args = ["--load_path", str(stage1), "--out", str(tmp_path / "out"), "--corruptions", "jpeg"]
+    refused(capsys, evaluate.main([*args, *GAUSSIAN]), "--corruptions: they are of clean images", "--test_noise")
+    refused(capsys, evaluate.main([*args, "fog"]), "--corruptions", "'fog'", "pixelate")
+    assert not (tmp_path / "out").exists()
+
+
 def test_tables_are_refused(autoencoder, tmp_path, capsys):
     np.savez(tmp_path / "table.npz", X=np.random.default_rng(0).normal(size=(20, 64)))
     args = ["--load_path", str(autoencoder), "--npz", str(tmp_path / "table.npz"), "--one_class_idx", "0", *GAUSSIAN]
@@ -235,6 +245,39 @@ def test_tables_are_refused(autoencoder, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------ results
+
+
+def test_a_severity_is_a_level_of_the_protocol(stage1, tmp_path):
+    args, found = ["--load_path", str(stage1)], []
+    for name, more in (("a", ["--test_noise_level", "0.09"]), ("b", ["--severity", "4"])):
+        assert evaluate.main([*args, "--out", str(tmp_path / name), "--test_noise", "gaussian", *more]) == 0
+        found.append(json.loads((tmp_path / name / "result_ood_pre_CSI.json").read_text()))
+    assert found[0]["auroc"] == found[1]["auroc"]
+    assert found[1]["settings"]["severity"] == 4 and "severity" not in found[0]["settings"]
+
+
+def test_one_command_makes_the_table_of_all_severities(stage1, tmp_path, capsys):
+    args = ["--load_path", str(stage1), "--out", str(tmp_path)]
+    capsys.readouterr()
+    assert evaluate.main([*args, "--corruptions", "contrast", "impulse"]) == 0
+    told = capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    table = found["corruptions"]
+    assert list(table) == ["contrast", "impulse"] and {len(row) for row in table.values()} == {5}
+    assert found["settings"]["corruptions"] == ["contrast", "impulse"]
+    means = {kind: np.mean(row) for kind, row in table.items()}
+    assert found["corrupted"] == pytest.approx({**means, "mean": np.mean(list(means.values()))})
+    for kind, row in table.items():
+        numbers = " ".join(f"{100 * value:6.1f}" for value in (*row, found["corrupted"][kind]))
+        assert f"  {kind:<16} {numbers}" in told
+    # As if each were asked for by itself; and what is clean stays so.
+    for kind, severity in (("contrast", 5), ("impulse", 2)):
+        more = ["--test_noise", kind, "--severity", str(severity), "--out", str(tmp_path / kind)]
+        assert evaluate.main([*args[:2], *more]) == 0
+        assert json.loads((tmp_path / kind / path.name).read_text())["mean"] == table[kind][severity - 1]
+    assert evaluate.main([*args[:2], "--out", str(tmp_path / "clean")]) == 0
+    assert json.loads((tmp_path / "clean" / path.name).read_text())["mean"] == found["mean"]
 
 
 def test_a_table_of_results_has_a_column_for_each_noise_and_the_mean_over_seeds(stage1, tmp_path, capsys):

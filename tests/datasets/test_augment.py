@@ -1,4 +1,5 @@
 import colorsys
+import dataclasses
 
 import numpy as np
 import pytest
@@ -181,3 +182,24 @@ def test_views_are_jittered_then_grey_then_cropped_each_by_its_own_draw():
         gray(jitter(x, draw), draw.gray),
     ):
         assert (expected - other).abs().max() > 0.1
+
+
+def test_gradients_reach_pixels_and_are_finite_where_there_is_no_hue():
+    """Against finite differences of colours; black, white and grey pixels, whose hue has none."""
+    gen = torch.Generator().manual_seed(0)
+    x = 0.2 + 0.6 * torch.rand(6, 3, 5, 4, generator=gen, dtype=torch.float64)
+    draw = draw_aligned(6, (5, 4), AlignedSpec(), generator(0, "test"))
+    draw = dataclasses.replace(draw, jitter=torch.ones(6, dtype=torch.bool))
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(aligned(leaf, draw).square().sum(), leaf)
+    for seed in (1, 2):
+        v = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        above, below = (aligned(x + h * v, draw).square().flatten(1).sum(1) for h in (1e-7, -1e-7))
+        torch.testing.assert_close((above - below) / 2e-7, (grad * v).flatten(1).sum(1), rtol=1e-4, atol=1e-5)
+    for value in (0.0, 0.4, 1.0):
+        plain = x.float()
+        plain[:, :, 1:3] = value
+        leaf = plain.clone().requires_grad_()
+        found = aligned(leaf, draw)
+        (grad,) = torch.autograd.grad(found.sum(), leaf)
+        assert grad.isfinite().all() and torch.equal(found.detach(), aligned(plain, draw))

@@ -1,21 +1,27 @@
 """Noise of test images: against the formulas, SciPy and NumPy, and what its draws depend on; arrays of CIFAR-10-C."""
 
+import colorsys
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from PIL import Image
+from scipy import ndimage, stats
 
 import datasets.noise as noise_module
 from common.errors import UserError
 from datasets import DataSource, ImageSet, split_one_class
-from datasets.noise import LEVELS, NOISES, cifar10c, noisy
+from datasets.noise import CORRUPTIONS, LEVELS, NOISES, SEVERITIES, cifar10c, level_of, noisy
 from datasets.outliers import interpolated
 from datasets.sets import image_set
 
 MIDDLE = {"gaussian": 0.1, "shot": 30, "speckle": 0.2, "impulse": 0.1}
+MIDDLE |= {"gaussian_blur": 0.7, "brightness": 0.15, "contrast": 0.4, "pixelate": 0.6, "jpeg": 58}
+OTHERS = [kind for kind in CORRUPTIONS if kind not in NOISES]
+# Levels that leave an image as it is.
+UNCHANGED = {"gaussian_blur": 0, "brightness": 0, "contrast": 1, "pixelate": 1}
 
 
 def plain(value: int = 128, n: int = 40, channels: int = 3, side: int = 32) -> ImageSet:
@@ -103,9 +109,9 @@ def test_impulse_noise_replaces_entries_half_by_0_half_by_1_each_channel_on_its_
     assert ((everything == 0) | (everything == 255)).all()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in NOISES if kind != "shot"])
-def test_level_0_is_the_image_itself(kind):
-    assert torch.equal(noisy(pictures(), kind, 0, 0).images, pictures().images)
+@pytest.mark.parametrize("kind", [kind for kind in NOISES if kind != "shot"] + list(UNCHANGED))
+def test_there_is_a_level_that_leaves_images_as_they_are(kind):
+    assert torch.equal(noisy(pictures(), kind, UNCHANGED.get(kind, 0), 0).images, pictures().images)
 
 
 @pytest.mark.parametrize("kind", NOISES)
@@ -126,10 +132,79 @@ def seed_of_test(kind: str) -> int:
     return noise_module.seed_of(0, f"{kind} noise of test images")
 
 
+def applied(kind: str, level: float, images: torch.Tensor) -> torch.Tensor:
+    return CORRUPTIONS[kind].apply(images, level, torch.empty(0))
+
+
+@pytest.mark.parametrize("std", [0.1, 0.4, 1.0, 6.0])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_blur_is_that_of_scipy(std, channels):
+    images = torch.rand(2, channels, 9, 7, generator=torch.Generator().manual_seed(0))
+    expected = [[ndimage.gaussian_filter(plane.double().numpy(), std, mode="nearest") for plane in x] for x in images]
+    np.testing.assert_allclose(applied("gaussian_blur", std, images).numpy(), np.array(expected), atol=2e-6)
+
+
+def test_brightness_is_added_to_the_value_of_hsv():
+    images = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    images[0, :, 0, 0], images[0, :, 0, 1], images[0, :, 0, 2] = 0, 0.5, torch.tensor([0.95, 0.3, 0.0])
+    found = applied("brightness", 0.2, images)
+    for n, y, x in np.ndindex(2, 4, 5):
+        hue, saturation, value = colorsys.rgb_to_hsv(*images[n, :, y, x].tolist())
+        expected = colorsys.hsv_to_rgb(hue, saturation, min(value + 0.2, 1))
+        assert found[n, :, y, x].tolist() == pytest.approx(expected, abs=1e-6)
+    grey = images[:, :1]
+    torch.testing.assert_close(applied("brightness", 0.2, grey), (grey + 0.2).clamp(max=1))
+
+
+def test_contrast_is_scaled_about_the_mean_of_each_channel():
+    images = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    x = images.double().numpy()
+    mean = x.mean((2, 3), keepdims=True)
+    np.testing.assert_allclose(applied("contrast", 0.15, images).numpy(), (x - mean) * 0.15 + mean, atol=1e-6)
+
+
+def test_pixels_become_the_means_of_boxes():
+    """Of 2 x 2 pixels, rounded to 8 bits along each side; else of the pixels whose centre a box holds."""
+    pixels = torch.randint(0, 256, (2, 3, 8, 6), generator=torch.Generator().manual_seed(0))
+    boxes = pixels.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5))
+    expected = boxes.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = applied("pixelate", 0.5, pixels.float() / 255) * 255
+    assert (found - expected).abs().max() <= 1 + 1e-4
+    row = torch.tensor([0.0, 1.0, 0.0, 0.0]).expand(1, 1, 4, 4)
+    # Three boxes of 4 / 3 pixels hold one, two and one centre; two of the four pixels after that lie in the middle one.
+    found = applied("pixelate", 0.75, row)[0, 0, 0] * 255
+    assert found.tolist() == pytest.approx([0, 128, 128, 0])
+
+
+def test_jpeg_is_what_a_file_of_that_quality_holds(tmp_path):
+    data = pictures(3)
+    found = noisy(data, "jpeg", 40, 0).images
+    for n, image in enumerate(data.images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{n}.jpg", quality=40)
+        with Image.open(tmp_path / f"{n}.jpg") as picture:
+            assert np.array_equal(np.asarray(picture), found[n].permute(1, 2, 0).numpy())
+    assert noisy(pictures(3, channels=1), "jpeg", 40, 0).images.shape == (3, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_corruptions_grow_with_their_severity_and_draw_nothing(kind):
+    smooth = torch.linspace(0.1, 0.9, 32).view(1, 1, 32, 1) * torch.linspace(0.2, 1, 32).view(1, 1, 1, 32)
+    picture = smooth.expand(1, 3, 32, 32).clone()
+    picture[:, 0, 10:20, 12:25] = 0.9
+    data = image_set((picture * 255).round().to(torch.uint8), [0])
+    far = [
+        (floats(noisy(data, kind, level_of(kind, severity, data.size), 0)) - floats(data)).abs().mean()
+        for severity in SEVERITIES
+    ]
+    assert 0 < far[0] < far[2] < far[4]
+    level = MIDDLE[kind]
+    assert torch.equal(noisy(data, kind, level, 0).images, noisy(data, kind, level, 1, name="svhn").images)
+
+
 # --------------------------------------------------------------------------------------------- what draws depend on
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_an_image_has_the_same_noise_whatever_its_neighbours_and_its_place(kind, monkeypatch):
     data, level = pictures(), MIDDLE[kind]
     whole = noisy(data, kind, level, 0)
@@ -187,7 +262,7 @@ def test_levels_share_their_numbers():
 # ----------------------------------------------------------------------------------------------------- sets of images
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_what_is_no_pixel_stays_and_the_fingerprint_says_what_was_done(kind):
     data = replace(pictures(), paths=tuple(map(str, range(30))))
     before = data.images.clone()
@@ -222,7 +297,7 @@ def test_mixtures_in_half_levels_become_bytes():
 def test_no_images_have_no_noise_and_what_cannot_be_done_is_an_error():
     empty = image_set(torch.empty(0, 3, 8, 8, dtype=torch.uint8), [])
     assert noisy(empty, "shot", 10, 0).images.shape == (0, 3, 8, 8)
-    with pytest.raises(ValueError, match="gaussian, shot, speckle, impulse, got salt_pepper"):
+    with pytest.raises(ValueError, match="gaussian, shot, speckle, impulse, .*jpeg, got salt_pepper"):
         noisy(pictures(), "salt_pepper", 0.1, 0)
     for kind, level in (("gaussian", -0.1), ("shot", 0), ("speckle", float("nan")), ("impulse", 1.1), ("shot", 2e4)):
         with pytest.raises(ValueError, match=rf"{kind} noise takes a .* in \["):
@@ -230,7 +305,8 @@ def test_no_images_have_no_noise_and_what_cannot_be_done_is_an_error():
 
 
 def test_levels_are_those_of_the_protocols():
-    assert all(list(levels) == list(NOISES) for levels in LEVELS.values())
+    names = {"sdnet": NOISES, "cifar10c": CORRUPTIONS, "imagenetc": CORRUPTIONS}
+    assert {protocol: list(levels) for protocol, levels in LEVELS.items()} == {n: list(t) for n, t in names.items()}
     sdnet = LEVELS["sdnet"]
     assert sdnet["gaussian"] == tuple(round(0.02 * n, 2) for n in range(1, 11))
     assert sdnet["shot"] == tuple(range(60, 0, -6)) and sdnet["speckle"] == tuple(n / 10 for n in range(1, 7))
@@ -241,8 +317,11 @@ def test_levels_are_those_of_the_protocols():
     assert LEVELS["imagenetc"]["gaussian"] == (0.08, 0.12, 0.18, 0.26, 0.38)
     for kinds in LEVELS.values():
         for kind, levels in kinds.items():
-            assert list(levels) == sorted(set(levels), reverse=kind == "shot")
-            assert all(NOISES[kind].least <= level <= NOISES[kind].most for level in levels)
+            assert list(levels) == sorted(set(levels), reverse=kind in ("shot", "contrast", "pixelate", "jpeg"))
+            assert all(CORRUPTIONS[kind].least <= level <= CORRUPTIONS[kind].most for level in levels)
+    assert LEVELS["cifar10c"]["gaussian_blur"] == (0.4, 0.6, 0.7, 0.8, 1)
+    assert LEVELS["cifar10c"]["jpeg"] == (80, 65, 58, 50, 40)
+    assert level_of("impulse", 5, (32, 32)) == 0.07 and level_of("impulse", 1, (224, 200)) == 0.03
 
 
 # ---------------------------------------------------------------------------------------------------------- CIFAR-10-C

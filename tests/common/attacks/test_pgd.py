@@ -288,6 +288,24 @@ def test_the_last_image_is_that_of_a_plain_loop(net, batch):
     assert torch.equal(given, adv)  # What was given to start from is as it was.
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_with_momentum_gradients_of_mean_1_add_up(net, batch, norm):
+    x, labels = batch
+    mu, settings = 0.7, {"eps": 0.1, "steps": 4, "step": 0.03, "norm": norm, "start": "none", "keep": "last"}
+    found = pgd(judged(net), x, labels, momentum=mu, **settings)
+    y, drift = x.clone(), torch.zeros_like(x)
+    for _ in range(4):
+        y = y.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(net(y), labels, reduction="sum"), y)
+        drift = mu * drift + grad / grad.abs().mean((1, 2, 3), keepdim=True)
+        length = drift.flatten(1).norm(dim=1)[:, None, None, None]
+        y = NORMS[norm](x, 0.1).project_(y.detach() + 0.03 * (drift.sign() if norm == "linf" else drift / length))
+    torch.testing.assert_close(found, y, atol=1e-5, rtol=0)
+    assert (found - pgd(judged(net), x, labels, **settings)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="momentum must lie in"):
+        pgd(judged(net), x, labels, momentum=1.1, **settings)
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_network_and_its_images_are_left_as_they_were(batch, attack):
     net = trained("conv")
