@@ -380,7 +380,7 @@ def test_columns_and_radii_are_in_order_and_at_eps_1_nothing_is_left():
     assert found.metrics["attacked/both"] == curve[2]["both"]["mean"] < curve[0]["both"]["mean"]
     assert all(found.metrics["attacked/both"] <= value + 1e-12 for value in found.facts["by_attack"].values())
     signs = {sign["name"]: sign for sign in found.facts["health"]}
-    assert signs["left at eps 1"]["number"] == 0 and signs["images without gradient"]["number"] == 0
+    assert signs["left at an unlimited radius"]["number"] == 0 and signs["images without gradient"]["number"] == 0
     # The same again: nothing is drawn from global state.
     again = attack_detector(asked, small_net(), [chosen(data)])
     assert again.metrics == found.metrics and np.array_equal(
@@ -429,7 +429,7 @@ def test_a_score_without_gradient_is_reported_and_no_number_is_no_success():
     assert np.isfinite(found.columns["digits"]["attacked"]).all()
     signs = {sign["name"]: sign for sign in found.facts["health"]}
     assert signs["images without gradient"] == {"name": "images without gradient", "number": 1.0, "shows": True}
-    assert signs["left at eps 1"]["shows"] and found.facts["health_line"].startswith("MASKED GRADIENTS: ")
+    assert signs["left at an unlimited radius"]["shows"] and found.facts["health_line"].startswith("MASKED GRADIENTS: ")
 
 
 @pytest.mark.parametrize("name", ["baseline", "rot_trans"])
