@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from models.resnet import relu
+from models.resnet import normalised, relu
 
 
 class BasicBlock(resnet.BasicBlock):
@@ -21,7 +21,7 @@ class BasicBlock(resnet.BasicBlock):
         self.act1, self.act2 = relu(), relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        y = normalised(self.conv2, self.bn2, self.act1(normalised(self.conv1, self.bn1, x)))
         return self.act2(y.add_(_shortcut(self, x)))
 
 
@@ -32,12 +32,16 @@ class Bottleneck(resnet.Bottleneck):
         self.act1, self.act2, self.act3 = relu(), relu(), relu()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
-        return self.act3(self.bn3(self.conv3(y)).add_(_shortcut(self, x)))
+        y = self.act1(normalised(self.conv1, self.bn1, x))
+        y = normalised(self.conv3, self.bn3, self.act2(normalised(self.conv2, self.bn2, y)))
+        return self.act3(y.add_(_shortcut(self, x)))
 
 
 def _shortcut(block: resnet.BasicBlock | resnet.Bottleneck, x: Tensor) -> Tensor:
-    return x if block.downsample is None else block.downsample(x)
+    if block.downsample is None:
+        return x
+    conv, bn = block.downsample
+    return normalised(conv, bn, x)
 
 
 def resnet18() -> nn.Module:

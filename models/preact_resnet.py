@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.resnet import StagedNet, conv3x3, relu
+from models.resnet import StagedNet, conv3x3, normalised, relu
 
 
 class PreActBlock(nn.Module):
@@ -30,7 +30,7 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(self.bn1(x))
         past = self.shortcut(y) if len(self.shortcut) else x
-        return self.conv2(self.act2(self.bn2(self.conv1(y)))).add_(past)
+        return self.conv2(self.act2(normalised(self.conv1, self.bn2, y))).add_(past)
 
 
 class PreActResNet(StagedNet):

@@ -7,6 +7,7 @@ each.
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,6 +21,22 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def relu() -> nn.ReLU:
     return nn.ReLU(inplace=True)
+
+
+def normalised(conv: nn.Module, bn: nn.Module, x: Tensor) -> Tensor:
+    """bn(conv(x)).
+
+    In evaluation mode, and where no weight gets a gradient, as one convolution by folded weights: a pass over the map
+    less forward, and one less backward to x.
+    """
+    if type(conv) is not nn.Conv2d or type(bn) is not nn.BatchNorm2d or bn.training or conv.bias is not None:
+        return bn(conv(x))
+    if torch.is_grad_enabled() and any(p.requires_grad for p in (conv.weight, bn.weight, bn.bias)):
+        return bn(conv(x))
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = bn.weight * (bn.running_var + bn.eps).rsqrt()
+    bias = bn.bias - scale * bn.running_mean
+    return conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), bias)
 
 
 class Residual(nn.Module):
@@ -43,7 +60,8 @@ class Residual(nn.Module):
 
     def add(self, x: Tensor) -> Tensor:
         """body(x) + shortcut(x), before the last activation."""
-        return self.body(x).add_(self.shortcut(x))
+        past = normalised(self.shortcut[0], self.shortcut[1], x) if len(self.shortcut) else x
+        return self.body(x).add_(past)
 
 
 class BasicBlock(Residual):
@@ -53,7 +71,7 @@ class BasicBlock(Residual):
         self.conv2, self.bn2, self.act2 = conv(width, width, 1), nn.BatchNorm2d(width), act()
 
     def body(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return normalised(self.conv2, self.bn2, self.act1(normalised(self.conv1, self.bn1, x)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act2(self.add(x))
@@ -70,8 +88,8 @@ class Bottleneck(Residual):
         self.conv3, self.bn3, self.act3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs), act()
 
     def body(self, x: Tensor) -> Tensor:
-        x = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
-        return self.bn3(self.conv3(x))
+        x = self.act1(normalised(self.conv1, self.bn1, x))
+        return normalised(self.conv3, self.bn3, self.act2(normalised(self.conv2, self.bn2, x)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.act3(self.add(x))
@@ -183,4 +201,4 @@ class ResNet(StagedNet):
         self.add_stages(partial(block, conv=conv, act=act), blocks, widths, channels)
 
     def stem(self, x: Tensor) -> Tensor:
-        return self.pool(self.act1(self.bn1(self.conv1(x))))
+        return self.pool(self.act1(normalised(self.conv1, self.bn1, x)))

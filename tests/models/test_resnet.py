@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models import BACKBONES
-from models.resnet import BasicBlock, Bottleneck, ResNet
+from models.resnet import BasicBlock, Bottleneck, ResNet, normalised
 from tests.models.test_reference import with_statistics
 
 SMALL = ["resnet8", "resnet18", "resnet50"]
@@ -147,3 +147,34 @@ def test_a_stem_without_activation_passes_negative_values_on():
         inner = block.bn2(block.conv2(block.bn1(block.conv1(y)).clamp(min=0)))
         assert (y < 0).any()
         torch.testing.assert_close(net(x), (inner + y).clamp(min=0).mean((2, 3)), atol=1e-6, rtol=1e-6)
+
+
+def conv_and_norm(bias: bool = False, stride: int = 2) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv, bn = nn.Conv2d(5, 7, 3, stride, 1, bias=bias).double(), nn.BatchNorm2d(7).double()
+    return conv, with_statistics(bn)
+
+
+def test_folded_weights_give_what_normalisation_gives_and_its_gradient():
+    conv, bn = (module.eval().requires_grad_(False) for module in conv_and_norm())
+    x = torch.randn(3, 5, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found, expected = normalised(conv, bn, x), bn(conv(x))
+    assert found.grad_fn.name().startswith("Convolution")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    grads = [torch.autograd.grad(y.sin().sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["training", "of the convolution", "of the scale", "of the shift", "bias"])
+def test_weights_are_folded_only_where_nobody_can_tell(case):
+    conv, bn = (module.requires_grad_(False) for module in conv_and_norm(bias=case == "bias"))
+    bn.train(case == "training")
+    for which, p in (("of the convolution", conv.weight), ("of the scale", bn.weight), ("of the shift", bn.bias)):
+        p.requires_grad_(case == which)
+    x = torch.randn(3, 5, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    found = normalised(conv, bn, x)
+    assert not found.grad_fn.name().startswith("Convolution") and torch.equal(found, bn(conv(x)))
+    trained = [p for p in (conv.weight, bn.weight, bn.bias) if p.requires_grad]
+    if trained:
+        assert torch.autograd.grad(found.sum(), trained)[0].abs().sum() > 0
+        with torch.no_grad():
+            assert torch.allclose(normalised(conv, bn, x), found, rtol=0, atol=1e-13)
