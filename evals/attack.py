@@ -49,7 +49,7 @@ from evals.classify import (
     worst_case,
 )
 from evals.result import Result
-from evals.specs import AttackSpec
+from evals.specs import DEFAULT, AttackSpec
 from evals.trained import Trained, evaluation_mode, load_other
 from models.checkpoint import Misfit, State, kind_of
 from models.feature_net import Heads
@@ -112,7 +112,7 @@ class Attack:
 
     group: what is climbed. reads: flags of `AttackSpec`. needs: what a victim must have, of `_NEEDS`.
     steps: of PGD on the cross-entropy of the final logits; 0 for other attacks.
-    in_default: whether it runs where no attack is named.
+    in_default: whether it is one of `--attacks default`.
     each_head: a column for each auxiliary head, whose number is an argument. whole: it sees all images in one call.
     """
 
@@ -601,11 +601,10 @@ def _chosen(trained: Trained, victim: Victim) -> dict[str, Attack]:
 
     Raises: UserError for one that was named and cannot run.
     """
-    named = victim.spec.attacks
-    if named is None:
-        return {name: row for name, row in ATTACKS.items() if row.in_default and _lacks(row, victim) is None}
-    wanted = {CLEAN, *named} | ({"transfer"} if victim.source else set())
-    rows = {name: row for name, row in ATTACKS.items() if name in wanted}
+    named = {CLEAN, *victim.spec.attacks} | ({"transfer"} if victim.source else set())
+    if DEFAULT in named:
+        named |= {name for name, row in ATTACKS.items() if row.in_default and _lacks(row, victim) is None}
+    rows = {name: row for name, row in ATTACKS.items() if name in named}
     for name, row in rows.items():
         if (why := _lacks(row, victim)) is not None:
             raise UserError(f"--attacks {name}: {why}")

@@ -17,6 +17,8 @@ AUTO = "auto"
 SAME = "same"
 # Every corruption there is.
 ALL = "all"
+# Those that run where nothing is named.
+DEFAULT = "default"
 
 
 def lambda_value(text: str) -> float:
@@ -187,16 +189,16 @@ class NoiseLambdaSpec(Spec, group="noise and lambda"):
 def _attacks() -> Iterable[str]:
     from evals.attack import ATTACKS  # Which reads the spec.
 
-    return ATTACKS
+    return (DEFAULT, *ATTACKS)
 
 
 @dataclass(frozen=True)
 class AttackSpec(Spec, group="attacks"):
     """Attacks on classifiers, and in part on detectors. epsilons: None: those of `evals.attack`, by the norm."""
 
-    attacks: Sequence[str] | None = flag(
-        None,
-        "which attacks (default: those that take minutes for 1,000 images and a small network)",
+    attacks: Sequence[str] = flag(
+        (DEFAULT,),
+        "which attacks; default, alone or beside others: those that take minutes for 1,000 images and a small network",
         nargs="+",
         choices=_attacks,
     )

@@ -8,7 +8,7 @@
 #   SEEDS         each draws the weights, the order and the noise (0)
 #   EPOCHS        length of training (that of the row)
 #   WEIGHTS       which epochs are attacked (last best)
-#   ATTACK_FLAGS  further flags of attacks, `--attacks clean autoattack` say
+#   ATTACK_FLAGS  further flags of attacks, `--attacks default autoattack` say
 #   DATA_PATH     folder of the data sets (../Data/)
 #   LOG_ROOT      folder of the run folders (./logs)
 #   PYTHON        interpreter (python)

@@ -381,6 +381,14 @@ def test_a_column_does_not_depend_on_which_other_attacks_run():
     assert not np.array_equal(other.per_image["toy"]["fgsm_random"], again.per_image["toy"]["fgsm_random"])
 
 
+def test_default_stands_for_what_runs_where_nothing_is_named(linear):
+    trained, settings = trained_of(Net(linear[0]), *linear[1:], 2), {"attack_images": 4, "attack_steps": 1}
+    alone = attacked(trained, square_queries=2, **settings)
+    assert "square" in left(alone) and not {"pgd100", "aux", "transfer", "autoattack"} & left(alone).keys()
+    more = attacked(trained, square_queries=2, attacks=["pgd100", "default"], **settings)
+    assert set(left(more)) == {*left(alone), "pgd100"}
+
+
 def test_restarts_leave_no_more():
     trained = on_digits(trained_on_digits("conv"))
     one, three = (attacked(trained, attacks=["fgsm_random"], attack_restarts=restarts) for restarts in (1, 3))
