@@ -322,11 +322,14 @@ def _offer(path: Path) -> str:
 
 
 def load_state_dict(path: Path, *, flag: str) -> dict[str, Tensor]:
-    """A bare state dict, with the `module.` prefix of DataParallel taken off; or a .safetensors file.
+    """A bare state dict, or one under `state_dict`, with the `module.` prefix of DataParallel taken off; or a
+    .safetensors file.
 
     Raises: UserError as `load_tensors`, and where the file holds no state dict.
     """
     state = _load_safetensors(path, flag) if path.suffix == ".safetensors" else load_tensors(path, flag=flag)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"--{flag}: {path} is not a file of network weights (last.model or last.cocsr_model)")
     return {key.removeprefix("module."): value for key, value in state.items()}

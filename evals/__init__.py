@@ -22,7 +22,8 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import attack, classify, detect, distance, embed, inside, noise_lambda, robust
+from evals import alpha_scan, attack, classify, detect, distance, embed, inside, noise_lambda, robust
+from evals.alpha_scan_report import write_alpha_scan
 from evals.attack_report import write_attack
 from evals.distance_report import write_feature_distance
 from evals.extract import (
@@ -44,6 +45,7 @@ from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
 from evals.specs import (
+    AlphaScanSpec,
     AttackSpec,
     CorruptionsSpec,
     DetectorAttackSpec,
@@ -58,9 +60,10 @@ from evals.specs import (
     TsneSpec,
 )
 from evals.stem_lambda import with_stem_lambda
-from evals.trained import Trained, load_trained, weights_of
+from evals.trained import Trained, load_trained, weights_of, with_ms_alpha
 from models import ModelSpec
 from models.autoencoder.specs import SeparationSpec
+from models.mean_sparse import AlphaSpec
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Eval:
         return flags.inherited(recorded, path, flag="load_path")
 
     def load(self, flags: Flags, world: World = SINGLE) -> Trained:
-        """The network of --load_path, with lambda of --stem_lambda where the row takes it.
+        """The network of --load_path, with alpha of --ms_alpha, and lambda of --stem_lambda where the row takes it.
 
         Raises: UserError as `load_trained` and `with_stem_lambda`, and for a score that is not offered.
         """
@@ -112,6 +115,7 @@ class Eval:
             scores=names,
             backbone=self.extractor.backbone,
         )
+        trained = with_ms_alpha(trained)
         return with_stem_lambda(trained) if StemSpec in self.specs else trained
 
 
@@ -129,7 +133,7 @@ _CSI_SR = ("CSI_sr", "simclr_sr")
 
 
 _DATA = (SplitSpec, CorruptSpec, DataSource)
-_COMMON = (RunSpec, WeightsSpec, *_DATA, ModelSpec, DeviceSpec, PassSpec, PlaceSpec, StemSpec)
+_COMMON = (RunSpec, WeightsSpec, *_DATA, ModelSpec, DeviceSpec, PassSpec, PlaceSpec, StemSpec, AlphaSpec)
 # Of evaluations that look at test pictures.
 _TESTED = (*_COMMON, TestNoiseSpec)
 
@@ -168,6 +172,19 @@ def _attack(trained_by: tuple[str, ...]) -> Eval:
     needs = frozenset({"linear"})
     defaults = {"attack_steps": 25}
     return Eval(attack.attack, write_attack, specs, LABELLED, lambda flags: needs, trained_by, defaults=defaults)
+
+
+def _alpha_scan(trained_by: tuple[str, ...]) -> Eval:
+    needs = frozenset({"linear"})
+    return Eval(
+        alpha_scan.alpha_scan,
+        write_alpha_scan,
+        (*_COMMON, EpsilonSpec, AttackSpec, AlphaScanSpec),
+        LABELLED,
+        lambda flags: needs,
+        trained_by,
+        defaults={"attack_steps": 100},
+    )
 
 
 def _feature_distance(trained_by: tuple[str, ...]) -> Eval:
@@ -240,6 +257,7 @@ EVALS: dict[str, Eval] = {
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
     "attack": _attack(("sup_linear", *_CLASSIFIERS)),
+    "alpha_scan": _alpha_scan(("sup_linear", *_CLASSIFIERS)),
     "feature_distance": _feature_distance(_CLASSIFIERS),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),

@@ -9,6 +9,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -53,11 +54,14 @@ from evals.specs import DEFAULT, AttackSpec
 from evals.trained import Trained, evaluation_mode, load_other
 from models.checkpoint import Misfit, State, kind_of
 from models.feature_net import Heads
+from models.mean_sparse import alpha_of, with_alpha, with_backward
 from models.reverse_attention import Rows, rows_of, soft_rows, straight_through_rows
 
 # What is climbed: the final logits, by gradients; something else that the network has; nothing of it.
 STANDARD, ADAPTIVE, BLACK_BOX, ENSEMBLE = "standard", "adaptive", "black box", "ensemble"
-_AUXILIARY, _SOURCE, _PACKAGE = "auxiliary heads", "source", "pyautoattack"
+# Another network, the one that MeanSparse was put into: what is left of it says nothing of this one.
+BASE = "base"
+_AUXILIARY, _SOURCE, _PACKAGE, _SPARSE = "auxiliary heads", "source", "pyautoattack", "operators of MeanSparse"
 CURVE = "curve"
 # Largest gap of the logits of an image under its temperature. With 1 or 5 the attack is much weaker than without one
 # (on a robust network 80 and 76 % left in place of 69 %), since it then leads away from the own class towards no other;
@@ -71,7 +75,8 @@ class Victim:
 
     logits: images (b, 3, H, W) -> the logits (b, C) by which it predicts. heads: (images, **settings) -> these and the
     auxiliary ones, under settings of `RaClassifier.heads`. n_auxiliary: how many there are. n_classes: C.
-    source: the logits of a network without the defence, where there is one.
+    source: the logits of a network without the defence, where there is one. sparse: the network, where MeanSparse acts
+    in it.
     eps: in the norm of `spec`. pixels: numbers that an image has. batch_size: of attacks that see all images in one
     call. precision: its name.
     """
@@ -81,6 +86,7 @@ class Victim:
     n_auxiliary: int
     n_classes: int
     source: Callable[[Tensor], Tensor] | None
+    sparse: nn.Module | None
     spec: AttackSpec
     eps: float
     pixels: int
@@ -111,6 +117,7 @@ class Attack:
     """One row of `ATTACKS`.
 
     group: what is climbed. reads: flags of `AttackSpec`. needs: what a victim must have, of `_NEEDS`.
+    setting: network -> context manager, within which it is attacked and asked.
     steps: of PGD on the cross-entropy of the final logits; 0 for other attacks.
     in_default: whether it is one of `--attacks default`.
     each_head: a column for each auxiliary head, whose number is an argument. whole: it sees all images in one call.
@@ -119,7 +126,8 @@ class Attack:
     run: Callable[..., Tensor | Perturbed]
     group: str
     reads: tuple[str, ...] = ()
-    needs: str = ""
+    needs: tuple[str, ...] = ()
+    setting: Callable[[nn.Module], AbstractContextManager[Any]] = lambda net: nullcontext()
     steps: int = 0
     in_default: bool = True
     each_head: bool = False
@@ -271,6 +279,23 @@ def _transfer(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Tens
     return victim.climb(lambda x, labels: cross_entropy(source(x), labels), x, labels, gen=gen)
 
 
+def _from_base(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Perturbed:
+    """Images that fool the network without MeanSparse."""
+    assert victim.sparse is not None
+    with with_alpha(victim.sparse, 0):
+        return _apgd_t(victim, x, labels, gen)
+
+
+def straight_through(net: nn.Module) -> AbstractContextManager[None]:
+    """The gradient of MeanSparse as if nothing were replaced."""
+    return with_backward(net, "straight_through")
+
+
+def dense(net: nn.Module) -> AbstractContextManager[None]:
+    """The network without MeanSparse."""
+    return with_alpha(net, 0)
+
+
 def _square(victim: Victim, x: Tensor, labels: Tensor, gen: Generator) -> Perturbed:
     return _by_package(victim, x, labels, gen, attacks=["square"], queries=victim.spec.square_queries)
 
@@ -336,19 +361,29 @@ ATTACKS: dict[str, Attack] = {
     "cw": Attack(partial(_pgd, margin, 20), STANDARD, _PGD),
     "pgd40": Attack(partial(_pgd, cross_entropy, 40), STANDARD, _PGD, steps=40),
     "pgd100": Attack(partial(_pgd, cross_entropy, 100), STANDARD, _PGD, steps=100, in_default=False),
-    "transfer": Attack(_transfer, BLACK_BOX, _APGD, _SOURCE),
+    "transfer": Attack(_transfer, BLACK_BOX, _APGD, (_SOURCE,)),
     "apgd_ce": Attack(_apgd_ce, STANDARD, _APGD),
     "temperature": Attack(_temperature, ADAPTIVE, _APGD),
     "margins": Attack(_margins, ADAPTIVE, _APGD),
-    "aux": Attack(_auxiliary, ADAPTIVE, _APGD, _AUXILIARY, each_head=True),
-    "mask_straight": Attack(partial(_other_rows, straight_through_rows()), ADAPTIVE, _APGD, _AUXILIARY),
-    "mask_soft": Attack(partial(_other_rows, soft_rows()), ADAPTIVE, _APGD, _AUXILIARY),
+    "aux": Attack(_auxiliary, ADAPTIVE, _APGD, (_AUXILIARY,), each_head=True),
+    "mask_straight": Attack(partial(_other_rows, straight_through_rows()), ADAPTIVE, _APGD, (_AUXILIARY,)),
+    "mask_soft": Attack(partial(_other_rows, soft_rows()), ADAPTIVE, _APGD, (_AUXILIARY,)),
     CURVE: Attack(_curve, STANDARD, ("attack_steps", "epsilons")),
-    "square": Attack(_square, BLACK_BOX, ("square_queries",), _PACKAGE),
+    "square": Attack(_square, BLACK_BOX, ("square_queries",), (_PACKAGE,)),
     "apgd_t": Attack(_apgd_t, STANDARD, ("attack_steps", "attack_targets")),
-    "mask_held": Attack(_held, ADAPTIVE, _AIMED, _AUXILIARY),
-    "aux_t": Attack(_auxiliary_t, ADAPTIVE, _AIMED, _AUXILIARY, in_default=False, each_head=True),
-    "autoattack": Attack(_autoattack, ENSEMBLE, (), _PACKAGE, in_default=False, whole=True),
+    "mask_held": Attack(_held, ADAPTIVE, _AIMED, (_AUXILIARY,)),
+    "aux_t": Attack(_auxiliary_t, ADAPTIVE, _AIMED, (_AUXILIARY,), in_default=False, each_head=True),
+    "straight": Attack(_apgd_ce, ADAPTIVE, _APGD, (_SPARSE,), straight_through),
+    "straight_t": Attack(_apgd_t, ADAPTIVE, ("attack_steps", "attack_targets"), (_SPARSE,), straight_through),
+    "from_base": Attack(_from_base, ADAPTIVE, ("attack_steps", "attack_targets"), (_SPARSE,)),
+    "base": Attack(_natural, BASE, (), (_SPARSE,), dense),
+    "base_apgd_ce": Attack(_apgd_ce, BASE, _APGD, (_SPARSE,), dense),
+    "base_apgd_t": Attack(_apgd_t, BASE, ("attack_steps", "attack_targets"), (_SPARSE,), dense),
+    "autoattack": Attack(_autoattack, ENSEMBLE, (), (_PACKAGE,), in_default=False, whole=True),
+    "straight_autoattack": Attack(
+        _autoattack, ADAPTIVE, (), (_PACKAGE, _SPARSE), straight_through, in_default=False, whole=True
+    ),
+    "base_autoattack": Attack(_autoattack, BASE, (), (_PACKAGE, _SPARSE), dense, in_default=False, whole=True),
 }
 
 # What an attack needs: whether it is there, and what to say where it is not.
@@ -356,6 +391,7 @@ _NEEDS: dict[str, tuple[Callable[[Victim], bool], str]] = {
     _AUXILIARY: (lambda victim: victim.n_auxiliary > 0, "it is for networks with reverse attention; leave it out"),
     _SOURCE: (lambda victim: victim.source is not None, "give --transfer_path, a network without the defence"),
     _PACKAGE: (lambda victim: installed(), NOT_INSTALLED),
+    _SPARSE: (lambda victim: victim.sparse is not None, "it is for networks with MeanSparse; give --ms_alpha above 0"),
 }
 
 
@@ -373,8 +409,8 @@ def attack(trained: Trained) -> Iterator[Result]:
     flags, world = trained.flags, trained.world
     with world.raise_together():
         spec = flags.of(AttackSpec, only=_ALWAYS)
-        test = _some(classified_images(trained), spec.attack_images, flags.seed)
-        victim = _victim(trained, spec, test)
+        test = some_images(classified_images(trained), spec.attack_images, flags.seed)
+        victim = victim_of(trained, spec, test)
         rows = _chosen(trained, victim)
         used = {name for row in rows.values() for name in row.reads}
         spec = flags.of(AttackSpec, only=[*_ALWAYS, *used])
@@ -382,7 +418,7 @@ def attack(trained: Trained) -> Iterator[Result]:
         columns = dict(_columns(rows, victim))
     results = classify(
         trained,
-        predict=lambda net, images: _heads_of(net)(images).final,
+        predict=lambda net, images: heads_of(net)(images).final,
         conditions=[condition for condition, _ in columns.values()],
         test=test,
     )
@@ -426,7 +462,7 @@ class Column(NamedTuple):
 def _summary(trained: Trained, victim: Victim, columns: Mapping[str, Column]) -> Result:
     """The one result of all attacks."""
     natural = columns[CLEAN]
-    worst = {"worst_case": _worst(columns.values())}
+    worst = {"worst_case": _worst(column for column in columns.values() if column.row.group != BASE)}
     for group in (STANDARD, ADAPTIVE):
         own = [column for column in columns.values() if column.row.group == group]
         if own:
@@ -439,7 +475,8 @@ def _summary(trained: Trained, victim: Victim, columns: Mapping[str, Column]) ->
         table["radius"] = np.array([*every, math.inf])[columns[CURVE].table["fell_at"]]
         robust &= table["radius"] > victim.eps
         curve = {eps: float((table["radius"] > eps).mean()) for eps in every}
-    assert not any((robust & ~column.correct).any() for column in columns.values())
+    of_this = (column for column in columns.values() if column.row.group != BASE)
+    assert not any((robust & ~column.correct).any() for column in of_this)
     signs, missing = find_signs(columns, worst, curve.get(covering(victim.spec.norm, victim.pixels)))
     metrics = {
         "accuracy": natural.left,
@@ -538,7 +575,7 @@ def radius_text(eps: float) -> str:
     return f"{levels:.0f}/255" if len(text) > 5 and abs(levels - round(levels)) < 1e-6 else text
 
 
-def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
+def victim_of(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
     flags, net, device = trained.flags, trained.net, trained.device
     eps = flags.of(EpsilonSpec).epsilon
     if eps == 0:
@@ -555,7 +592,7 @@ def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
 
         return called
 
-    heads = under_amp(_heads_of(net))
+    heads = under_amp(heads_of(net))
     with evaluation_mode(net), torch.no_grad():
         first = heads(test.batch(torch.arange(1, device=test.index_device)))
     check_classes(trained, first.final.shape[1])
@@ -566,7 +603,8 @@ def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
         heads=heads,
         n_auxiliary=len(first.auxiliary),
         n_classes=first.final.shape[1],
-        source=source and under_amp(lambda images: _heads_of(source)(images).final),
+        sparse=net if alpha_of(net) > 0 else None,
+        source=source and under_amp(lambda images: heads_of(source)(images).final),
         spec=spec,
         eps=eps,
         pixels=test.channels * math.prod(test.size),
@@ -575,7 +613,7 @@ def _victim(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
     )
 
 
-def _heads_of(net: Any) -> Callable[..., Heads]:
+def heads_of(net: Any) -> Callable[..., Heads]:
     """Of a classifier its heads; of a labelled stage-1 network the linear one."""
     return net.heads if hasattr(net, "heads") else lambda images: Heads(linear_logits(net, images), ())
 
@@ -615,8 +653,8 @@ def _chosen(trained: Trained, victim: Victim) -> dict[str, Attack]:
 
 def _lacks(row: Attack, victim: Victim) -> str | None:
     """Why an attack cannot run."""
-    there, text = _NEEDS.get(row.needs, (lambda victim: True, ""))
-    return None if there(victim) else text
+    needs = (_NEEDS[name] for name in row.needs)
+    return next((text for there, text in needs if not there(victim)), None)
 
 
 def _columns(rows: Mapping[str, Attack], victim: Victim) -> Iterator[tuple[str, tuple[Condition, Attack]]]:
@@ -625,14 +663,14 @@ def _columns(rows: Mapping[str, Attack], victim: Victim) -> Iterator[tuple[str, 
         for head in range(victim.n_auxiliary) if row.each_head else [None]:
             title = name if head is None else f"{name}_{head}"
             run = row.run if head is None else partial(row.run, head=head)
-            yield title, (Condition(title, _perturb(run, victim), whole=row.whole), row)
+            yield title, (Condition(title, _perturb(run, victim), row.setting, whole=row.whole), row)
 
 
 def _perturb(run: Run, victim: Victim) -> Perturb:
     return lambda net, images, labels, gen: run(victim, images, labels, gen)
 
 
-def _some(images: ImageSet, count: int | None, seed: int) -> ImageSet:
+def some_images(images: ImageSet, count: int | None, seed: int) -> ImageSet:
     """So many of the images, or all there are, in their order: of each class as many as of the others, by the seed.
 
     Those of a smaller number are among those of a larger one.

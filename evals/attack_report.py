@@ -8,7 +8,7 @@ import numpy as np
 
 from common.attacks.masked import HEADLINE
 from common.files import write_json, write_whole
-from evals.attack import ADAPTIVE, STANDARD, radius_text
+from evals.attack import ADAPTIVE, BASE, STANDARD, radius_text
 from evals.report import result_facts, result_place, write_tables
 from evals.result import Result, family, nested
 from evals.trained import Trained
@@ -61,6 +61,8 @@ def attack_lines(result: Result) -> Iterator[str]:
         if f"worst/{group}" in metrics:
             yield line("worst case", group, metrics[f"worst/{group}"])
     yield line("worst case", "of all", metrics["worst_case"])
+    if any(own["group"] == BASE for own in facts["attacks"].values()):
+        yield "the headline is the worst case of all; rows of `base` are of the network without MeanSparse"
     yield f"of images that are right without an attack, {100 * metrics['robust_of_correct']:.1f} % are robust"
     curve = family(metrics, "curve")
     if curve:

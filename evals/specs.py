@@ -250,3 +250,25 @@ class DetectorAttackSpec(Spec, group="attacks"):
     attack_draws: int = flag(
         1, "--attack: how often an attacker runs a random procedure for each gradient, with draws of its own", above=0
     )
+
+
+def _rules() -> Iterable[str]:
+    from evals.alpha_scan import RULES  # Which reads the spec.
+
+    return RULES
+
+
+@dataclass(frozen=True)
+class AlphaScanSpec(Spec, group="MeanSparse"):
+    """Which alpha are tried, and how one is chosen. max_clean_drop: in points of percent."""
+
+    alphas: Sequence[float] = flag(
+        tuple(n / 20 for n in range(9)), "alpha_scan: alpha to try; 0 is always tried", type=lambda_value, nargs="+"
+    )
+    select: str = flag("straight_through", "alpha_scan: chosen by which attack; released: as published", choices=_rules)
+    max_clean_drop: float = flag(
+        0.1, "alpha_scan: points of accuracy without an attack that alpha may cost (not --select released)", at_least=0
+    )
+    scan_images: int | None = flag(
+        None, "alpha_scan: held-out training images, at most (default: all)", type=int, above=0
+    )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from common.device import pick_device
 from common.dist import SINGLE, World
 from common.errors import UserError
-from common.files import load_state_dict, read_facts
+from common.files import read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
 from datasets import ImageSet, PictureSet, Split
@@ -21,7 +21,8 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
 from models import ModelSpec, model_size
-from models.checkpoint import Misfit, State, find_weights, load_net
+from models.checkpoint import Misfit, State, find_weights, load_net, read_state
+from models.mean_sparse import AlphaSpec, alpha_of, operators, sparsify
 from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
@@ -44,6 +45,7 @@ UNCHANGED = {
     "severity": None,
     "attack": None,
     "corruptions": None,
+    "ms_alpha": None,
 }
 
 
@@ -118,7 +120,7 @@ def load_trained(
     """
     device = pick_device(flags.of(DeviceSpec).device, world.local_rank if world.size > 1 else None)
     path = weights_of(flags, files)
-    net = read(flags, load_state_dict(path, flag="load_path"), path)
+    net = read(flags, read_state(path, flag="load_path"), path)
     trained = recorded_flags(path)
     if trained.get("mode", trained_by[0]) not in trained_by:
         mode = " ".join([flags.mode, *scores])
@@ -136,6 +138,22 @@ def load_trained(
     return Trained(net.to(device).eval(), flags, split, device, world, path, _epoch(path), facts)
 
 
+def with_ms_alpha(trained: Trained) -> Trained:
+    """The network with alpha of --ms_alpha, which its results record; as it is without operators of MeanSparse.
+
+    Raises: UserError for operators without statistics.
+    """
+    if not operators(trained.net):
+        return trained
+    alpha = trained.flags.of(AlphaSpec).ms_alpha
+    if alpha is not None:
+        try:
+            sparsify(trained.net, alpha)
+        except ValueError as error:
+            raise UserError(f"--ms_alpha {alpha:g}: {trained.path}: {error}") from None
+    return replace(trained, settings={**trained.settings, "ms_alpha": alpha_of(trained.net)})
+
+
 def load_other(
     trained: Trained, place: str, *, flag: str, kind: Callable[[State], str], **sizes: Any
 ) -> tuple[nn.Module, Path]:
@@ -145,7 +163,7 @@ def load_other(
     Raises: UserError for a file that is not found, corrupt or of another kind, and for one of other classes.
     """
     path = find_weights(place, ("last.model",), flag=flag)
-    state, recorded = load_state_dict(path, flag=flag), recorded_flags(path)
+    state, recorded = read_state(path, flag=flag), recorded_flags(path)
     model = recorded.get("model") or trained.flags.of(ModelSpec, only=["model"]).model
     try:
         row = kind(state)

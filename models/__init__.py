@@ -13,7 +13,9 @@ from torch import nn
 
 from common.errors import UserError
 from common.flags import Flags, Spec, flag, one_component, path_flag
+from models.dm_wide_resnet import CIFAR100, dm_wrn, ra_wrn70_16
 from models.preact_resnet import PreActResNet, WideResNet
+from models.ra_imagenet import ra_wrn101_2
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.sdnet import VARIANTS, sdnet
 
@@ -73,6 +75,15 @@ BACKBONES: dict[str, BackboneSpec] = {
     "wrn16_1": BackboneSpec(lambda: WideResNet(16, 1)),
     "wrn28_10": BackboneSpec(lambda: WideResNet(28, 10)),
     "wrn34_10": BackboneSpec(lambda: WideResNet(34, 10)),
+    # Those of RobustBench.
+    "dm_wrn10_1": BackboneSpec(partial(dm_wrn, 10, 1)),
+    "dm_wrn28_10": BackboneSpec(partial(dm_wrn, 28, 10)),
+    "dm_wrn34_10": BackboneSpec(partial(dm_wrn, 34, 10)),
+    "dm_wrn70_16": BackboneSpec(partial(dm_wrn, 70, 16)),
+    "dm_wrn70_16_cifar100": BackboneSpec(partial(dm_wrn, 70, 16, statistics=CIFAR100)),
+    "dm_wrn94_16": BackboneSpec(partial(dm_wrn, 94, 16)),
+    "ra_wrn70_16": BackboneSpec(ra_wrn70_16),
+    "ra_wrn101_2": BackboneSpec(ra_wrn101_2, image_size=224),
     "preact18_64": BackboneSpec(lambda: PreActResNet(*_18, stem=64, grid=2), image_size=64, fixed_size=True),
     "resnet18_imagenet": BackboneSpec(_imagenet("resnet18"), image_size=224),
     "resnet34_imagenet": BackboneSpec(_imagenet("resnet34"), image_size=224),

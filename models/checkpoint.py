@@ -20,8 +20,10 @@ from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.feature_net import Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.mean_sparse import insert_as, operator_names
 from models.resnet import StagedNet
 from models.reverse_attention import RaClassifier
+from models.robustbench import from_robustbench
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
 State = dict[str, Tensor]
@@ -283,12 +285,18 @@ def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
     return place
 
 
+def read_state(path: Path, *, flag: str) -> State:
+    """The state dict of a file of weights; RobustBench's under our names. Raises: UserError as `load_state_dict`."""
+    return from_robustbench(load_state_dict(path, flag=flag))
+
+
 def load_net(
     kind: str, state: State, *, model: str, path: Path, flag: str, strict: bool = True, **expected: Any
 ) -> Any:
     """A network from a state dict, of the class that the row `kind` of `NETS` builds, with the sizes of the file.
 
     expected: sizes that the user asks for (None: whatever the file has), and further arguments of the row's `build`.
+    A file with operators of MeanSparse gives a network with them.
     strict: every tensor must fit; without it, those that fit are loaded, and the names of the others are printed.
     Raises: UserError, beginning with `flag` and `path`, where the file holds another kind of network, non-finite
     numbers, or a size that differs and must agree; UserError where its tensors do not fit.
@@ -307,6 +315,7 @@ def load_net(
             print(f"note: --{name} {value}: {path} was trained with {there}, which is used")
         others = {name: value for name, value in expected.items() if name not in sizes}
         net = build_net(kind, model, seed=0, **sizes, **others)
+        _insert_operators(net.get_submodule(row.inner), _below(row.inner, state))
         _load_backbone_and_heads(
             net.get_submodule(row.inner),
             _below(row.inner, state),
@@ -320,6 +329,16 @@ def load_net(
     except Misfit as why:
         raise UserError(f"--{flag}: {path} {why}") from None
     return net
+
+
+def _insert_operators(net: nn.Module, state: State) -> None:
+    """Those of MeanSparse that a file has. Raises: Misfit where the network has no such places."""
+    names = operator_names(state)
+    if names:
+        try:
+            insert_as(net, names)
+        except ValueError as why:
+            raise Misfit(str(why)) from None
 
 
 def _check_finite(state: State) -> None:

@@ -19,6 +19,7 @@ class BasicBlock(resnet.BasicBlock):
         super().__init__(*args, **kwargs)
         del self.relu
         self.act1, self.act2 = relu(), relu()
+        in_order(self, "conv1", "bn1", "act1", "conv2", "bn2")
 
     def forward(self, x: Tensor) -> Tensor:
         y = normalised(self.conv2, self.bn2, self.act1(normalised(self.conv1, self.bn1, x)))
@@ -30,11 +31,19 @@ class Bottleneck(resnet.Bottleneck):
         super().__init__(*args, **kwargs)
         del self.relu
         self.act1, self.act2, self.act3 = relu(), relu(), relu()
+        in_order(self, "conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3")
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act1(normalised(self.conv1, self.bn1, x))
         y = normalised(self.conv3, self.bn3, self.act2(normalised(self.conv2, self.bn2, y)))
         return self.act3(y.add_(_shortcut(self, x)))
+
+
+def in_order(block: nn.Module, *names: str) -> None:
+    """Register these modules of a block first: each activation follows the layer it is of (`models.placements`)."""
+    rest = dict(block._modules)
+    block._modules.clear()
+    block._modules.update({name: rest.pop(name) for name in names} | rest)
 
 
 def _shortcut(block: resnet.BasicBlock | resnet.Bottleneck, x: Tensor) -> Tensor:

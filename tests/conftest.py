@@ -28,7 +28,10 @@ def golden():
 
     def load(name: str) -> dict:
         path = ROOT / "tests" / "golden" / f"{name}.npz"
-        return {k: torch.from_numpy(v) if v.ndim else v.item() for k, v in np.load(path).items()}
+        texts = {k: v.tolist() for k, v in np.load(path).items() if v.dtype.kind == "U"}
+        return texts | {
+            k: torch.from_numpy(v) if v.ndim else v.item() for k, v in np.load(path).items() if k not in texts
+        }
 
     return load
 

@@ -18,10 +18,11 @@ from models import ModelSpec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.specs import RoundsSpec, SeparationSpec
 from models.feature_net import FeatureTransform
+from models.mean_sparse import AlphaSpec
 from models.sdnet import CSCSpec
 from models.sparse.dictionary import SparseSpec
 from training.micro_batch import MicroBatchSpec
-from training.modes import adversarial, cocsr_dict, rdae, rot_trans, simclr, sup_linear, supervised
+from training.modes import adversarial, cocsr_dict, mean_sparse, rdae, rot_trans, simclr, sup_linear, supervised
 from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
 from training.optim import LengthSpec, OptimSpec, RateSpec
@@ -194,6 +195,14 @@ STAGE1: dict[str, Mode] = {
     "adv_mart": _adversarial({"robust_weight": 5.0}),
     "adv_fgsm_rs": _adversarial(_CYCLE),
     "adv_nfgsm": _adversarial(_CYCLE),
+    "meansparse": Mode(
+        mean_sparse.build,
+        (*COMMON, ShiftSpec, mean_sparse.PlacementSpec, AlphaSpec),
+        mean_sparse.base_name,
+        ShiftSpec.of,
+        defaults={"epochs": 0, "batch_size": 512},
+        start=Start("load_path", mean_sparse.FILES),
+    ),
     "rdae": _autoencoder(rdae.build, rdae.robust_name, length=rdae.rounds_and_epochs),
     "dae": _autoencoder(rdae.build_plain, rdae.plain_name),
     "vae": _autoencoder(rdae.build_plain, _mode_alone, _VARIATIONAL),

@@ -186,8 +186,8 @@ def _facts(job: Job, split: Split, recipe: Recipe) -> dict[str, object]:
     model = {"model": flags.of(ModelSpec, only=["model"]).model} if job.mode.backbone else {}
     # Sizes that came with weights to start from are not in the flags.
     sizes = {name: size for name, size in recorded_sizes(recipe.model).items() if name in flags.as_dict()}
-    recorded = flags.recorded() | sizes
-    return {"mode": flags.mode, **model, "data": split.facts(recipe.data), "flags": recorded}
+    recorded = {**flags.recorded(), **sizes, **recipe.recorded}
+    return {"mode": recorded["mode"], **model, "data": split.facts(recipe.data), "flags": recorded}
 
 
 def _check_compiler(device: torch.device) -> None:

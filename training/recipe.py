@@ -1,8 +1,8 @@
 """What a mode hands to the training loop."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -101,6 +101,7 @@ class Recipe:
     checks: signs of a collapse, looked for after every epoch.
     finish: once, after the last epoch and before it is saved: an error it raises leaves the run unfinished. Main rank.
     first_epoch: epochs that came before, in the run this one starts from.
+    recorded: flags that the weights say they were trained with in place of the run's own, where another run has.
     """
 
     model: nn.Module
@@ -116,3 +117,4 @@ class Recipe:
     checks: tuple[Check, ...] = ()
     finish: Callable[[Run], None] = do_nothing
     first_epoch: int = 0
+    recorded: Mapping[str, Any] = field(default_factory=dict)

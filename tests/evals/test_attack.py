@@ -407,13 +407,13 @@ def test_a_step_size_is_that_of_pgd_alone():
 def test_some_images_are_of_each_class_as_many_and_smaller_numbers_are_among_larger():
     labels = torch.tensor([0] * 50 + [1] * 9 + [2] * 30)
     images = image_set(torch.zeros(89, 3, 2, 2, dtype=torch.uint8), labels)
-    taken = {count: module._some(images, count, seed=1) for count in (9, 24, 40, 89, 500)}
+    taken = {count: module.some_images(images, count, seed=1) for count in (9, 24, 40, 89, 500)}
     assert [torch.bincount(taken[count].labels).tolist() for count in (9, 24, 40)] == [[3] * 3, [8] * 3, [16, 9, 15]]
     sets = [set(chosen.indices.tolist()) for chosen in taken.values()]
     assert [len(chosen) for chosen in sets] == [9, 24, 40, 89, 89] and sets == sorted(sets, key=len)
     assert all(small <= large for small, large in zip(sets, sets[1:], strict=False))
     assert taken[24].indices.tolist() == sorted(taken[24].indices.tolist())
-    assert module._some(images, 24, seed=2).indices.tolist() != taken[24].indices.tolist()
+    assert module.some_images(images, 24, seed=2).indices.tolist() != taken[24].indices.tolist()
 
 
 class Pair(World):

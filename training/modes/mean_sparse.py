@@ -1,0 +1,128 @@
+"""MeanSparse (arXiv 2406.05927) behind the training of any network with a backbone: operators and their statistics. No
+weight changes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.dist import SINGLE, World
+from common.errors import UserError
+from common.flags import Flags, Spec, WeightsSpec, flag
+from common.progress import progress
+from common.run import Run, epoch_of, recorded_flags
+from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets.views import DrawSpec, batches_of, draw_views
+from models import ModelSpec
+from models.checkpoint import find_weights, kind_of, load_net, read_state
+from models.mean_sparse import (
+    STATISTICS,
+    AlphaSpec,
+    gather,
+    insert,
+    merged,
+    operator_names,
+    operators,
+    put_statistics,
+    sparsify,
+)
+from models.placements import PLACEMENTS
+from training.modes.setup import own_device
+from training.recipe import Batch, Recipe, Step
+from training.specs import StepSpec
+
+# Flags of this mode, which the weights do not say of their training.
+_OWN = ("placement", "stats", "ms_alpha")
+# Of a run folder, the weights that are taken.
+FILES = ("last.model",)
+# Networks without a backbone of their own, and what to do instead.
+_REFUSED = {
+    "cocsr": "holds dictionaries of stage 2; sparsify the stage-1 run, and train stage 2 on that",
+    "autoencoder": "is an autoencoder; MeanSparse is for networks with a backbone",
+}
+
+
+@dataclass(frozen=True)
+class PlacementSpec(Spec, group="MeanSparse"):
+    """Where operators go, and how their statistics are estimated."""
+
+    placement: str = flag(
+        "activations",
+        "meansparse: before activations, or in the blocks of wide residual networks and Swin (second version)",
+        choices=lambda: sorted(PLACEMENTS),
+    )
+    stats: str = flag("exact", "meansparse: statistics; batchwise as published", choices=lambda: STATISTICS)
+
+
+def base_name(flags: Flags) -> list[str]:
+    """Of the run's name: the mode, and what the weights of --load_path were trained by."""
+    path = flags.of(WeightsSpec, only=["load_path"]).load_path
+    recorded = recorded_flags(find_weights(path, FILES, flag="load_path")) if path and Path(path).exists() else {}
+    parts = [part for part in ("ra", "anc") if recorded.get(part)]
+    return [flags.mode, *([recorded["mode"]] if "mode" in recorded else []), *parts]
+
+
+def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
+    """The recipe of `meansparse`: nothing is trained; before the first epoch, of which there is none, operators get the
+    statistics of all training images, under the views of the training, not augmented.
+
+    The weights say that they are of the network's own training. Raises: UserError for weights that have operators
+    already, that are of a network without a backbone, and where there is no place for an operator.
+    """
+    load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
+    if not load_path:
+        raise UserError(f"--load_path: --mode {flags.mode} works on a trained network; give its run folder")
+    file = find_weights(load_path, FILES, flag="load_path")
+    state = read_state(file, flag="load_path")
+    if operator_names(state):
+        raise UserError(f"--load_path: {file} has MeanSparse operators already; give the weights before them")
+    try:
+        kind = kind_of(state)
+    except ValueError as error:
+        raise UserError(f"--load_path: {file}: {error}") from None
+    if kind in _REFUSED:
+        raise UserError(f"--load_path: {file} {_REFUSED[kind]}")
+    net = load_net(kind, state, model=flags.of(ModelSpec, only=["model"]).model, path=file, flag="load_path")
+    spec, alpha = flags.of(PlacementSpec), flags.of(AlphaSpec).ms_alpha or 0.0
+    try:
+        insert(net, spec.placement)
+    except ValueError as error:
+        raise UserError(f"--placement {spec.placement}: {error}") from None
+    device, seed = own_device(flags, world), flags.seed
+    data, net = split.train().to(device), net.to(device).eval()
+    views = DrawSpec(ShiftSpec.of(flags).functions(), None, seed, batch_size=flags.of(StepSpec).batch_size)
+
+    def begin(run: Run) -> None:
+        own = gather(net, _views(data, views, world), rule=spec.stats)
+        put_statistics(net, merged(world.all_gather_object(own)))
+        sparsify(net, alpha)
+        found = operators(net)
+        run.say(f"{len(found)} operators, statistics of {len(data)} images, alpha {alpha:g}")
+
+    return Recipe(
+        net,
+        data,
+        _nothing,
+        begin=begin,
+        first_epoch=epoch_of(file, flag="load_path") or 0,
+        recorded=_origin(recorded_flags(file)),
+    )
+
+
+def _views(data: ImageSet | PictureSet, spec: DrawSpec, world: World) -> Iterator[Tensor]:
+    """The views of this rank's images, batch by batch."""
+    own = len(world.shard_list(batches_of(data, spec)))
+    found = draw_views(data, spec, 0, world=world)
+    return (views for _, views in progress(found, total=own, label="statistics"))
+
+
+def _nothing(batch: Batch) -> Step:
+    """There is no step."""
+    return Step({}, {})
+
+
+def _origin(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """What the weights are to say of their training: what those that they come from say."""
+    return {name: value for name, value in recorded.items() if name not in _OWN}
