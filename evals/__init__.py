@@ -22,7 +22,7 @@ from datasets.noise import TestNoiseSpec
 from datasets.one_class import SplitSpec
 from datasets.outliers import OutlierSpec, TestBatchSpec
 from datasets.views import PassSpec
-from evals import alpha_scan, attack, classify, detect, distance, embed, inside, noise_lambda, robust
+from evals import alpha_scan, attack, classify, detect, distance, embed, inside, noise_lambda, robust, sparse_inside
 from evals.alpha_scan_report import write_alpha_scan
 from evals.attack_report import write_attack
 from evals.distance_report import write_feature_distance
@@ -44,6 +44,7 @@ from evals.report import Write, write_classification, write_detection, write_pic
 from evals.result import Result
 from evals.robust_report import write_separation
 from evals.scores import SCORES, chosen_scores
+from evals.sparse_inside_report import write_sparse_inside
 from evals.specs import (
     AlphaScanSpec,
     AttackSpec,
@@ -227,6 +228,12 @@ def _separation(
     return Eval(measure, write_separation, specs, AUTOENCODER, lambda flags: frozenset(), trained_by, default_for)
 
 
+def _sparse_inside(trained_by: tuple[str, ...]) -> Eval:
+    return Eval(
+        sparse_inside.sparse_inside, write_sparse_inside, _COMMON, BACKBONE, lambda flags: frozenset(), trained_by
+    )
+
+
 def _inside(trained_by: tuple[str, ...]) -> Eval:
     specs = (*_COMMON, InsideSpec)
     return Eval(inside.inside, write_inside, specs, BACKBONE, lambda flags: frozenset(), trained_by)
@@ -257,7 +264,7 @@ EVALS: dict[str, Eval] = {
     "test_acc": _classification(False, (*_PROBED, *_LABELLED, *_CLASSIFIERS), (*_PROBED, "sup_linear", *_CLASSIFIERS)),
     "test_marginalized_acc": _classification(True, ("sup_CSI_linear",), ("sup_CSI_linear",)),
     "attack": _attack(("sup_linear", *_CLASSIFIERS)),
-    "alpha_scan": _alpha_scan(("sup_linear", *_CLASSIFIERS)),
+    "alpha_scan": _alpha_scan(_CLASSIFIERS),
     "feature_distance": _feature_distance(_CLASSIFIERS),
     "noise_lambda": _noise_lambda(noise_lambda.CLASSES, _CLASSIFIERS),
     "noise_lambda_shift": _noise_lambda(noise_lambda.SHIFTS, ("simclr_CSI", "cocsr_dict")),
@@ -276,6 +283,7 @@ TSNES: dict[str, Eval] = {
     "supervised_tsne": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, default_for=_CLASSIFIERS),
     "feature_umap": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, by_class=True),
     "rot_trans_tsne": _picture(PLAIN_ROT_TRANS, _ROT_TRANS, layers={"penultimate": "h"}, default_for=_ROT_TRANS),
+    "meansparse_inside": _sparse_inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
     "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
 }
 
@@ -286,5 +294,8 @@ def mode_of_run(evals: Mapping[str, Eval], load_path: str | None) -> str | None:
         return None
     place = Path(load_path)
     with readable(place, "load_path"):
-        mode = recorded_flags(place / "args.json" if place.is_dir() else place).get("mode")
+        # What weights say comes before args.json beside them: of their training, MeanSparse was but the end.
+        files = [place / name for name in ("last.cocsr_model", "last.model") if (place / name).is_file()]
+        weights = next(iter(files), place / "args.json") if place.is_dir() else place
+        mode = recorded_flags(weights).get("mode")
     return next((name for name, row in evals.items() if mode in row.default_for), None)

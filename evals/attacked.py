@@ -9,6 +9,7 @@ Letters: n images of a set that are attacked, b of a batch.
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain, count, repeat
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.attacks import apgd, fgsm, masked, pgd
 from common.attacks.masked import Sign
@@ -33,6 +34,7 @@ from evals.metrics import auroc
 from evals.scores import Scorer
 from evals.specs import AttackSpec, DetectorAttackSpec
 from evals.trained import evaluation_mode
+from models.mean_sparse import alpha_of, with_backward
 from models.mode import frozen
 
 # The first draw of an attacker; the procedure that is attacked makes none as late as that.
@@ -47,7 +49,8 @@ class Attack(NamedTuple):
     """One row.
 
     climb: (loss, images, *data, settings of `pgd`, random=whether every call of the loss has draws of its own) ->
-    images. smooth: whether it climbs `Scorer.smooth`.
+    images. smooth: whether it climbs `Scorer.smooth`. straight: whether its gradient passes MeanSparse as if nothing
+    were replaced.
     draws: what its loss draws where the procedure does: `new` ones in each call; the `same` in all of them, for attacks
     that compare losses; or what the procedure itself draws, where that is `known`.
     """
@@ -55,6 +58,7 @@ class Attack(NamedTuple):
     climb: Callable[..., Tensor]
     smooth: bool = False
     draws: str = "new"
+    straight: bool = False
 
 
 def _pgd(loss_of_x: LossOfX, x: Tensor, *data: Tensor, eps: float, random: bool, **settings: Any) -> Tensor:
@@ -76,6 +80,8 @@ ATTACKS: dict[str, Attack] = {
     "pgd": Attack(_pgd),
     "pgd_smooth": Attack(_pgd, smooth=True),
     "pgd_known": Attack(_pgd, draws="known"),
+    "pgd_straight": Attack(_pgd, straight=True),
+    "pgd_known_straight": Attack(_pgd, draws="known", straight=True),
     "apgd": Attack(_apgd, draws="same"),
     "apgd_smooth": Attack(_apgd, smooth=True, draws="same"),
     "apgd_known": Attack(_apgd, draws="known"),
@@ -102,6 +108,10 @@ class Attacker:
         """Whether the procedure draws."""
         return self.extraction.random
 
+    def fitting(self, attacks: Iterable[str]) -> list[str]:
+        """As the function."""
+        return fitting(attacks, type(self.scorer), self.random, alpha_of(self.extraction.net) > 0)
+
     def loss(self, images: ImageSet, attack: Attack) -> LossOfX:
         """(x (b, 3, H, W), places in the set (b,), +1 or -1 (b,)) -> the mean score times that, (b,).
 
@@ -125,7 +135,7 @@ class Attacker:
         images, own, net = chosen.images, self._own(chosen), self.extraction.net
         direction = chosen.direction.to(images.device)
         found = []
-        with evaluation_mode(net), frozen(net):
+        with evaluation_mode(net), frozen(net), _backward(net, attack):
             for part in progress(own, total=len(own), label=label):
                 pixels = []
                 for index in part.split(self._size):
@@ -149,7 +159,7 @@ class Attacker:
     def without_gradient(self, chosen: "Chosen", attack: Attack) -> np.ndarray:
         """Whether an attack has a gradient of 0 (or NaN) in all pixels of an image, (n,) bool, in all ranks."""
         images, net, found = chosen.images, self.extraction.net, []
-        with evaluation_mode(net), frozen(net):
+        with evaluation_mode(net), frozen(net), _backward(net, attack):
             for index in chain.from_iterable(part.split(self._size) for part in self._own(chosen)):
                 x = images.batch(index)
                 _, grad = ascent(self.loss(images, attack), x, (index, x.new_ones(len(x))))
@@ -171,6 +181,11 @@ class Attacker:
 
     def _gathered(self, own: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(list(chain.from_iterable(self.extraction.world.all_gather_object(own))))
+
+
+def _backward(net: nn.Module, attack: Attack) -> AbstractContextManager[None]:
+    """The gradient of MeanSparse in an attack."""
+    return with_backward(net, "straight_through" if attack.straight else "plain")
 
 
 @dataclass(frozen=True)
@@ -255,21 +270,25 @@ class Plan:
         names = tuple(dict.fromkeys(attacks))
         return cls(names, epsilon, radii, spec.attack_steps, runs, spec.attack_images, flags.seed)
 
-    def check(self, scorers: Mapping[str, type[Scorer]], random: bool) -> None:
-        """Raises: UserError for a score that none of the attacks is for."""
+    def check(self, scorers: Mapping[str, type[Scorer]], random: bool, sparse: bool) -> None:
+        """Raises: UserError for a score that none of the attacks is for. random, sparse: as `fitting`."""
         for name, scorer in scorers.items():
-            if not fitting(self.attacks, scorer, random):
+            if not fitting(self.attacks, scorer, random, sparse):
                 raise UserError(
                     f"--attack {' '.join(self.attacks)}: for score {name} here that is no attack of its own; give"
-                    f" {', '.join(fitting(ATTACKS, scorer, random))}"
+                    f" {', '.join(fitting(ATTACKS, scorer, random, sparse))}"
                 )
 
 
-def fitting(attacks: Iterable[str], scorer: type[Scorer], random: bool) -> list[str]:
-    """Those that are an attack of their own: a score may have no smooth form, a procedure no draws to know."""
+def fitting(attacks: Iterable[str], scorer: type[Scorer], random: bool, sparse: bool) -> list[str]:
+    """Those that are an attack of their own: a score may have no smooth form, a procedure no draws to know (random), a
+    network no operators of MeanSparse that act (sparse)."""
     smooth = scorer.smooth is not Scorer.smooth
-    rows = {name: ATTACKS[name] for name in attacks}
-    return [name for name, row in rows.items() if (smooth or not row.smooth) and (random or row.draws != "known")]
+
+    def fits(row: Attack) -> bool:
+        return (smooth or not row.smooth) and (random or row.draws != "known") and (sparse or not row.straight)
+
+    return [name for name in attacks if fits(ATTACKS[name])]
 
 
 class Attacked(NamedTuple):
@@ -310,7 +329,7 @@ def attack_detector(plan: Plan, attacker: Attacker, sets: Sequence[Chosen]) -> A
         columns = {title: np.stack([scores[title] for scores in found]) for title in directions}
         return {title: np.where(directions[title] > 0, x.max(0), x.min(0)) for title, x in columns.items()}
 
-    names, so_far, of_radius = fitting(plan.attacks, type(attacker.scorer), attacker.random), clean, {}
+    names, so_far, of_radius = attacker.fitting(plan.attacks), clean, {}
     for eps in plan.radii:
         so_far = of_radius[eps] = worst(so_far, *(scores(name, eps, plan.steps) for name in names))
     curve = {eps: _sides(sets, clean, found) for eps, found in of_radius.items()}

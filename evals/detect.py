@@ -23,6 +23,7 @@ from evals.result import Result
 from evals.scores import SCORES, Scorer, chosen_scores
 from evals.specs import ALL, CorruptionsSpec, ReferenceSpec
 from evals.trained import Trained, identity, settings_of
+from models.mean_sparse import alpha_of
 
 # Of the outputs, the optimality gap of codes.
 _GAP = "gap"
@@ -52,7 +53,7 @@ def detect(
         train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
         plan = Plan.of(flags, extraction.random)
         if plan:
-            plan.check({name: SCORES[name].scorer for name in names}, extraction.random)
+            plan.check({name: SCORES[name].scorer for name in names}, extraction.random, alpha_of(trained.net) > 0)
     flags_of = {name: {f.name for f in fields(options[name])} for name in names}
 
     def results() -> Iterator[Result]:

@@ -24,18 +24,21 @@ from training.modes.adversarial import METHODS
 SMALL = "--dataset folder --image_size 8 --model resnet8 --num_worker 1".split()
 FEW = "--noises gaussian --noise_levels 1 5 --lambdas 0.1 0.6".split()
 ATTACKED = "--attack_images 6 --attack_steps 2 --square_queries 3 --epsilons 0 0.1 1 --save_score".split()
+SCANNED = "--scan_images 4 --attack_steps 2 --alphas 0.1".split()
 SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
 # Modes that start from a run of another mode, and the flag that says so.
 STARTS = {
     "cocsr_dict": ("simclr_CSI", "--resume_path"),
     "sup_linear": ("sup_simclr", "--load_path"),
     "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
+    "meansparse": ("supervised", "--load_path"),
 }
 AUTOENCODERS = ("rdae", "dae", "vae")
 # How the names of modes begin that train by labels.
-LABELLED = ("sup", *METHODS)
-LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"]}
+LABELLED = ("sup", "meansparse", *METHODS)
+LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"], "meansparse": ["--epochs", "0"]}
 EXTRA = {
+    "meansparse": ["--ms_alpha", "0.2"],
     "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),
     **{mode: ["--layers", "8"] for mode in AUTOENCODERS},
     **{mode: ["--num_steps", "2", "--ra", "--anc"] for mode in METHODS},
@@ -47,6 +50,17 @@ MODELS = {
     "sdnet_inside": "sdnet8_all_noshortcut",
     **{name: "sdnet8" for name in EVALS if name.startswith("noise_lambda")},
 }
+
+
+# Evaluations of networks with operators of MeanSparse.
+SPARSE = ("alpha_scan", "meansparse_inside")
+
+
+def run_for(trained, evaluation: str, training: str) -> Path:
+    """The run folder that an evaluation is tested on."""
+    if evaluation in SPARSE:
+        return trained("meansparse", model_for(evaluation), start=training)[1]
+    return trained(training, model_for(evaluation))[1]
 
 
 def model_for(evaluation: str) -> str:
@@ -75,21 +89,30 @@ def pictures(tmp_path_factory) -> Path:
 def trained(pictures, tmp_path_factory):
     """Train a mode by a network, and what it starts from, once: its command, and its run folder."""
     logs = tmp_path_factory.mktemp("logs")
-    known: dict[tuple[str, str], tuple[list[str], Path]] = {}
+    known: dict[tuple[str, str, str], tuple[list[str], Path]] = {}
 
-    def run(mode: str, model: str = "resnet8") -> tuple[list[str], Path]:
-        if (mode, model) not in known:
+    def run(mode: str, model: str = "resnet8", start: str = "") -> tuple[list[str], Path]:
+        if mode in STARTS:
+            start = start or STARTS[mode][0]
+        if (mode, model, start) not in known:
             before = {p for p in logs.iterdir()}
-            args = [*of_mode(mode, model), "--data_path", str(pictures), "--mode", mode, "--log_root", str(logs)]
+            args = [
+                *of_mode(start if mode == "meansparse" else mode, model),
+                "--data_path",
+                str(pictures),
+                "--mode",
+                mode,
+                "--log_root",
+                str(logs),
+            ]
             args += ["--batch_size", "16", *LENGTH.get(mode, ["--epochs", "1"]), *EXTRA.get(mode, [])]
             if mode in STARTS:
-                start, flag = STARTS[mode]
-                args += [flag, str(run(start, model)[1])]
+                args += [STARTS[mode][1], str(run(start, model)[1])]
                 before = {p for p in logs.iterdir()}
             assert script(mode).main(args) == 0
             (folder,) = {p for p in logs.iterdir()} - before
-            known[mode, model] = args, folder
-        return known[mode, model]
+            known[mode, model, start] = args, folder
+        return known[mode, model, start]
 
     return run
 
@@ -102,7 +125,7 @@ def script(mode: str):
 def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
     args, folder = trained(mode)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 1 and all(np.isfinite(list(rows[0].values())))
+    assert len(rows) == (mode != "meansparse") and all(np.isfinite(list(row.values())).all() for row in rows)
     (weights,) = folder.glob("last.*model")
     state = torch.load(weights, weights_only=True)
     assert all(value.isfinite().all() for value in state.values())
@@ -125,7 +148,9 @@ def test_evaluation_and_t_sne_need_nothing_but_the_run(mode, trained, tmp_path, 
     assert evaluate.main(["--load_path", str(folder)]) == 0
     (found,) = [*folder.glob("result_*.json"), *folder.glob("accuracy_*.json")]
     result = json.loads(found.read_text())
-    assert result["mode"] == next(name for name, row in EVALS.items() if mode in row.default_for)
+    # A network that MeanSparse was put into says that it was trained as it was before.
+    trained_by = STARTS[mode][0] if mode == "meansparse" else mode
+    assert result["mode"] == next(name for name, row in EVALS.items() if trained_by in row.default_for)
     assert (result["dataset"], result["flags"]["image_size"]) == ("folder", 8)
     if mode in ("simclr_CSI", "cocsr_dict"):
         assert (result["flags"]["shift_trans_type"], result["flags"]["mix_alpha"]) == ("rot_bmix", 0.2)
@@ -137,7 +162,8 @@ def test_evaluation_and_t_sne_need_nothing_but_the_run(mode, trained, tmp_path, 
 def test_what_starts_from_a_run_needs_nothing_else_and_becomes_what_all_flags_make(mode, trained, tmp_path):
     args, folder = trained(mode)
     start, flag = trained(STARTS[mode][0])[1], STARTS[mode][1]
-    own = ["--mode", mode, flag, str(start), "--batch_size", "16", *EXTRA.get(mode, ["--epochs", "1"])]
+    own = ["--mode", mode, flag, str(start), "--batch_size", "16"]
+    own += [*LENGTH.get(mode, []), *EXTRA.get(mode, ["--epochs", "1"])]
     assert script(mode).main([*own, "--log_root", str(tmp_path)]) == 0
     (again,) = tmp_path.iterdir()
     (one,), (two,) = folder.glob("last.*model"), again.glob("last.*model")
@@ -160,7 +186,7 @@ def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, t
     seen, evaluate_by, row = [], launch.evaluate, (EVALS | TSNES)[name]
     monkeypatch.setattr(launch, "evaluate", lambda flags, *rest: (seen.append(flags), evaluate_by(flags, *rest)))
     training = row.trained_by[-1]
-    folder = shutil.copytree(trained(training, model_for(name))[1], tmp_path / "run")
+    folder = shutil.copytree(run_for(trained, name, training), tmp_path / "run")
     more = (
         ["--ood_score", *row.scores, "--ood_dataset", "interp", "digits", "--test_batch_size", "3"]
         if row.scores
@@ -169,6 +195,7 @@ def test_an_evaluation_reads_flags_of_the_specs_that_its_row_names_alone(name, t
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in name else []
     more += FEW if name.startswith("noise_lambda") else []
     more += ATTACKED if name == "attack" else []
+    more += SCANNED if name == "alpha_scan" else []
     script = evaluate if name in EVALS else tsne
     assert script.main(["--mode", name, "--load_path", str(folder), *more]) == 0
     named = {flag for spec in row.specs for flag in flags_of(spec)}
@@ -235,7 +262,7 @@ ALIKE = set(METHODS) - {"adv_trades"}
 def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     mode, training, trained, pictures, tmp_path, capsys
 ):
-    folder = trained(training, model_for(mode))[1]
+    folder = run_for(trained, mode, training)
     labelled = training.startswith(LABELLED)
     detects = mode.startswith(("ood", "rot"))
     # A score that looks at a head is for the modes that train this head.
@@ -246,6 +273,7 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
     more += ["--sr_dict_size", "8", "--sr_fit_steps", "3"] if "multi_sr" in mode else []
     more += FEW if mode.startswith("noise_lambda") else []
     more += ATTACKED if mode == "attack" else []
+    more += SCANNED if mode == "alpha_scan" else []
     # The heads of a labelled run were trained on the four rotations, or on none.
     more += ["--shift_trans_type", "rotation"] if "sup_" in training and "CSI" in training and "ood_pre" in mode else []
     more += ["--invert_sr_feature_norm"] if training == "cocsr_dict" else []
@@ -271,7 +299,18 @@ def test_an_evaluation_gives_the_same_numbers_when_the_weights_are_loaded_again(
 
 # Metrics of detection and classification; those of a data matrix and its parts, of predicted lambdas, of distances.
 _SHARES = ("mean", "pooled", "accuracy", "ece", "worst_case")
-_PARTS = ("threshold", "flagged", "mse", "psnr", "nonzero", "oracle", "positive_cosine", "attacked", "curve")
+_PARTS = (
+    "threshold",
+    "flagged",
+    "mse",
+    "psnr",
+    "nonzero",
+    "oracle",
+    "positive_cosine",
+    "attacked",
+    "curve",
+    "chosen_by",
+)
 
 
 @pytest.mark.parametrize("mode", [name for name, row in TSNES.items() if TsneSpec in row.specs])

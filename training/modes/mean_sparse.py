@@ -37,6 +37,13 @@ from training.specs import StepSpec
 _OWN = ("placement", "stats", "ms_alpha")
 # Of a run folder, the weights that are taken.
 FILES = ("last.model",)
+# What weights that do not say what they were trained by are taken to be trained by.
+_ASSUMED = {
+    "classifier": "supervised",
+    "ra_classifier": "adv_trades",
+    "feature": "simclr_CSI",
+    "rot_trans": "rot_trans",
+}
 # Networks without a backbone of their own, and what to do instead.
 _REFUSED = {
     "cocsr": "holds dictionaries of stage 2; sparsify the stage-1 run, and train stage 2 on that",
@@ -107,7 +114,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         _nothing,
         begin=begin,
         first_epoch=epoch_of(file, flag="load_path") or 0,
-        recorded=_origin(recorded_flags(file)),
+        recorded={"mode": _ASSUMED[kind], **_origin(recorded_flags(file))},
     )
 
 
