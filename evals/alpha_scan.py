@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from common.errors import UserError
 from common.files import read_facts, save_tensors, write_json
 from datasets import ImageSet
-from evals.attack import ATTACKS, Victim, heads_of, some_images, victim_of
+from evals.attack import ATTACKS, Victim, heads_of, some_images, straight_through, victim_of
 from evals.classify import CLEAN, Condition, classify
 from evals.result import Result
 from evals.specs import AlphaScanSpec, AttackSpec, PlaceSpec
@@ -150,9 +150,12 @@ def _measure(trained: Trained, victim: Victim, images: ImageSet, alpha: float) -
         run = ATTACKS[name].run
         return lambda net, x, labels, gen: run(victim, x, labels, gen)
 
-    conditions = [Condition(at=f"alpha {alpha:g}")]
-    for name in (PLAIN, STRAIGHT):
-        conditions.append(Condition(name, perturb(name), ATTACKS[name].setting, f"alpha {alpha:g}"))
+    at = f"alpha {alpha:g}"
+    conditions = [
+        Condition(at=at),
+        Condition(PLAIN, perturb(PLAIN), at=at),
+        Condition(STRAIGHT, perturb(STRAIGHT), straight_through, at),
+    ]
     with with_alpha(trained.net, alpha):
         results = classify(trained, predict=lambda net, x: heads_of(net)(x).final, conditions=conditions, test=images)
         return {result.facts["condition"]: result.metrics["accuracy"] for result in results}

@@ -373,16 +373,14 @@ ATTACKS: dict[str, Attack] = {
     "apgd_t": Attack(_apgd_t, STANDARD, ("attack_steps", "attack_targets")),
     "mask_held": Attack(_held, ADAPTIVE, _AIMED, (_AUXILIARY,)),
     "aux_t": Attack(_auxiliary_t, ADAPTIVE, _AIMED, (_AUXILIARY,), in_default=False, each_head=True),
-    "straight": Attack(_apgd_ce, ADAPTIVE, _APGD, (_SPARSE,), straight_through),
-    "straight_t": Attack(_apgd_t, ADAPTIVE, ("attack_steps", "attack_targets"), (_SPARSE,), straight_through),
+    "straight": Attack(_apgd_ce, ADAPTIVE, _APGD, (_SPARSE,)),
+    "straight_t": Attack(_apgd_t, ADAPTIVE, ("attack_steps", "attack_targets"), (_SPARSE,)),
     "from_base": Attack(_from_base, ADAPTIVE, ("attack_steps", "attack_targets"), (_SPARSE,)),
     "base": Attack(_natural, BASE, (), (_SPARSE,), dense),
     "base_apgd_ce": Attack(_apgd_ce, BASE, _APGD, (_SPARSE,), dense),
     "base_apgd_t": Attack(_apgd_t, BASE, ("attack_steps", "attack_targets"), (_SPARSE,), dense),
     "autoattack": Attack(_autoattack, ENSEMBLE, (), (_PACKAGE,), in_default=False, whole=True),
-    "straight_autoattack": Attack(
-        _autoattack, ADAPTIVE, (), (_PACKAGE, _SPARSE), straight_through, in_default=False, whole=True
-    ),
+    "straight_autoattack": Attack(_autoattack, ADAPTIVE, (), (_PACKAGE, _SPARSE), in_default=False, whole=True),
     "base_autoattack": Attack(_autoattack, BASE, (), (_PACKAGE, _SPARSE), dense, in_default=False, whole=True),
 }
 
@@ -658,12 +656,13 @@ def _lacks(row: Attack, victim: Victim) -> str | None:
 
 
 def _columns(rows: Mapping[str, Attack], victim: Victim) -> Iterator[tuple[str, tuple[Condition, Attack]]]:
-    """Their conditions, by the names of the columns they fill."""
+    """Their conditions, by the names of the columns they fill. Attacks that know the network know MeanSparse, too."""
     for name, row in rows.items():
         for head in range(victim.n_auxiliary) if row.each_head else [None]:
             title = name if head is None else f"{name}_{head}"
             run = row.run if head is None else partial(row.run, head=head)
-            yield title, (Condition(title, _perturb(run, victim), row.setting, whole=row.whole), row)
+            setting = straight_through if row.group == ADAPTIVE else row.setting
+            yield title, (Condition(title, _perturb(run, victim), setting, whole=row.whole), row)
 
 
 def _perturb(run: Run, victim: Victim) -> Perturb:

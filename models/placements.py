@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from models.insert import ACTIVATIONS, BeforeActivation
 
+# Activations that are no classes of torch: timm has a GELU of its own.
+_ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Mish", "HardSwish")
 # Gates over channels: their own activations see means of maps.
 _GATES = ("SqueezeExcitation", "SqueezeExcite", "SEModule", "EffectiveSEModule")
 # The dimension of the channels.
@@ -54,7 +56,7 @@ def _activations(net: nn.Module) -> list[Site]:
     width = 0
     for name, module in net.named_modules(remove_duplicate=False):
         last = channels_of(module) or last
-        if isinstance(module, ACTIVATIONS) and not name.startswith(gates) and not name.endswith(_JOINT):
+        if is_activation(module) and not name.startswith(gates) and not name.endswith(_JOINT):
             if first.setdefault(module, name) != name:
                 raise ValueError(f"{first[module]} and {name} are one activation module; each use needs its own")
             if last is None:
@@ -79,6 +81,10 @@ def _slots(net: nn.Module) -> list[Site]:
 
 
 PLACEMENTS |= {"activations": _activations, "blocks": _slots}
+
+
+def is_activation(module: nn.Module) -> bool:
+    return isinstance(module, ACTIVATIONS) or type(module).__name__ in _ACTIVATIONS
 
 
 def channels_of(module: nn.Module) -> tuple[int, int] | None:

@@ -24,9 +24,8 @@ key=${1:-}
 shift
 recipe "meansparse_${key//-/_}" base model dataset alpha threat placement batch put judge
 model=${MODEL:-$model} dataset=${DATASET:-$dataset}
-PYTHON=${PYTHON:-python} LOG_ROOT=${LOG_ROOT:-./logs} logs=$(expanded "${LOG_ROOT:-./logs}")
-data="--dataset $dataset --data_path ${DATA_PATH:-../Data/} --model $model"
-out=$logs/meansparse_$key
+PYTHON=${PYTHON:-python} out=$(expanded "${LOG_ROOT:-./logs}")/meansparse_$key
+data=(--dataset "$dataset" --data_path "${DATA_PATH:-../Data/}" --model "$model")
 if [ -n "${SPARSE:-}" ]; then
     weights=$(expanded "$SPARSE")
     [ -f "$weights" ] || refuse "SPARSE: no file $weights; give the published weights of $base with operators"
@@ -34,9 +33,10 @@ else
     [ -n "${BASE:-}" ] || refuse "BASE: give the weights of $base, or in SPARSE the published file with operators"
     source_file=$(expanded "$BASE")
     [ -f "$source_file" ] || refuse "BASE: no file $source_file"
-    "$PYTHON" $put $data --placement "$placement" --load_path "$source_file" --log_root "$out" --suffix "$key" "$@"
-    weights=$(ls -d "$out"/*_"$key")/last.model
+    "$PYTHON" $put "${data[@]}" --placement "$placement" --load_path "$source_file" --log_root "$out" --suffix "$key" "$@"
+    runs=("$out"/*_"$key")
+    weights=${runs[0]}/last.model
 fi
 once "$out/result_attack.json" "$weights" -- \
-    "$PYTHON" $judge $data --load_path "$weights" --out "$out" --ms_alpha "${ALPHA:-$alpha}" $threat \
+    "$PYTHON" $judge "${data[@]}" --load_path "$weights" --out "$out" --ms_alpha "${ALPHA:-$alpha}" $threat \
     --ood_batch_size "$batch" ${IMAGES:+--attack_images "$IMAGES"} ${ATTACK_FLAGS:-}

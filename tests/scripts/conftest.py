@@ -22,6 +22,11 @@ OWN = (
     "ROWS",
     "WEIGHTS",
     "ATTACK_FLAGS",
+    "BASE",
+    "SPARSE",
+    "ALPHA",
+    "IMAGES",
+    "MODEL",
 )
 
 
