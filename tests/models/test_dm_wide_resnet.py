@@ -154,8 +154,8 @@ def test_names_of_timm_old_and_new():
     assert set(from_robustbench(old)) == {"layers.1.downsample.reduction.weight", "linear.weight", "linear.bias"}
     new = {"model.head.fc.weight": torch.zeros(2, 4), "model.head.norm.weight": torch.zeros(4)}
     assert set(from_robustbench(new)) == {"linear.weight", "head.norm.weight"}
-    ra = {"stem.stem.stem.0.weight": torch.zeros(1), "fc.bias": torch.zeros(2), "normalization.std": torch.zeros(3)}
-    assert set(from_robustbench(ra)) == {"stem.stem.stem.0.weight", "linear.bias"}
+    ra = {"stem.stem.stem.0.weight": torch.zeros(1), "fc.weight": torch.zeros(2), "normalization.std": torch.zeros(3)}
+    assert set(from_robustbench(ra)) == {"stem.stem.stem.0.weight", "linear.weight"}
 
 
 def test_operators_where_no_placement_has_them_are_refused(tmp_path):

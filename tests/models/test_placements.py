@@ -24,7 +24,7 @@ def transformer() -> nn.Module:
 def convnext() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return timm.models.convnext.ConvNeXt(depths=(1, 2), dims=(8, 12), num_classes=0).eval()
+        return timm.models.convnext.ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 12, 16, 20), num_classes=0).eval()
 
 
 def pictures(n: int = 3, size: int = 32) -> Tensor:
@@ -81,7 +81,7 @@ def test_a_convnext_gets_operators_before_activations_and_behind_residual_branch
             Site("stages.0.blocks.0.mlp.act.0", 32, -1),
             Site("stages.0.blocks.0.drop_path.1", 8, 1),
         ]
-        and len(found) == 2 * 3
+        and len(found) == 2 * 5
     )
     insert(net, "activations")
     assert torch.equal(net(x), expected)
