@@ -68,6 +68,7 @@ def alpha_scan(trained: Trained) -> Iterator[Result]:
         key = _key(trained, images)
         table = world.broadcast_object(_begun(path, key) if world.is_main else {})
         before = alpha_of(trained.net)
+        path.parent.mkdir(parents=True, exist_ok=True)
         if table:
             print(f"going on with {path}: {len(table)} of {len(alphas)} alpha are there", flush=True)
         for alpha in alphas:
