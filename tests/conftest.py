@@ -22,6 +22,10 @@ TINY = "--dataset digits --image_size 8 --model resnet8 --batch_size 61 --one_cl
 SHIFT = ["--shift_trans_type", "rot_bmix", "--mix_alpha", "0.2"]
 
 
+# Backbones of a hundred million weights and more.
+HEAVY = ("dm_wrn70_16", "dm_wrn70_16_cifar100", "dm_wrn94_16", "ra_wrn70_16", "ra_wrn101_2")
+
+
 @pytest.fixture
 def golden():
     """Load a file of known answers as float64 or float32 tensors, numbers for scalars."""

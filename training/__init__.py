@@ -198,7 +198,7 @@ STAGE1: dict[str, Mode] = {
     "meansparse": Mode(
         mean_sparse.build,
         (*COMMON, ShiftSpec, mean_sparse.PlacementSpec, AlphaSpec),
-        mean_sparse.base_name,
+        mean_sparse.name,
         ShiftSpec.of,
         defaults={"epochs": 0, "batch_size": 512},
         start=Start("load_path", mean_sparse.FILES),

@@ -64,7 +64,7 @@ def sparse(tmp_path_factory):
         ["--mode", "meansparse", "--load_path", str(logs / "digits_resnet8_supervised_base"), "--ms_alpha", "0.2"],
     ):
         assert train.main([*args, "--log_root", str(logs), "--device", "cpu"]) == 0
-    (logs / "digits_resnet8_meansparse_supervised").rename(logs / "sparse")
+    (logs / "digits_resnet8_meansparse_activations").rename(logs / "sparse")
     return logs / "sparse"
 
 

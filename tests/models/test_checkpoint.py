@@ -12,6 +12,7 @@ from models.autoencoder.networks import AutoencoderSpec
 from models.checkpoint import NETS, NetKind, build_net, kind_of, load_net
 from models.feature_net import BackboneNet, FeatureNet, FeatureTransform
 from models.insert import insert_before_activations
+from tests.conftest import HEAVY
 
 SIZES = {"n_classes": 3, "simclr_dim": 8, "n_shifts": 2}
 SPARSE = {"sr_dict_size": 7, "sr_lambda": 0.02, "sr_rho": 3.0}
@@ -252,7 +253,7 @@ def test_a_new_kind_is_one_row(row, sizes, inner_keys, monkeypatch, capsys):
             load_net("new", state, **{name: 5}, **FILE)
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet18"])
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in ("resnet18", *HEAVY)])
 def test_no_model_is_taken_for_another(name):
     """Not even a resnet34, which has every tensor of a resnet18 and more."""
     state = fresh("rot_trans", model=name).state_dict()

@@ -6,6 +6,7 @@ from models.checkpoint import build_net
 from models.feature_net import CocsrNet, Features, FeatureTransform, RotTransNet
 from models.resnet import BasicBlock, ResNet
 from models.sparse.dictionary import CodingSpec, DictionaryBank
+from tests.conftest import HEAVY
 from tests.models.published import published_shapes
 
 
@@ -25,7 +26,7 @@ def test_other_published_networks_have_their_keys_and_shapes(model, tensors):
     assert {k: tuple(v.shape) for k, v in state.items()} == published_shapes(model, 10, 5) and len(state) == tensors
 
 
-@pytest.mark.parametrize("model", BACKBONES)
+@pytest.mark.parametrize("model", [name for name in BACKBONES if name not in HEAVY])
 def test_every_backbone_gives_features_of_the_stated_shapes(model):
     n = net(model, n_shifts=4).eval()
     with torch.inference_mode():

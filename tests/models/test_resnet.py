@@ -85,7 +85,7 @@ def test_imagenet_networks_are_torchvisions_bit_for_bit(name):
 
 
 # Networks with activations; SDNets of other depths, and wide networks of others, are built of the same blocks.
-_LARGE = ("sdnet", "wrn28", "wrn34")
+_LARGE = ("sdnet", "wrn28", "wrn34", "dm_wrn", "ra_wrn")
 ACTIVATED = [name for name in BACKBONES if not name.startswith(_LARGE)] + ["sdnet8", "sdnet8_all"]
 
 

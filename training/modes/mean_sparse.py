@@ -3,7 +3,6 @@ weight changes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -63,12 +62,9 @@ class PlacementSpec(Spec, group="MeanSparse"):
     stats: str = flag("exact", "meansparse: statistics; batchwise as published", choices=lambda: STATISTICS)
 
 
-def base_name(flags: Flags) -> list[str]:
-    """Of the run's name: the mode, and what the weights of --load_path were trained by."""
-    path = flags.of(WeightsSpec, only=["load_path"]).load_path
-    recorded = recorded_flags(find_weights(path, FILES, flag="load_path")) if path and Path(path).exists() else {}
-    parts = [part for part in ("ra", "anc") if recorded.get(part)]
-    return [flags.mode, *([recorded["mode"]] if "mode" in recorded else []), *parts]
+def name(flags: Flags) -> list[str]:
+    """Of the run's name: the mode and the placement."""
+    return [flags.mode, flags.of(PlacementSpec, only=["placement"]).placement]
 
 
 def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:

@@ -9,7 +9,6 @@ import eval as evaluate
 import train
 import train_cocsr
 from common.dist import World
-from common.flags import Flags
 from common.run import recorded_flags
 from datasets.one_class import SplitSpec
 from models.checkpoint import load_net, read_state
@@ -18,7 +17,6 @@ from program import SPECS
 from tests.conftest import TINY
 from training import STAGE1
 from training.launch import Script, read_job, read_split
-from training.modes import mean_sparse
 
 DIGITS = TINY[:-2]
 SHIFT = ["--shift_trans_type", "rotation"]
@@ -51,7 +49,7 @@ def net_of(run, kind="classifier", file="last.model"):
 
 def test_weights_and_outputs_stay_and_the_file_says_what_it_was_trained_by(base, tmp_path):
     run = sparse(base, tmp_path)
-    assert run.name == "digits_resnet8_meansparse_supervised"
+    assert run.name == "digits_resnet8_meansparse_activations"
     before, after = (torch.load(folder / "last.model", weights_only=True) for folder in (base, run))
     assert all(torch.equal(after[key], value) for key, value in before.items()) and len(after) == len(before) + 7 * 5
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -104,7 +102,7 @@ def test_processes_find_what_one_finds(base, monkeypatch):
 def test_a_detector_is_scored_and_its_second_stage_trained_on_it(tmp_path, capsys):
     csi = trained(tmp_path / "a", *TINY, *SHIFT, "--mode", "simclr_CSI", "--simclr_dim", "16", "--epochs", "1")
     run = sparse(csi, tmp_path / "b", "--ms_alpha", "0.2")
-    assert "4 shifts" in capsys.readouterr().out and run.name.endswith("meansparse_simclr_CSI_one_class_3")
+    assert "4 shifts" in capsys.readouterr().out and run.name.endswith("meansparse_activations_one_class_3")
     assert evaluate.main(["--load_path", str(run), "--device", "cpu", "--ood_score", "CSI"]) == 0
     result = json.loads((run / "result_ood_pre_CSI.json").read_text())
     assert result["settings"]["ms_alpha"] == pytest.approx(0.2) and result["flags"]["shift_trans_type"] == "rotation"
@@ -139,4 +137,3 @@ def test_what_cannot_be_sparsified_is_one_line(base, tmp_path, capsys):
     other = tmp_path / "other.model"
     torch.save({"a": torch.zeros(1)}, other)
     assert "is of none of these networks" in refused("--load_path", str(other), *DIGITS)
-    assert not mean_sparse.base_name(Flags({"mode": "meansparse", "load_path": None}))[1:]
