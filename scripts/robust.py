@@ -34,12 +34,14 @@ _WORST = {"standard": "worst, final logits", "adaptive": "worst, adaptive"}
 
 @dataclass(frozen=True)
 class Attacked:
-    """One result of `eval.py --mode attack`. method: place in the table and title. group: what rows must share."""
+    """One result of `eval.py --mode attack`. method: place in the table and title. group: what rows must share. images:
+    what distinguishes those that were attacked, which a seed draws."""
 
     path: Path
     method: tuple[int, int, str]
     seed: int
     group: tuple[Any, ...]
+    images: str
     weights: str
     found: Mapping[str, Any]
     epochs: int
@@ -52,8 +54,8 @@ class Attacked:
         method = method_of(flags)
         images = {name: data["fingerprint"] for name, data in found["data"].items()}
         shared = found["dataset"], flags["model"], found["n"], found["norm"], round(found["epsilon"], 9)
-        group = (*shared, found["precision"], json.dumps(images, sort_keys=True))
-        return cls(path, method, int(flags["seed"]), group, str(found["weights"]), found, int(found["epochs"]))
+        group, own = (*shared, found["precision"]), json.dumps(images, sort_keys=True)
+        return cls(path, method, int(flags["seed"]), group, own, str(found["weights"]), found, int(found["epochs"]))
 
     def values(self) -> dict[str, float]:
         """Accuracies in percent, by column."""
@@ -86,8 +88,11 @@ def read(roots: Sequence[Path]) -> list[Attacked]:
     return sorted(results, key=lambda one: (one.group, one.method, one.weights, one.seed))
 
 
-def table(results: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of results of one group. Raises: UserError for two of one row and seed."""
+def table(results: Sequence[Attacked], only: Sequence[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of results of one group. only: these columns, in this order.
+
+    Raises: UserError for two of one row and seed, and for a column that no result has.
+    """
     rows: dict[tuple[Any, ...], list[Attacked]] = defaultdict(list)
     for one in results:
         same = [other for other in rows[one.method, one.weights] if other.seed == one.seed]
@@ -97,6 +102,10 @@ def table(results: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
     names = list(dict.fromkeys(name for one in results for name in one.values()))
     last = [*_WORST.values(), "worst case"]
     columns = [*(name for name in names if name not in last), *(name for name in last if name in names)]
+    if only is not None:
+        if missing := [name for name in only if name not in columns]:
+            raise UserError(f"--columns {missing[0]}: there are {', '.join(columns)}")
+        columns = list(only)
     found = []
     for (method, weights), of_row in rows.items():
         known = [one.values() for one in of_row]
@@ -107,18 +116,24 @@ def table(results: Sequence[Attacked]) -> tuple[list[str], list[list[str]]]:
     return ["training", "weights", "epochs", *columns, "masked gradients"], found
 
 
-def tables(roots: Sequence[Path]) -> str:
-    """All tables as text. Raises: UserError where there is none, and as `read`."""
+def tables(roots: Sequence[Path], only: Sequence[str] | None = None) -> str:
+    """All tables as text. only: as `table`. Raises: UserError where there is none, and as `read` and `table`."""
+    results = read(roots)
+    drawn: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for one in results:
+        drawn[one.group, one.seed].add(one.images)
+    # Each seed draws its images; where one has several, networks are compared on the same ones only.
+    several = {group for (group, _), images in drawn.items() if len(images) > 1}
     groups: dict[tuple[Any, ...], list[Attacked]] = defaultdict(list)
-    for one in read(roots):
-        groups[one.group].append(one)
+    for one in results:
+        groups[*one.group, one.images if one.group in several else ""].append(one)
     if not groups:
         raise UserError(f"nothing to show below {', '.join(map(str, roots))}; scripts/robust_sweep.sh makes it")
     parts = []
-    for (dataset, model, n, norm, eps, precision, _), results in groups.items():
-        seeds = ", ".join(map(str, sorted({one.seed for one in results})))
+    for (dataset, model, n, norm, eps, precision, _), own in groups.items():
+        seeds = ", ".join(map(str, sorted({one.seed for one in own})))
         title = f"**{dataset}, {model}, {n} images, {norm} {255 * eps:.3g}/255, {precision}, seeds {seeds}**"
-        parts.append(f"{title}\n\n{markdown(*table(results))}")
+        parts.append(f"{title}\n\n{markdown(*table(own, only))}")
     return "\n".join(parts)
 
 
@@ -126,9 +141,10 @@ def tables(roots: Sequence[Path]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.robust", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders to search for runs")
+    parser.add_argument("--columns", nargs="+", metavar="NAME", help="these alone: natural, pgd40, 'worst case', say")
     parser.add_argument("--out", type=Path, help="write the tables to this file as well")
     args = parser.parse_args(argv)
-    text = tables([folder.expanduser() for folder in args.folders])
+    text = tables([folder.expanduser() for folder in args.folders], args.columns)
     if args.out:
         try:
             write_text(args.out.expanduser(), text)

@@ -4,17 +4,18 @@ import json
 
 import pytest
 
-from scripts.robust import main, read, table
+from common.errors import UserError
+from scripts.robust import main, read, table, tables
 
 
-def result(root, name, *, seed=0, weights="last", worst=0.3, masked=(), eps=8 / 255, **flags):
+def result(root, name, *, seed=0, weights="last", worst=0.3, masked=(), eps=8 / 255, images="f", **flags):
     folder = root / f"{name}_s{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = {"mode": "adv_pgd", "model": "resnet8", "seed": seed, "ra": False, "anc": False} | flags
     (folder / "args.json").write_text(json.dumps({"flags": flags}))
     found = {
         "dataset": "folder", "n": 500, "norm": "linf", "epsilon": eps, "precision": "bf16", "weights": weights,
-        "epochs": 15, "data": {"folder": {"images": 500, "fingerprint": "f"}}, "accuracy": 0.8,
+        "epochs": 15, "data": {"folder": {"images": 500, "fingerprint": images}}, "accuracy": 0.8,
         "attacked": {"pgd40": 0.5, "autoattack": 0.4}, "worst": {"standard": 0.38, "adaptive": worst + 0.01},
         "worst_case": worst, "signs": [{"name": sign, "number": 1.0, "shows": True} for sign in masked],
     }  # fmt: skip
@@ -44,6 +45,17 @@ def test_results_at_other_radii_are_another_table(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("**folder, resnet8, 500 images, linf") == 2 and "linf 4/255" in text and "| PGD + RA " in text
     assert (tmp_path / "t.md").read_text() == text
+
+
+def test_each_seed_draws_its_images_and_networks_of_a_seed_are_compared_on_the_same(tmp_path):
+    for seed in (0, 1):
+        result(tmp_path, "a", seed=seed, images=f"of {seed}", worst=0.2 + 0.2 * seed)
+    text = tables([tmp_path], ["natural", "worst case"])
+    assert text.count("**folder") == 1 and "seeds 0, 1" in text and "30.0 ± 14.1" in text and "pgd40" not in text
+    result(tmp_path, "b", mode="adv_mart", images="others")
+    assert tables([tmp_path]).count("**folder") == 3
+    with pytest.raises(UserError, match="--columns cw: there are natural, pgd40"):
+        tables([tmp_path], ["cw"])
 
 
 def refused(capsys, *args):
