@@ -115,8 +115,9 @@ def sites(net: nn.Module, placement: str, *, layout: str | None = None) -> list[
         raise ValueError(f"layouts are {', '.join(LAYOUTS)}, got {layout!r}")
     found = PLACEMENTS[placement](net)
     if not found:
-        what = "activation module" if placement == "activations" else "slot, which wide residual networks and Swin have"
-        raise ValueError(f"there is no {what} to put an operator at")
+        if placement == "blocks":
+            raise ValueError("there is no slot to put an operator at; dm_wrn*, ra_wrn70_16 and timm's Swin have slots")
+        raise ValueError("there is no activation module to put an operator at")
     return [site if layout is None else site._replace(dim=LAYOUTS[layout]) for site in found]
 
 
