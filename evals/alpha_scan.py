@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common.errors import UserError
 from common.files import read_facts, save_tensors, write_json
-from datasets import ImageSet
+from common.seed import generator
+from datasets import ImageSet, PictureSet
+from datasets.sets import image_set
 from evals.attack import ATTACKS, Victim, heads_of, some_images, straight_through, victim_of
 from evals.classify import CLEAN, Condition, classify
 from evals.result import Result
@@ -65,7 +69,7 @@ def alpha_scan(trained: Trained) -> Iterator[Result]:
     alphas = sorted({0.0, *spec.alphas})
 
     def measured() -> Iterator[Result]:
-        key = _key(trained, images)
+        key = _key(trained, victim, images)
         table = world.broadcast_object(_begun(path, key) if world.is_main else {})
         before = alpha_of(trained.net)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,10 +97,12 @@ def state_file(trained: Trained) -> Path:
 
 
 def write_sparse(trained: Trained, alpha: float, path: Path) -> None:
-    """The weights with this alpha, which say of their training what those of --load_path say."""
+    """The weights with this alpha, which say of their training what those of --load_path say, and alpha."""
     assert trained.path is not None
+    facts = read_facts(trained.path)
+    facts = {**facts, "flags": {**facts.get("flags", {}), "ms_alpha": alpha}}
     with with_alpha(trained.net, alpha):
-        save_tensors(path, trained.net.state_dict(), facts=read_facts(trained.path))
+        save_tensors(path, trained.net.state_dict(), facts=facts)
 
 
 def _check(trained: Trained) -> None:
@@ -119,16 +125,26 @@ def _held_out(trained: Trained, n: int | None) -> ImageSet:
             "--held_out: alpha is chosen on training images that the training has not seen; give --held_out 500, say,"
             " and the same to the training"
         )
-    assert isinstance(found, ImageSet)  # Pictures are decoded on demand in training only.
+    if isinstance(found, PictureSet):
+        if n is None:
+            raise UserError("--scan_images: pictures of this data set are decoded on demand; say how many, 1000 say")
+        place = torch.randperm(len(found), generator=generator(trained.flags.seed, "scanned pictures"))[:n]
+        found = found.where(torch.isin(torch.arange(len(found)), place))
+        parts = [found.batch(index) for index in torch.arange(len(found)).split(64)]
+        pixels = torch.cat([part.mul(255).round().byte().cpu() for part in parts])
+        return image_set(pixels, found.labels.cpu()).to(trained.device)
     return some_images(found.to(trained.device), n, trained.flags.seed)
 
 
-def _key(trained: Trained, images: ImageSet) -> dict[str, Any]:
+def _key(trained: Trained, victim: Victim, images: ImageSet) -> dict[str, Any]:
     """What two scans must have in common for one to go on with the other."""
     assert trained.path is not None
     settings = {k: v for k, v in settings_of(trained.flags).items() if k not in _CHOICE}
-    weights = {"path": str(trained.path.resolve()), "size": trained.path.stat().st_size}
-    return {"weights": {**weights, "written": trained.path.stat().st_mtime_ns}, "settings": settings} | identity(images)
+    weights: dict[str, Any] = {"path": str(trained.path.resolve()), "size": trained.path.stat().st_size}
+    weights["written"] = trained.path.stat().st_mtime_ns
+    # Draws follow from these, too.
+    drawn = {"seed": trained.flags.seed, "precision": victim.precision, "batch_size": victim.batch_size}
+    return {"weights": weights, "settings": settings, **drawn, **identity(images)}
 
 
 # Flags by which no measured number changes.

@@ -380,7 +380,9 @@ ATTACKS: dict[str, Attack] = {
     "base_apgd_ce": Attack(_apgd_ce, BASE, _APGD, (_SPARSE,), dense),
     "base_apgd_t": Attack(_apgd_t, BASE, ("attack_steps", "attack_targets"), (_SPARSE,), dense),
     "autoattack": Attack(_autoattack, ENSEMBLE, (), (_PACKAGE,), in_default=False, whole=True),
-    "straight_autoattack": Attack(_autoattack, ADAPTIVE, (), (_PACKAGE, _SPARSE), in_default=False, whole=True),
+    "straight_autoattack": Attack(
+        _autoattack, ENSEMBLE, (), (_PACKAGE, _SPARSE), straight_through, in_default=False, whole=True
+    ),
     "base_autoattack": Attack(_autoattack, BASE, (), (_PACKAGE, _SPARSE), dense, in_default=False, whole=True),
 }
 
@@ -476,6 +478,7 @@ def _summary(trained: Trained, victim: Victim, columns: Mapping[str, Column]) ->
     of_this = (column for column in columns.values() if column.row.group != BASE)
     assert not any((robust & ~column.correct).any() for column in of_this)
     signs, missing = find_signs(columns, worst, curve.get(covering(victim.spec.norm, victim.pixels)))
+    missing += [name for name in ("straight", "base") if victim.sparse is not None and name not in columns]
     metrics = {
         "accuracy": natural.left,
         **{name: float(right.mean()) for name, right in worst.items()},

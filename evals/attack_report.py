@@ -74,7 +74,7 @@ def attack_lines(result: Result) -> Iterator[str]:
         yield from (f"warning of {name}: {text}" for text in own.get("warnings", ()))
     yield facts["health"]
     if facts["not_measured_without"]:
-        yield f"signs not looked for, without attacks: {', '.join(facts['not_measured_without'])}"
+        yield f"not looked for, without attacks: {', '.join(facts['not_measured_without'])}"
 
 
 def draw_curve(result: Result, path: Path) -> None:

@@ -146,12 +146,13 @@ def with_ms_alpha(trained: Trained) -> Trained:
     if not operators(trained.net):
         return trained
     alpha = trained.flags.of(AlphaSpec).ms_alpha
-    if alpha is not None:
-        try:
+    try:
+        if alpha is not None:
             sparsify(trained.net, alpha)
-        except ValueError as error:
-            raise UserError(f"--ms_alpha {alpha:g}: {trained.path}: {error}") from None
-    return replace(trained, settings={**trained.settings, "ms_alpha": alpha_of(trained.net)})
+        here = alpha_of(trained.net)
+    except ValueError as error:
+        raise UserError(f"--ms_alpha: {trained.path}: {error}") from None
+    return replace(trained, settings={**trained.settings, "ms_alpha": here})
 
 
 def load_other(

@@ -20,7 +20,7 @@ from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.feature_net import Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
-from models.mean_sparse import insert_as, operator_names
+from models.mean_sparse import insert_as, operator_names, with_own_buffers
 from models.resnet import StagedNet
 from models.reverse_attention import RaClassifier
 from models.robustbench import from_robustbench
@@ -287,7 +287,7 @@ def find_weights(path: str, names: tuple[str, ...], *, flag: str) -> Path:
 
 def read_state(path: Path, *, flag: str) -> State:
     """The state dict of a file of weights; RobustBench's under our names. Raises: UserError as `load_state_dict`."""
-    return from_robustbench(load_state_dict(path, flag=flag))
+    return with_own_buffers(from_robustbench(load_state_dict(path, flag=flag)))
 
 
 def load_net(
@@ -315,6 +315,7 @@ def load_net(
             print(f"note: --{name} {value}: {path} was trained with {there}, which is used")
         others = {name: value for name, value in expected.items() if name not in sizes}
         net = build_net(kind, model, seed=0, **sizes, **others)
+        state = _same_normalisation(net, state)
         _insert_operators(net.get_submodule(row.inner), _below(row.inner, state))
         _load_backbone_and_heads(
             net.get_submodule(row.inner),
@@ -329,6 +330,25 @@ def load_net(
     except Misfit as why:
         raise UserError(f"--{flag}: {path} {why}") from None
     return net
+
+
+def _same_normalisation(net: nn.Module, state: State) -> State:
+    """The state dict without the normalisation of inputs, where the backbone decides that.
+
+    Raises: Misfit where a file says another.
+    """
+    own = net.state_dict()
+    for name in ("input_mean", "input_std"):
+        if name in state and name not in own and isinstance(getattr(net, name, None), Tensor):
+            there, here = (values.flatten().tolist() for values in (state[name], getattr(net, name)))
+            if len(there) != len(here) or any(abs(a - b) > 1e-3 for a, b in zip(there, here, strict=True)):
+                raise Misfit(f"is of inputs normalised with {name} {_rounded(there)}, the model has {_rounded(here)}")
+            state = {key: value for key, value in state.items() if key != name}
+    return state
+
+
+def _rounded(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
 
 
 def _insert_operators(net: nn.Module, state: State) -> None:

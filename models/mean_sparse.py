@@ -19,10 +19,11 @@ from models.mode import evaluation_mode
 from models.placements import PLACEMENTS, Site, put, sites, take_out
 
 BACKWARD = ("plain", "straight_through")
-# Buffers of an operator in a state dict, with the names of the published files. Some of those have two more, which
-# nothing reads.
+# Buffers of an operator in a state dict, with the names of the published files.
 BUFFERS = ("running_mean", "running_var", "threshold", "flag_update_statistics", "batch_num")
+# Two more that some of those have, and that nothing reads.
 _UNUSED = ("momentum", "epsilon")
+_LARGEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class AlphaSpec(Spec, group="MeanSparse"):
         " the weights have it; meansparse: 0)",
         type=float,
         at_least=0,
+        at_most=_LARGEST,
     )
 
 
 def mean_sparse(x: Tensor, mean: Tensor, var: Tensor, alpha: float, *, dim: int = 1, backward: str = "plain") -> Tensor:
     """mean where |x - mean| < alpha sqrt(var), else x: hard thresholding around the mean of each channel.
 
-    x: of any shape, channels in dimension `dim`. mean, var: (C,). alpha: >= 0; 0 is the identity.
+    x: of any shape, finite, channels in dimension `dim`. mean, var: (C,). alpha: >= 0; 0 is the identity.
     backward: `plain`, the gradient is 0 where x is replaced; `straight_through`, it passes as if x were not.
     """
     if backward not in BACKWARD:
@@ -129,18 +131,13 @@ class MeanSparse(nn.Module):
         return f"{self.channels}, dim={self.dim}, alpha={self._alpha:g}, backward={self.backward}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name in _UNUSED:
-            state_dict.pop(prefix + name, None)
-        for name in ("threshold", "flag_update_statistics", "batch_num"):
-            if (value := state_dict.get(prefix + name)) is not None:
-                state_dict[prefix + name] = value.reshape(())
         super()._load_from_state_dict(state_dict, prefix, *args)
         alpha, var = float(self.threshold), self.running_var
         if not 0 <= alpha < math.inf or bool((var < 0).any()):
             raise ValueError(f"{prefix}threshold or {prefix}running_var is negative or no number")
         if alpha > 0 and not bool((var > 0).any()):
             raise ValueError(f"{prefix}threshold is above 0, and there are no statistics")
-        self._alpha = alpha
+        self._alpha = float(f"{alpha:.7g}")  # The buffer is float32.
 
 
 def operators(net: nn.Module) -> dict[str, MeanSparse]:
@@ -244,6 +241,15 @@ def operator_names(keys: Iterable[str]) -> list[str]:
     return [key.removesuffix(tail) for key in keys if key.endswith(tail)]
 
 
+def with_own_buffers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what published operators have beside their buffers, and with scalars as scalars."""
+    names = operator_names(state)
+    unused = {f"{name}.{buffer}" for name in names for buffer in _UNUSED}
+    scalars = {f"{name}.{buffer}" for name in names for buffer in BUFFERS[2:]}
+    found = {key: value for key, value in state.items() if key not in unused}
+    return {k: v.reshape(()) if k in scalars and v.numel() == 1 else v for k, v in found.items()}
+
+
 def remove(net: nn.Module) -> nn.Module:
     """Take all operators out, in place; returns `net`, with the keys that it had."""
     part = _part(net)
@@ -289,6 +295,9 @@ class Moments:
         left = rest.sum(0).double()
         return cls(count, mean + left / count, rest.square_().sum(0).double() - left**2 / count)
 
+    def cpu(self) -> "Moments":
+        return Moments(self.count, self.mean.cpu(), self.squares.cpu())
+
     def merged(self, other: "Moments") -> "Moments":
         """Of both together (Chan, Golub & LeVeque 1979)."""
         count = self.count + other.count
@@ -313,6 +322,9 @@ class Batchwise:
             raise ValueError("a batch of one value in each channel has no variance; give another batch size")
         return cls(1, batch.mean, batch.squares / (batch.count - 1))
 
+    def cpu(self) -> "Batchwise":
+        return Batchwise(self.count, self.mean.cpu(), self.squares.cpu())
+
     def merged(self, other: "Batchwise") -> "Batchwise":
         return Batchwise(self.count + other.count, self.mean + other.mean, self.squares + other.squares)
 
@@ -324,9 +336,9 @@ Found = dict[str, Any]
 
 def gather(net: nn.Module, batches: Iterable[Tensor], *, rule: str = "exact") -> Found:
     """What the operators of a network see in batches of its inputs: `Moments`, or with `batchwise`, as published, sums
-    over batches. In evaluation mode, without gradients, with alpha 0; the network stays as it is.
+    over batches; on the CPU. In evaluation mode, without gradients, with alpha 0; the network stays as it is.
 
-    Raises: ValueError for a network without operators, an unknown rule, and no batch.
+    Raises: ValueError for a network without operators, and an unknown rule.
     """
     if rule not in _RULES:
         raise ValueError(f"statistics are {' or '.join(STATISTICS)}, got {rule!r}")
@@ -348,17 +360,14 @@ def gather(net: nn.Module, batches: Iterable[Tensor], *, rule: str = "exact") ->
     finally:
         for handle in handles:
             handle.remove()
-    if seen.keys() != found.keys():
-        missing = next(name for name in found if name not in seen)
-        raise ValueError(f"{missing} saw no values: there was no batch, or the network does not use it")
-    return seen
+    return {name: part.cpu() for name, part in seen.items()}
 
 
 def merged(parts: Iterable[Found]) -> Found:
     """Of several processes, in order."""
     total: Found = {}
     for part in parts:
-        total = {name: total[name].merged(value) if name in total else value for name, value in part.items()}
+        total |= {name: total[name].merged(value) if name in total else value for name, value in part.items()}
     return total
 
 
@@ -366,7 +375,10 @@ def put_statistics(net: nn.Module, found: Found) -> None:
     """Give the operators what `gather` found; what they had is replaced.
 
     The variance is that of the population; with `batchwise` the mean of the batches'.
+    Raises: ValueError, and nothing changes, where an operator has seen nothing.
     """
+    if missing := [name for name in operators(net) if name not in found]:
+        raise ValueError(f"{missing[0]} saw no values: there was no batch, or the network does not use it")
     for name, operator in operators(net).items():
         seen = found[name]
         batchwise = isinstance(seen, Batchwise)

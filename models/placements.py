@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from models.insert import ACTIVATIONS, BeforeActivation
 
 # Activations that are no classes of torch: timm has a GELU of its own.
-_ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Mish", "HardSwish")
+_ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "Swish", "HardSwish", "HardMish")
+_OF_TORCH = (*ACTIVATIONS, nn.ReLU6, nn.ELU, nn.SELU, nn.CELU, nn.PReLU, nn.Mish, nn.Hardswish, nn.Softplus)
+# Perceptrons that see places and no image.
+_OF_PLACES = (".cpb_mlp.",)
 # Gates over channels: their own activations see means of maps.
 _GATES = ("SqueezeExcitation", "SqueezeExcite", "SEModule", "EffectiveSEModule")
 # The dimension of the channels.
@@ -56,7 +59,8 @@ def _activations(net: nn.Module) -> list[Site]:
     width = 0
     for name, module in net.named_modules(remove_duplicate=False):
         last = channels_of(module) or last
-        if is_activation(module) and not name.startswith(gates) and not name.endswith(_JOINT):
+        apart = name.startswith(gates) or name.endswith(_JOINT) or any(part in name for part in _OF_PLACES)
+        if is_activation(module) and not apart:
             if first.setdefault(module, name) != name:
                 raise ValueError(f"{first[module]} and {name} are one activation module; each use needs its own")
             if last is None:
@@ -84,7 +88,7 @@ PLACEMENTS |= {"activations": _activations, "blocks": _slots}
 
 
 def is_activation(module: nn.Module) -> bool:
-    return isinstance(module, ACTIVATIONS) or type(module).__name__ in _ACTIVATIONS
+    return isinstance(module, _OF_TORCH) or type(module).__name__ in _ACTIVATIONS
 
 
 def channels_of(module: nn.Module) -> tuple[int, int] | None:

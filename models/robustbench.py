@@ -1,7 +1,7 @@
 """State dicts of RobustBench and of the published MeanSparse files, under our names.
 
 The backbones `dm_wrn*`, `ra_wrn*` and those of timm have RobustBench's names already; what differs is the prefix, the
-name of the last layer, and the normalisation of the input, which here belongs to the backbone.
+name of the last layer, and where the normalisation of the input is.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 _LAST = {"init_conv.weight": "logits.", "stem.stem.stem.0.weight": "fc."}
 _TIMM_LAST = ("head.fc.", "head.")
 _OURS = "linear."
-_NORMALISATION = re.compile(r"(normalize\.|normalization\.)?(mean|std)$")
+_NORMALISATION = re.compile(r"(?:normalize\.|normalization\.)?(mean|std)$")
 # Buffers that timm's Swin computes, and no longer keeps.
 _COMPUTED = re.compile(r".*(\.relative_position_index|\.attn_mask)$")
 _DOWNSAMPLE = re.compile(r"layers\.(\d+)\.downsample\.")
@@ -30,7 +30,7 @@ def from_robustbench(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not is_robustbench(state):
         return dict(state)
     found = {_bare(key): value for key, value in state.items()}
-    found = {key: value for key, value in found.items() if not _NORMALISATION.match(key) and not _COMPUTED.match(key)}
+    found = {_input(key): value for key, value in found.items() if not _COMPUTED.match(key)}
     names = [name for key, name in _LAST.items() if key in found] or list(_TIMM_LAST)
     last = next((name for name in names if f"{name}weight" in found), None)
     if last is not None:
@@ -43,6 +43,12 @@ def from_robustbench(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _two(last: str) -> tuple[str, str]:
     return f"{last}weight", f"{last}bias"
+
+
+def _input(key: str) -> str:
+    """`input_mean`, `input_std` for the normalisation of the inputs."""
+    match = _NORMALISATION.match(key)
+    return f"input_{match[1]}" if match else key
 
 
 def _next(match: re.Match[str]) -> str:

@@ -2,7 +2,7 @@
 # A published configuration of MeanSparse: `bash scripts/meansparse.sh KEY` puts operators into the base network in BASE,
 # with the published alpha, and attacks it: without them, with plain and with straight-through gradients. A published
 # file in SPARSE, which has operators, is attacked as it is. KEY: wrn94, rawrn70, rawrn70-v1, wrn70, wrn70-l2, wrn70-c100,
-# swin-l, convnext-l, rawrn101. What is finished is not done again.
+# swin-l, convnext-l, rawrn101.
 #
 #   BASE          weights of RobustBench, or of this project
 #   SPARSE        a published file, in place of BASE
@@ -16,7 +16,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/recipes.sh
-source scripts/once.sh
+source scripts/once.sh # refuse, expanded
 
 KEYS="wrn94 rawrn70 rawrn70-v1 wrn70 wrn70-l2 wrn70-c100 swin-l convnext-l rawrn101"
 key=${1:-}
@@ -34,9 +34,7 @@ else
     source_file=$(expanded "$BASE")
     [ -f "$source_file" ] || refuse "BASE: no file $source_file"
     "$PYTHON" $put "${data[@]}" --placement "$placement" --load_path "$source_file" --log_root "$out" --suffix "$key" "$@"
-    runs=("$out"/*_"$key")
-    weights=${runs[0]}/last.model
+    weights=$out/${dataset}_${model}_meansparse_${placement}_$key/last.model
 fi
-once "$out/result_attack.json" "$weights" -- \
-    "$PYTHON" $judge "${data[@]}" --load_path "$weights" --out "$out" --ms_alpha "${ALPHA:-$alpha}" $threat \
+"$PYTHON" $judge "${data[@]}" --load_path "$weights" --out "$out" --ms_alpha "${ALPHA:-$alpha}" $threat \
     --ood_batch_size "$batch" ${IMAGES:+--attack_images "$IMAGES"} ${ATTACK_FLAGS:-}

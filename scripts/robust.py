@@ -15,6 +15,7 @@ from typing import Any
 
 from common.errors import UserError, command
 from common.files import write_text
+from common.run import recorded_flags
 from scripts.results import markdown
 from scripts.tables import cell
 
@@ -38,7 +39,7 @@ class Attacked:
     what distinguishes those that were attacked, which a seed draws."""
 
     path: Path
-    method: tuple[int, int, str]
+    method: tuple[int, int, float, str]
     seed: int
     group: tuple[Any, ...]
     images: str
@@ -51,7 +52,10 @@ class Attacked:
         """Raises: OSError, ValueError, KeyError, TypeError for what is no such result."""
         found = json.loads(path.read_text())
         flags = json.loads((path.parent / "args.json").read_text())["flags"]
-        method = method_of(flags)
+        alpha = found["settings"].get("ms_alpha") if "settings" in found else None
+        if alpha is not None:  # The weights say what they were trained by before MeanSparse.
+            flags = {**flags, **recorded_flags(path.parent / f"{found['weights']}.model")}
+        method = method_of(flags, alpha)
         images = {name: data["fingerprint"] for name, data in found["data"].items()}
         shared = found["dataset"], flags["model"], found["n"], found["norm"], round(found["epsilon"], 9)
         group, own = (*shared, found["precision"]), json.dumps(images, sort_keys=True)
@@ -68,11 +72,12 @@ class Attacked:
         return [sign["name"] for sign in self.found["signs"] if sign["shows"]]
 
 
-def method_of(flags: Mapping[str, Any]) -> tuple[int, int, str]:
-    """Of a training's flags: place of the mode and of the parts of ANCRA in tables, and title. Raises: KeyError."""
+def method_of(flags: Mapping[str, Any], alpha: float | None = None) -> tuple[int, int, float, str]:
+    """Of a training's flags, and of alpha of MeanSparse behind it: place in tables by mode, parts of ANCRA and alpha,
+    and title. Raises: KeyError."""
     mode, parts = flags["mode"], (bool(flags.get("ra")), bool(flags.get("anc")))
-    title = METHODS[mode] + _PARTS[parts]
-    return list(METHODS).index(mode), list(_PARTS).index(parts), title
+    title = METHODS[mode] + _PARTS[parts] + ("" if alpha is None else f" + MeanSparse {alpha:g}")
+    return list(METHODS).index(mode), list(_PARTS).index(parts), -1.0 if alpha is None else alpha, title
 
 
 def read(roots: Sequence[Path]) -> list[Attacked]:
@@ -112,7 +117,7 @@ def table(results: Sequence[Attacked], only: Sequence[str] | None = None) -> tup
         numbers = [cell([values[name] for values in known if name in values], 1) for name in columns]
         signs = list(dict.fromkeys(sign for one in of_row for sign in one.signs()))
         epochs = ", ".join(map(str, sorted({one.epochs for one in of_row})))
-        found.append([method[2], weights, epochs, *numbers, ", ".join(signs)])
+        found.append([method[-1], weights, epochs, *numbers, ", ".join(signs)])
     return ["training", "weights", "epochs", *columns, "masked gradients"], found
 
 

@@ -64,7 +64,7 @@ class Measured:
         if target is not None:
             arrays = {name: values[arrays["label"] == _label(facts, target)] for name, values in arrays.items()}
         try:
-            title = method_of(facts["trained_by"])[2]
+            title = method_of(facts["trained_by"])[-1]
         except KeyError:
             title = path.parent.name
         return cls(path, title, facts, arrays)

@@ -81,7 +81,7 @@ def test_a_broken_link_is_found(tmp_path):
         ("docs/rdae.md", 3),
         ("docs/sdnet.md", 8),
         ("docs/robustness.md", 7),
-        ("docs/robust_detection.md", 5),
+        ("docs/robust_detection.md", 7),
     ],
 )
 def test_commands_parse_and_name_the_folders_that_earlier_ones_make(name, count, capsys):

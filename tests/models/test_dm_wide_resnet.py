@@ -121,11 +121,8 @@ def theirs(prefix: str = "", placement: str | None = None) -> tuple[nn.Module, d
     if placement is not None:
         insert(net, placement)
     state = {key.replace("linear.", "logits."): value for key, value in net.state_dict().items()}
-    mean = torch.tensor(CIFAR10[0]).view(3, 1, 1)
-    return net, {f"{prefix}{key}": value for key, value in state.items()} | {
-        f"{prefix}mean": mean,
-        f"{prefix}std": mean,
-    }
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in CIFAR10)
+    return net, {f"{prefix}{key}": value for key, value in {**state, "mean": mean, "std": std}.items()}
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
@@ -134,7 +131,8 @@ def test_a_file_of_robustbench_is_read_under_our_names(prefix, placement, tmp_pa
     net, state = theirs(prefix, placement)
     torch.save({"state_dict": state, "epoch": 3} if prefix == "module." else state, tmp_path / "theirs.pt")
     found = read_state(tmp_path / "theirs.pt", flag="load_path")
-    assert is_robustbench(state) and not is_robustbench(net.state_dict()) and found.keys() == net.state_dict().keys()
+    assert is_robustbench(state) and not is_robustbench(net.state_dict())
+    assert found.keys() == net.state_dict().keys() | {"input_mean", "input_std"}
     assert from_robustbench(net.state_dict()).keys() == net.state_dict().keys()
     again = load_net("classifier", found, model="dm_wrn10_1", path=tmp_path / "theirs.pt", flag="load_path").eval()
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
@@ -151,11 +149,35 @@ def test_names_of_timm_old_and_new():
         "model.head.weight": torch.zeros(2, 4),
         "model.head.bias": torch.zeros(2),
     }
-    assert set(from_robustbench(old)) == {"layers.1.downsample.reduction.weight", "linear.weight", "linear.bias"}
+    assert set(from_robustbench(old)) - {"input_mean"} == {
+        "layers.1.downsample.reduction.weight",
+        "linear.weight",
+        "linear.bias",
+    }
     new = {"model.head.fc.weight": torch.zeros(2, 4), "model.head.norm.weight": torch.zeros(4)}
     assert set(from_robustbench(new)) == {"linear.weight", "head.norm.weight"}
     ra = {"stem.stem.stem.0.weight": torch.zeros(1), "fc.weight": torch.zeros(2), "normalization.std": torch.zeros(3)}
-    assert set(from_robustbench(ra)) == {"stem.stem.stem.0.weight", "linear.weight"}
+    assert set(from_robustbench(ra)) == {"stem.stem.stem.0.weight", "linear.weight", "input_std"}
+
+
+def test_another_normalisation_of_inputs_is_refused(tmp_path):
+    state = from_robustbench(theirs()[1])
+    state["input_mean"] = state["input_mean"] + 0.1
+    with pytest.raises(
+        UserError, match="is of inputs normalised with input_mean 0.5914, 0.5822, 0.5465, the model has"
+    ):
+        load_net("classifier", state, model="dm_wrn10_1", path=tmp_path, flag="load_path")
+
+
+def test_operators_of_the_first_version_have_more_buffers_and_scalars_of_another_shape(tmp_path):
+    net, state = theirs(placement="activations")
+    for name in operators(net.backbone):
+        state |= {f"{name}.momentum": torch.tensor(0.1), f"{name}.epsilon": torch.tensor(1e-10)}
+        state[f"{name}.threshold"] = torch.zeros(1)
+    torch.save(state, tmp_path / "theirs.pt")
+    found = read_state(tmp_path / "theirs.pt", flag="load_path")
+    again = load_net("classifier", found, model="dm_wrn10_1", path=tmp_path, flag="load_path")
+    assert len(operators(again)) == 7
 
 
 def test_operators_where_no_placement_has_them_are_refused(tmp_path):
@@ -164,7 +186,7 @@ def test_operators_where_no_placement_has_them_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"has 9 MeanSparse operators, layer.0.block.0.meansparse_0 for one; a network"):
         load_net("classifier", state, model="dm_wrn10_1", path=tmp_path, flag="load_path")
     with pytest.raises(UserError, match="has 10 MeanSparse operators.*has 7 \\(activations\\)"):
-        state = from_robustbench(theirs(placement="blocks")[1])
+        state = {k: v for k, v in from_robustbench(theirs(placement="blocks")[1]).items() if "input_" not in k}
         load_net("classifier", state, model="resnet8", path=tmp_path, flag="load_path")
 
 

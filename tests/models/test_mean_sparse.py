@@ -29,6 +29,7 @@ from models.mean_sparse import (
     sparsify,
     with_alpha,
     with_backward,
+    with_own_buffers,
 )
 from models.resnet import BasicBlock, ResNet
 from tests.models.test_reference import with_statistics
@@ -335,7 +336,7 @@ def test_a_state_dict_keeps_alpha_and_a_deep_copy_has_its_own():
     state = {**net.state_dict(), "act1.0.momentum": torch.tensor(0.1)}
     state["act1.0.epsilon"] = torch.tensor(1e-10)  # As files of the first version have it.
     state["act1.0.batch_num"] = state["act1.0.batch_num"].view(1).float()
-    other.load_state_dict(state)
+    other.load_state_dict(with_own_buffers(state))
     assert alpha_of(other) == 0.25 and torch.equal(other(pictures()), net(pictures()))
     twin = copy.deepcopy(net)
     sparsify(twin, 0)

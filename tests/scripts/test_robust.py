@@ -75,4 +75,4 @@ def test_what_is_no_result_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("parts, title", [((1, 0), "MART + RA"), ((0, 1), "MART + ANC"), ((0, 0), "MART")])
 def test_parts_are_named(parts, title, tmp_path):
     result(tmp_path, "a", mode="adv_mart", ra=bool(parts[0]), anc=bool(parts[1]))
-    assert read([tmp_path])[0].method[2] == title
+    assert read([tmp_path])[0].method[-1] == title

@@ -1,9 +1,9 @@
 """MeanSparse (arXiv 2406.05927) behind the training of any network with a backbone: operators and their statistics. No
 weight changes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from common.flags import Flags, Spec, WeightsSpec, flag
 from common.progress import progress
 from common.run import Run, epoch_of, recorded_flags
 from datasets import ImageSet, PictureSet, ShiftSpec, Split
+from datasets.augment import AlignedSpec
+from datasets.shifts import rotations_and_translations
 from datasets.views import DrawSpec, batches_of, draw_views
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net, read_state
@@ -29,9 +31,11 @@ from models.mean_sparse import (
 )
 from models.placements import PLACEMENTS
 from training.modes.setup import own_device
+from training.optim import LengthSpec
 from training.recipe import Batch, Recipe, Step
 from training.specs import StepSpec
 
+T = TypeVar("T")
 # Flags of this mode, which the weights do not say of their training.
 _OWN = ("placement", "stats", "ms_alpha")
 # Of a run folder, the weights that are taken.
@@ -68,11 +72,11 @@ def name(flags: Flags) -> list[str]:
 
 
 def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
-    """The recipe of `meansparse`: nothing is trained; before the first epoch, of which there is none, operators get the
-    statistics of all training images, under the views of the training, not augmented.
+    """The recipe of `meansparse`: nothing is trained. Operators get the statistics of all training images, under the
+    shifts that the network's score looks at, not augmented.
 
     The weights say that they are of the network's own training. Raises: UserError for weights that have operators
-    already, that are of a network without a backbone, and where there is no place for an operator.
+    already, or are of a network without a backbone or of other shifts; where there is no place for an operator.
     """
     load_path = flags.of(WeightsSpec, only=["load_path"]).load_path
     if not load_path:
@@ -87,22 +91,29 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         raise UserError(f"--load_path: {file}: {error}") from None
     if kind in _REFUSED:
         raise UserError(f"--load_path: {file} {_REFUSED[kind]}")
-    net = load_net(kind, state, model=flags.of(ModelSpec, only=["model"]).model, path=file, flag="load_path")
+    if epochs := flags.of(LengthSpec).epochs:
+        raise UserError(f"--epochs {epochs}: --mode {flags.mode} trains nothing; leave it out")
+    shifts = ShiftSpec.of(flags).functions() if kind != "rot_trans" else rotations_and_translations()
+    sizes: dict[str, Any] = {"n_shifts": len(shifts)} if kind == "feature" else {}
+    model = flags.of(ModelSpec, only=["model"]).model
+    net = load_net(kind, state, model=model, path=file, flag="load_path", **sizes)
     spec, alpha = flags.of(PlacementSpec), flags.of(AlphaSpec).ms_alpha or 0.0
     try:
         insert(net, spec.placement)
     except ValueError as error:
         raise UserError(f"--placement {spec.placement}: {error}") from None
     device, seed = own_device(flags, world), flags.seed
-    data, net = split.train().to(device), net.to(device).eval()
-    views = DrawSpec(ShiftSpec.of(flags).functions(), None, seed, batch_size=flags.of(StepSpec).batch_size)
+    # Not decoded as a whole where training does not do so either.
+    data, net = split.stream(AlignedSpec()).to(device), net.to(device).eval()
+    views = DrawSpec(shifts, None, seed, batch_size=flags.of(StepSpec).batch_size)
+    with world.raise_together():
+        own = _or_refused(lambda: gather(net, _views(data, views, world), rule=spec.stats))
+    found = merged(world.all_gather_object(own))
+    _or_refused(lambda: put_statistics(net, found))
+    _or_refused(lambda: sparsify(net, alpha))
 
     def begin(run: Run) -> None:
-        own = gather(net, _views(data, views, world), rule=spec.stats)
-        put_statistics(net, merged(world.all_gather_object(own)))
-        sparsify(net, alpha)
-        found = operators(net)
-        run.say(f"{len(found)} operators, statistics of {len(data)} images, alpha {alpha:g}")
+        run.say(f"{len(operators(net))} operators, statistics of {len(data)} images, alpha {alpha:g}")
 
     return Recipe(
         net,
@@ -112,6 +123,13 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         first_epoch=epoch_of(file, flag="load_path") or 0,
         recorded={"mode": _ASSUMED[kind], **_origin(recorded_flags(file))},
     )
+
+
+def _or_refused(do: Callable[[], T]) -> T:
+    try:
+        return do()
+    except ValueError as error:
+        raise UserError(f"--load_path: {error}") from None
 
 
 def _views(data: ImageSet | PictureSet, spec: DrawSpec, world: World) -> Iterator[Tensor]:

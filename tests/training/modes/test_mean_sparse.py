@@ -10,13 +10,16 @@ import train
 import train_cocsr
 from common.dist import World
 from common.run import recorded_flags
+from datasets import ShiftSpec
 from datasets.one_class import SplitSpec
+from datasets.views import DrawSpec
 from models.checkpoint import load_net, read_state
-from models.mean_sparse import alpha_of, collect, operators
+from models.mean_sparse import alpha_of, collect, gather, merged, operators, put_statistics
 from program import SPECS
 from tests.conftest import TINY
 from training import STAGE1
 from training.launch import Script, read_job, read_split
+from training.modes import mean_sparse
 
 DIGITS = TINY[:-2]
 SHIFT = ["--shift_trans_type", "rotation"]
@@ -38,9 +41,9 @@ def sparse(start, logs, *more):
     return trained(logs, "--mode", "meansparse", "--load_path", str(start), *more)
 
 
-def job_of(start):
+def job_of(start, *more):
     script = Script("train.py", STAGE1, "simclr", "last.model", "last.resume")
-    return read_job(["--mode", "meansparse", "--load_path", str(start)], script, SPECS)
+    return read_job(["--mode", "meansparse", "--load_path", str(start), *more], script, SPECS)
 
 
 def net_of(run, kind="classifier", file="last.model"):
@@ -76,27 +79,20 @@ def test_statistics_are_those_of_the_training_images_without_the_held_out(base, 
         torch.testing.assert_close(operator.running_var, found[name][1], rtol=1e-4, atol=1e-6)
 
 
-def test_processes_find_what_one_finds(base, monkeypatch):
-    """Statistics of two ranks, merged."""
-    job = job_of(base)
+@pytest.mark.parametrize("batch", ["100", "1000"])
+def test_processes_find_what_one_finds(base, batch):
+    """Also where one of them has no batch."""
+    job = job_of(base, "--batch_size", batch)
     split = read_split(job.flags, World(0, 1))
-    parts = []
-    monkeypatch.setattr(World, "all_gather_object", lambda self, value: parts.append(value) or list(parts))
-
-    class Log:
-        def say(self, text):
-            pass
-
-    nets = []
-    for rank in (0, 1):
-        recipe = job.mode.build(job.flags, split, World(rank, 2))
-        recipe.begin(Log())
-        nets.append(recipe.model)
-    parts.clear()
     alone = job.mode.build(job.flags, split, World(0, 1))
-    alone.begin(Log())
-    for name, operator in operators(alone.model).items():
-        torch.testing.assert_close(operators(nets[1])[name].running_var, operator.running_var, rtol=1e-5, atol=1e-8)
+    net, data = alone.model, alone.data
+    before = {name: operator.running_var.clone() for name, operator in operators(net).items()}
+    views = DrawSpec(ShiftSpec().functions(), None, 0, batch_size=int(batch))
+    parts = [gather(net, mean_sparse._views(data, views, World(rank, 3))) for rank in range(3)]
+    assert ({} in parts) == (batch == "1000") and all(part.mean.device.type == "cpu" for part in parts[0].values())
+    put_statistics(net, merged(parts))
+    for name, operator in operators(net).items():
+        torch.testing.assert_close(operator.running_var, before[name], rtol=1e-5, atol=1e-8)
 
 
 def test_a_detector_is_scored_and_its_second_stage_trained_on_it(tmp_path, capsys):
@@ -127,7 +123,9 @@ def test_what_cannot_be_sparsified_is_one_line(base, tmp_path, capsys):
         return err
 
     assert "--load_path: --mode meansparse works on a trained network" in refused(*DIGITS)
-    assert "--ms_alpha must be >= 0, got -0.1" in refused("--load_path", str(base), "--ms_alpha", "-0.1")
+    assert "--ms_alpha must lie in [0, 100], got -0.1" in refused("--load_path", str(base), "--ms_alpha", "-0.1")
+    assert "--ms_alpha must lie in [0, 100], got inf" in refused("--load_path", str(base), "--ms_alpha", "inf")
+    assert "--epochs 1: --mode meansparse trains nothing" in refused("--load_path", str(base), "--epochs", "1")
     assert "--placement blocks: there is no slot" in refused("--load_path", str(base), "--placement", "blocks")
     run = sparse(base, tmp_path / "once")
     told = refused("--load_path", str(run))
