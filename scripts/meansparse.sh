@@ -22,7 +22,7 @@ KEYS="wrn94 rawrn70 rawrn70-v1 wrn70 wrn70-l2 wrn70-c100 swin-l convnext-l rawrn
 key=${1:-}
 [[ $# -ge 1 && " $KEYS " == *" $key "* ]] || refuse "usage: meansparse.sh KEY, one of $KEYS"
 shift
-recipe "meansparse_${key//-/_}" base model dataset alpha threat placement batch put judge
+recipe "meansparse_${key//-/_}" base model dataset alpha threat placement judged_batch put judge
 model=${MODEL:-$model} dataset=${DATASET:-$dataset}
 PYTHON=${PYTHON:-python} out=$(expanded "${LOG_ROOT:-./logs}")/meansparse_$key
 data=(--dataset "$dataset" --data_path "${DATA_PATH:-../Data/}" --model "$model")
@@ -37,4 +37,4 @@ else
     weights=$out/${dataset}_${model}_meansparse_${placement}_$key/last.model
 fi
 "$PYTHON" $judge "${data[@]}" --load_path "$weights" --out "$out" --ms_alpha "${ALPHA:-$alpha}" $threat \
-    --ood_batch_size "$batch" ${IMAGES:+--attack_images "$IMAGES"} ${ATTACK_FLAGS:-}
+    --ood_batch_size "$judged_batch" ${IMAGES:+--attack_images "$IMAGES"} ${ATTACK_FLAGS:-}

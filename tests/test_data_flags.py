@@ -61,7 +61,11 @@ def test_evaluation_sees_the_same_data_whatever_its_seed(changed, tmp_path, monk
     import evals.detect as module
 
     seen, real = [], module._test_sets
-    monkeypatch.setattr(module, "_test_sets", lambda trained: (seen.append((trained, real(trained))), seen[-1][1])[1])
+    monkeypatch.setattr(
+        module,
+        "_test_sets",
+        lambda trained, loaded: (seen.append((trained, real(trained, loaded))), seen[-1][1])[1],
+    )
     for n, more in enumerate(([], ["--seed", "7"], ["--corrupt", "none"], ["--corrupt_pixels", "6"])):
         args = ["--load_path", str(changed), "--out", str(tmp_path / str(n)), "--ood_dataset", "interp", *more]
         assert evaluate.main([*args, "--test_batch_size", "5"]) == 0

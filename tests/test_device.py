@@ -313,7 +313,8 @@ SPARSE = ["--epochs", "4", "--invert_sr_feature_norm"]
 NOISY = [*TINY, "--layers", "16", "8", "--outliers", "9", *"--corrupt normal --corrupt_pixels 4".split()]
 LABELLED = [*TINY[:-4], "--batch_size", "400", "--amp", "off"]
 # Without those of pyautoattack, which asks the driver for the state of its generators, and the longest ones.
-OWN_ATTACKS = [name for name, row in ATTACKS.items() if row.needs not in ("pyautoattack", "source") and row.steps < 40]
+_ELSEWHERE = {"pyautoattack", "source", "operators of MeanSparse"}
+OWN_ATTACKS = [name for name, row in ATTACKS.items() if not _ELSEWHERE & set(row.needs) and row.steps < 40]
 # By mode: the script, its flags, and the mode whose run it starts from, with the flag that says so.
 COMMANDS = {
     "simclr_CSI": (train, [*SHIFTED, *"--simclr_dim 32 --epochs 2".split()], None),

@@ -107,6 +107,7 @@ def trained(pictures, tmp_path_factory):
             ]
             args += ["--batch_size", "16", *LENGTH.get(mode, ["--epochs", "1"]), *EXTRA.get(mode, [])]
             if mode in STARTS:
+                args += ["--suffix", start] if start != STARTS[mode][0] else []
                 args += [STARTS[mode][1], str(run(start, model)[1])]
                 before = {p for p in logs.iterdir()}
             assert script(mode).main(args) == 0
@@ -362,4 +363,5 @@ def test_weights_of_other_classes_are_reported(trained, pictures, tmp_path, caps
 
 def test_every_score_is_offered_by_some_mode_and_every_mode_of_training_is_evaluated():
     assert {name for row in EVALS.values() for name in row.scores} == set(SCORES)
-    assert {mode for row in EVALS.values() for mode in row.trained_by} == {*STAGE1, *STAGE2}
+    # Weights of `meansparse` say that they were trained by what came before.
+    assert {mode for row in EVALS.values() for mode in row.trained_by} == {*STAGE1, *STAGE2} - {"meansparse"}

@@ -225,7 +225,7 @@ def test_the_lines_of_a_result():
         "autoattack, after each part: apgd-ce 50.0",
         "warning of autoattack: Square helped",
         "MASKED GRADIENTS: left at an unlimited radius 3.0 %",
-        "signs not looked for, without attacks: transfer",
+        "not looked for, without attacks: transfer",
     ]
 
 

@@ -251,7 +251,7 @@ def golden_attack(g, **settings):
     spec = {"num_steps": int(g["meta_steps"]), "step_size": float(g["meta_step_size"])}
     return Attacker(
         METHODS["adv_trades"].attack,
-        golden_net(g).eval().heads,
+        golden_net(g).eval().requires_grad_(False).heads,
         float(g["meta_eps"]),
         AdversarialSpec(**(spec | settings)),
     )
@@ -263,10 +263,16 @@ def test_known_attacked_images(golden, name, settings):
     g = golden("ancra_net")
     found = golden_attack(g, **settings)(g["x"].float(), g["y"], g["noise_untargeted"].float())
     differ = (found - g[name]).abs() > 1e-5
-    # The gradient of KL is next to 0 where it starts: in float64 its sign is another one for every eighth pixel.
-    assert differ.float().mean() <= (0.02 if settings.get("inner_attack") == "kl" else 0.01) and not torch.equal(
-        found, g["x"].float()
-    )
+    assert not torch.equal(found, g["x"].float())
+    if settings.get("inner_attack") != "kl":
+        assert differ.float().mean() <= 0.01
+        return
+    # The gradient of KL is next to 0 where it starts: in float64, or with folded weights, its sign is another one for
+    # every eighth pixel. What the images reach is no less.
+    assert differ.float().mean() <= 0.15
+    net = golden_net(g).eval()
+    reached = [kl(net(g["x"].float()), net(images.float())) for images in (found, g[name])]
+    assert reached[0] >= reached[1] > 0
 
 
 def test_known_attacked_negatives(golden):
