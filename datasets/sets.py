@@ -184,3 +184,15 @@ def image_set(
     """An ImageSet from (N, channels, H, W) uint8 images."""
     x, y = torch.as_tensor(images), torch.as_tensor(labels).long()
     return ImageSet(x, y, torch.arange(len(x)), tuple(paths) if paths is not None else None)
+
+
+def evenly(labels: Tensor, order: Tensor, count: int) -> Tensor:
+    """The first `count` places of `order`, but of each label as many as of the others, up to one; in that order.
+
+    labels: (N,); order: places (n,). Those of a smaller count are among those of a larger one.
+    """
+    own, turn = labels[order], torch.empty_like(order)
+    for label in own.unique():
+        of_label = own == label
+        turn[of_label] = torch.arange(int(of_label.sum()))
+    return order[turn.argsort(stable=True)[:count]]

@@ -31,12 +31,13 @@ from common.attacks.objectives import (
     targeted_dlr_or_margin,
     targeted_margin,
 )
-from common.attacks.specs import EpsilonSpec
+from common.attacks.specs import EpsilonSpec, radius_text
 from common.device import autocast
 from common.errors import UserError
 from common.flags import DeviceSpec
 from common.seed import generator
 from datasets import ImageSet
+from datasets.sets import evenly
 from datasets.views import PassSpec
 from evals.classify import (
     CLEAN,
@@ -570,12 +571,6 @@ def _slack(a: np.ndarray, b: np.ndarray) -> float:
     return max(masked.SLACK, 2 * math.sqrt((a != b).sum()) / len(a))
 
 
-def radius_text(eps: float) -> str:
-    """The number, or `8/255` where that is shorter."""
-    text, levels = f"{eps:g}", eps * 255
-    return f"{levels:.0f}/255" if len(text) > 5 and abs(levels - round(levels)) < 1e-6 else text
-
-
 def victim_of(trained: Trained, spec: AttackSpec, test: ImageSet) -> Victim:
     flags, net, device = trained.flags, trained.net, trained.device
     eps = flags.of(EpsilonSpec).epsilon
@@ -680,11 +675,5 @@ def some_images(images: ImageSet, count: int | None, seed: int) -> ImageSet:
     if count is None or count >= len(images):
         return images
     drawn = torch.randperm(len(images), generator=generator(seed, "attacked images"))
-    labels = images.labels.cpu()[drawn]
-    # The first of each class come before the second of each.
-    place = torch.empty_like(labels)
-    for label in labels.unique():
-        of_class = labels == label
-        place[of_class] = torch.arange(int(of_class.sum()))
-    keep = drawn[place.sort(stable=True).indices[:count]]
+    keep = evenly(images.labels.cpu(), drawn, count)
     return images.where(torch.isin(torch.arange(len(images)), keep))

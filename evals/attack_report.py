@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from common.attacks.masked import HEADLINE
+from common.attacks.specs import radius_text
 from common.files import write_json, write_whole
-from evals.attack import ADAPTIVE, BASE, STANDARD, radius_text
+from evals.attack import ADAPTIVE, BASE, STANDARD
 from evals.report import result_facts, result_place, write_tables
 from evals.result import Result, family, nested
 from evals.trained import Trained

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from common.attacks import apgd, fgsm, masked, pgd
 from common.attacks.masked import Sign
 from common.attacks.search import LossOfX, ascent
-from common.attacks.specs import EpsilonSpec
+from common.attacks.specs import EpsilonSpec, radius_text
 from common.errors import UserError
 from common.flags import Flags
 from common.progress import progress
 from common.seed import generator
 from datasets import ImageSet
+from datasets.sets import evenly
 from evals.coding import Outputs
 from evals.extract import Extraction, Part
 from evals.metrics import auroc
@@ -220,7 +221,7 @@ class Chosen:
         index = torch.arange(len(labels))
         if n is not None:
             order = torch.randperm(len(labels), generator=generator(seed, f"attacked images of {title}"))
-            parts = [_even(order[normal[order] == side], labels, n) for side in (True, False)]
+            parts = [evenly(labels, order[normal[order] == side], n) for side in (True, False)]
             index = torch.cat(parts).sort().values
         own, anomalous = labels[index], ~normal[index]
         if name_of is None:
@@ -232,15 +233,6 @@ class Chosen:
     def direction(self) -> Tensor:
         """Where their scores are pushed, (N,)."""
         return torch.where(self.normal, -1, 1)
-
-
-def _even(order: Tensor, labels: Tensor, n: int) -> Tensor:
-    """The n first in order, but of each label as many as of the others."""
-    own = labels[order]
-    rank = torch.empty_like(order)
-    for label in own.unique():
-        rank[own == label] = torch.arange(int((own == label).sum()))
-    return order[rank.argsort(stable=True)[:n]]
 
 
 @dataclass(frozen=True)
@@ -415,9 +407,3 @@ def _aurocs(sets: Sequence[Chosen], of_normal: Scores, of_anomalous: Scores) -> 
     found = {name: auroc(normal, scores) for name, scores in {**classes, **rest}.items()}
     pooled = auroc(normal, np.concatenate(list(counted.values())))
     return {"mean": float(np.mean([found[name] for name in counted])), "pooled": pooled, "auroc": found}
-
-
-def radius_text(eps: float) -> str:
-    """0, 1, 4/255 or a number."""
-    parts = round(eps * 255, 6)
-    return f"{parts:.0f}/255" if 0 < eps < 1 and parts == int(parts) else f"{eps:g}"

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.flags import Flags
 from common.seed import generator
 from datasets.augment import AlignedSpec
+from datasets.sets import evenly
 from datasets.views import PassSpec
 from evals.display import equalised, stretched
 from evals.result import Result
@@ -131,10 +132,7 @@ def chosen_taps(backbone: nn.Module, asked: Sequence[str] | None) -> dict[str, T
 def spread(labels: Tensor, order: Tensor, count: int) -> Tensor:
     """Places of `count` images (n,), sorted by label: of all classes as many, up to one. labels (N,); order (N,): in
     which they are taken."""
-    turn, seen = torch.empty_like(order), dict[int, int]()
-    for place, label in enumerate(labels[order].tolist()):
-        turn[place] = seen[label] = seen.get(label, -1) + 1
-    taken = order[turn.argsort(stable=True)[:count]]
+    taken = evenly(labels, order, count)
     return taken[labels[taken].argsort(stable=True)]
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from common.attacks.specs import radius_text
 from common.device import device_name, peak_memory
 from common.files import write_json, write_text, write_whole
 from common.flags import file_name
 from common.run import describe_program
 from datasets.noise import SEVERITIES
-from evals.attacked import SIDES, radius_text
+from evals.attacked import SIDES
 from evals.result import Result, family, nested
 from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained

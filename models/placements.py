@@ -43,10 +43,6 @@ class Site(NamedTuple):
     dim: int
 
 
-# network -> its sites, in the order in which modules are registered.
-PLACEMENTS: dict[str, Callable[[nn.Module], list[Site]]] = {}
-
-
 def _activations(net: nn.Module) -> list[Site]:
     """Before each activation outside gates, of the channels of the last layer registered before it; and behind the
     residual branch of each block of a ConvNeXt. That is the first version of MeanSparse.
@@ -84,7 +80,8 @@ def _slots(net: nn.Module) -> list[Site]:
     return [Site(name, module.channels, module.dim) for name, module in net.named_modules() if isinstance(module, Slot)]
 
 
-PLACEMENTS |= {"activations": _activations, "blocks": _slots}
+# network -> its sites, in the order in which modules are registered.
+PLACEMENTS: dict[str, Callable[[nn.Module], list[Site]]] = {"activations": _activations, "blocks": _slots}
 
 
 def is_activation(module: nn.Module) -> bool:

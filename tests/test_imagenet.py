@@ -88,3 +88,21 @@ def test_imagenet_1k_is_trained_with_labels_and_tested_on_centre_crops(tmp_path,
     assert tsne.main(args) == 0, capsys.readouterr().err
     shown = json.loads((run / "result_sdnet_inside.json").read_text())["shown"]
     assert sorted(image["class"] for image in shown) == ["n01", "n02"] and 20 <= len(read) - before <= 26
+
+
+def test_mean_sparse_looks_at_pictures_as_they_are_decoded(tmp_path, capsys):
+    photographs(tmp_path, {"train/n01": 12, "train/n02": 12, "val/n01": 3, "val/n02": 4})
+    data = ["--dataset", "imagenet1k", "--data_path", str(tmp_path), "--image_size", "16", "--model", "resnet8"]
+    own = ["--mode", "supervised", "--epochs", "1", "--batch_size", "8", "--held_out", "6", "--num_worker", "0"]
+    logs = ["--log_root", str(tmp_path / "logs")]
+    assert train.main([*data, *own, *logs]) == 0, capsys.readouterr().err
+    base = tmp_path / "logs/imagenet1k_resnet8_supervised"
+    assert train.main(["--mode", "meansparse", "--load_path", str(base), *logs]) == 0, capsys.readouterr().err
+    run = tmp_path / "logs/imagenet1k_resnet8_meansparse_activations"
+    assert "statistics of 18 images" in (run / "log.txt").read_text()
+    scan = ["--mode", "alpha_scan", "--load_path", str(run), "--attack_steps", "1", "--alphas", "0.2"]
+    capsys.readouterr()
+    assert evaluate.main(scan) == 2 and "--scan_images: pictures of this data set" in capsys.readouterr().err
+    assert evaluate.main([*scan, "--scan_images", "4"]) == 0, capsys.readouterr().err
+    found = json.loads((run / "result_alpha_scan.json").read_text())
+    assert found["n"] == 4 and [row["alpha"] for row in found["table"]] == [0, 0.2]

@@ -18,6 +18,12 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction such as 8/255") from None
 
 
+def radius_text(eps: float) -> str:
+    """The number, or `8/255` where that is shorter."""
+    text, levels = f"{eps:g}", eps * 255
+    return f"{levels:.0f}/255" if len(text) > 5 and abs(levels - round(levels)) < 1e-6 else text
+
+
 @dataclass(frozen=True)
 class EpsilonSpec(Spec, group="attacks"):
     """How far an attacked image may lie from its own."""

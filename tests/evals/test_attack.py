@@ -17,12 +17,13 @@ import evals.attack as module
 from common.attacks import pgd
 from common.attacks.auto import AutoResult
 from common.attacks.masked import HEADLINE
+from common.attacks.specs import radius_text
 from common.dist import World
 from common.errors import UserError
 from common.flags import Flags, flags_of
 from common.seed import generator
 from datasets.sets import image_set
-from evals.attack import ATTACKS, Column, attack, find_signs, radius_text
+from evals.attack import ATTACKS, Column, attack, find_signs
 from evals.result import Result, family
 from evals.specs import AttackSpec
 from evals.trained import Trained

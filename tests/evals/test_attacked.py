@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eval as evaluate
 import evals.extract as extract
+from common.attacks.specs import radius_text
 from common.dist import SINGLE
 from common.dist import World as RealWorld
 from datasets.augment import AlignedSpec
@@ -19,7 +20,7 @@ from datasets.sets import image_set
 from datasets.shifts import ShiftSpec, rotations_and_translations
 from datasets.views import DrawSpec
 from evals import EVALS
-from evals.attacked import ATTACKS, SIDES, Attacker, Chosen, Plan, attack_detector, radius_text
+from evals.attacked import ATTACKS, SIDES, Attacker, Chosen, Plan, attack_detector
 from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries
 from evals.extract import (
     Extraction,
