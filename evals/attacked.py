@@ -263,7 +263,13 @@ class Plan:
         return cls(names, epsilon, radii, spec.attack_steps, runs, spec.attack_images, flags.seed)
 
     def check(self, scorers: Mapping[str, type[Scorer]], random: bool, sparse: bool) -> None:
-        """Raises: UserError for a score that none of the attacks is for. random, sparse: as `fitting`."""
+        """Raises: UserError for a score that none of the attacks is for. random, sparse: as `fitting`.
+
+        Prints a note where operators of MeanSparse act and no attack passes them straight through.
+        """
+        if sparse and not any(ATTACKS[name].straight for name in self.attacks):
+            known = "pgd_known_straight" if random else "pgd_straight"
+            print(f"note: MeanSparse hides gradients; --attack {' '.join(self.attacks)} {known} climbs past it")
         for name, scorer in scorers.items():
             if not fitting(self.attacks, scorer, random, sparse):
                 raise UserError(

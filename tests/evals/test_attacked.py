@@ -552,3 +552,12 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(more, told, stage1, t
     before = sorted(run.iterdir())
     refused(capsys, evaluate.main(["--load_path", str(run), "--device", "cpu", *more]), *told)
     assert sorted(run.iterdir()) == before
+
+
+@pytest.mark.parametrize("random, known", [(False, "pgd_straight"), (True, "pgd_known_straight")])
+def test_operators_that_hide_gradients_are_a_note_unless_an_attack_passes_them(random, known, capsys):
+    plan().check({}, random, sparse=True)
+    assert f"note: MeanSparse hides gradients; --attack pgd {known} climbs past it" in capsys.readouterr().out
+    plan("pgd", known).check({}, random, sparse=True)
+    plan().check({}, random, sparse=False)
+    assert not capsys.readouterr().out

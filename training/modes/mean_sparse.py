@@ -93,6 +93,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         raise UserError(f"--load_path: {file} {_REFUSED[kind]}")
     if epochs := flags.of(LengthSpec).epochs:
         raise UserError(f"--epochs {epochs}: --mode {flags.mode} trains nothing; leave it out")
+    for unused in filter(flags.given, ("compile", "amp")):  # They are read with other flags, without a word.
+        print(f"note: --{unused} has no effect here: statistics take one pass in float32")
     shifts = ShiftSpec.of(flags).functions() if kind != "rot_trans" else rotations_and_translations()
     sizes: dict[str, Any] = {"n_shifts": len(shifts)} if kind == "feature" else {}
     model = flags.of(ModelSpec, only=["model"]).model

@@ -50,8 +50,10 @@ def net_of(run, kind="classifier", file="last.model"):
     return load_net(kind, read_state(run / file, flag="load_path"), model="resnet8", path=run, flag="load_path").eval()
 
 
-def test_weights_and_outputs_stay_and_the_file_says_what_it_was_trained_by(base, tmp_path):
-    run = sparse(base, tmp_path)
+def test_weights_and_outputs_stay_and_the_file_says_what_it_was_trained_by(base, tmp_path, capsys):
+    run = sparse(base, tmp_path, "--compile", "--amp", "bf16")
+    told = capsys.readouterr().out
+    assert "--compile has no effect here" in told and "--amp has no effect here" in told
     assert run.name == "digits_resnet8_meansparse_activations"
     before, after = (torch.load(folder / "last.model", weights_only=True) for folder in (base, run))
     assert all(torch.equal(after[key], value) for key, value in before.items()) and len(after) == len(before) + 7 * 5
