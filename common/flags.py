@@ -341,12 +341,12 @@ def build_parser(script: str, modes: Iterable[str], default_mode: str | None, sp
             parser.infos[name] = info
             group = groups.setdefault(spec.group, None) or parser.add_argument_group(spec.group)
             groups[spec.group] = group
-            group.add_argument(f"--{name}", *info.aliases, **_argument(info))
+            group.add_argument(f"--{name}", *info.aliases, **argument(info))
     return parser
 
 
-def _argument(info: FlagInfo) -> dict[str, Any]:
-    """What argparse wants to know."""
+def argument(info: FlagInfo) -> dict[str, Any]:
+    """What argparse wants to know of a flag."""
     hint = argparse.SUPPRESS if info.help is None else info.help
     if info.type is None:
         return {"action": "store_true", "help": hint}

@@ -8,7 +8,7 @@ import logging
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -79,7 +79,7 @@ class Reader:
     paths: returns the pictures from which the range is found.
     before: a reader whose range takes precedence, if it has one (that of the training split).
     value_range: lowest and highest value, in place of the range that would be found; others are clipped.
-    max_megapixels: larger pictures are an error. threads: used to find the range.
+    max_megapixels: larger pictures are an error. threads: used to find the range. tops: as `find_range` has found them.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class Reader:
         value_range: Sequence[float] | None = None,
         max_megapixels: float = 100.0,
         threads: int = 4,
+        tops: Mapping[str, float] | None = None,
     ):
         self.paths, self.before, self.threads = paths, before, threads
         self.value_range, self.max_megapixels = value_range, max_megapixels
-        self._tops: dict[str, float] | None = None  # of the ranges found
+        self._tops: dict[str, float] | None = None if tops is None else dict(tops)  # of the ranges found
         self._remarks: defaultdict[str, list[str]] = defaultdict(list)
 
     @contextmanager

@@ -1,0 +1,137 @@
+"""From pixels to patch features: grids of a frozen backbone's stages.
+
+Letters: n pictures, S pixels on a side, P patches (places of a grid), F features.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from models import TIMM, backbone_spec
+
+# Rows of a picture are made floats so many values at a time: a picture of 100 megapixels would take 2.4 GB.
+_STRIP = 2**21
+# The stride that the fine grid has; stages with a larger one make the coarse grid.
+_FINE = 16
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within, torch works with one thread: more would round otherwise. Pictures go side by side instead."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def resized(pixels: np.ndarray, size: int) -> Tensor:
+    """Pixels (H, W, 3), uint8, as one picture (1, 3, size, size) of floats in [0, 1]; its sides may be stretched.
+
+    Linear interpolation with an anti-aliasing filter, first along rows, then along columns, in float64: in float32 its
+    weights are off by a hundred thousandth, which scores would show.
+    """
+    picture = torch.from_numpy(np.require(pixels, requirements="W"))
+    rows = max(1, _STRIP // (3 * pixels.shape[1]))
+    narrow = torch.cat(
+        [_linear(part.permute(2, 0, 1)[None].double(), (len(part), size)) for part in picture.split(rows)], dim=2
+    )
+    return (_linear(narrow, (size, size)) / 255).float()
+
+
+def _linear(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+class Pyramid(nn.Module):
+    """Pictures (n, 3, S, S) in [0, 1] -> patch features [(n, P, F), ...] of a fine grid and, mostly, of a coarse one.
+
+    A patch of the fine grid joins the stages of stride 4, 8 and 16 at stride 16, one of the coarse grid has the stage
+    of stride 32; each stage is averaged over 3 x 3 places of its own before. `levels` says which stage goes where.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, stages: nn.Module, levels: list[list[int]], mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.stages, self.levels = stages, levels
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        found = self.stages((x - self.mean) / self.std)
+        return [_grid([found[i] for i in level]) for level in self.levels]
+
+
+def _grid(stages: list[Tensor]) -> Tensor:
+    """Stages (n, F_i, H_i, W_i), the coarsest last, on the grid of the last: (n, P, F)."""
+    side = stages[-1].shape[-2:]
+    parts = []
+    for stage in stages:
+        x = F.avg_pool2d(stage, 3, 1, 1, count_include_pad=False)
+        step = (x.shape[-2] // side[0], x.shape[-1] // side[1])
+        parts.append(x if step == (1, 1) else F.avg_pool2d(x, step))
+    return torch.cat(parts, 1).flatten(2).transpose(1, 2)
+
+
+class _ResNetStages(nn.Module):
+    """The four stages of a ResNet of torchvision's layout."""
+
+    def __init__(self, net: Any):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        net = self.net
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        found = []
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            found.append(x := layer(x))
+        return found
+
+
+def pyramid(name: str, load: Callable[[nn.Module], None] = lambda net: None) -> Pyramid:
+    """Of the backbone `name`, in evaluation mode. load: puts weights into the backbone; without, they are fresh.
+
+    Raises: UserError for a backbone without stages of stride 4 to 32.
+    """
+    spec = backbone_spec(name)
+    if name.startswith(TIMM):
+        stages, strides, config = _timm_stages(name)
+    elif name.startswith("resnet") and name.endswith("_imagenet"):
+        stages, strides, config = _ResNetStages(spec.make()), [4, 8, 16, 32], None
+    else:
+        raise UserError(f"--backbone {name}: it has no stages here; give timm_<model> or resnet18_imagenet, say")
+    load(stages.net if isinstance(stages, _ResNetStages) else stages)
+    fine = [i for i, stride in enumerate(strides) if 4 <= stride <= _FINE]
+    coarse = [i for i, stride in enumerate(strides) if stride > _FINE][:1]
+    if not fine or strides[fine[-1]] != _FINE:
+        raise UserError(f"--backbone {name}: it has no stage of stride {_FINE} ({strides}); give a convolutional one")
+    mean, std = config or ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return Pyramid(stages, [level for level in (fine, coarse) if level], mean, std).eval().requires_grad_(False)
+
+
+def _timm_stages(name: str) -> tuple[nn.Module, list[int], tuple[Any, Any]]:
+    """The stages of a model of timm, their strides, mean and standard deviation of its inputs."""
+    import timm
+
+    model = name.removeprefix(TIMM)
+    try:
+        net: Any = timm.create_model(model, pretrained=False, features_only=True)
+    except RuntimeError as error:
+        raise UserError(f"--backbone {name}: timm gives no stages of it ({error})") from None
+    config = timm.get_pretrained_cfg(model)
+    size, mean, std = (config.input_size[-1], config.mean, config.std) if config else (224, (0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        shapes = [tuple(x.shape) for x in net.eval()(torch.zeros(1, 3, size, size))]
+    if any(len(shape) != 4 or shape[1] != c for shape, c in zip(shapes, net.feature_info.channels(), strict=True)):
+        raise UserError(f"--backbone {name}: its stages are no maps of channels first; give a convolutional one")
+    return net, list(net.feature_info.reduction()), (mean, std)
