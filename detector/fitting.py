@@ -62,7 +62,7 @@ class FitSpec(Spec, group="fit"):
         1, "calibrate by so many folds, each left out once: for few pictures; a weaker promise", at_least=1
     )
     seed: int = flag(0, "every random draw follows from it")
-    max_megapixels: float = flag(100.0, "larger pictures are not read", above=0)
+    max_megapixels: float = flag(64.0, "larger pictures are not read", above=0)
     value_range: tuple[float, float] | None = flag(
         None, "range of the values of 16-bit and float pictures", type=float, nargs=2, metavar=("LOW", "HIGH")
     )

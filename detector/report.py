@@ -17,7 +17,7 @@ from common.files import disk_errors, write_text
 from datasets.listing import printable
 from detector.card import promise
 from detector.detector import Detector, Row, shrunk
-from detector.scoring import HOTTEST, path_text
+from detector.scoring import path_text, shares
 
 # Pictures that the gallery shows, the least normal ones, and unreadable ones that it names.
 _MOST, _ERRORS = 5000, 1000
@@ -82,7 +82,7 @@ def _thumbnail(pixels: np.ndarray | None) -> bytes:
 def _small(heat: np.ndarray) -> bytes:
     """Heat (S, S) in 28 x 28 bytes."""
     x = F.adaptive_avg_pool2d(torch.from_numpy(heat)[None, None], _HEAT_SIDE)[0, 0].numpy()
-    return (np.clip(x / HOTTEST, 0, 1) * 255).round().astype(np.uint8).tobytes()
+    return (shares(x) * 255).round().astype(np.uint8).tobytes()
 
 
 def _base64(data: bytes) -> str:

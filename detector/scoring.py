@@ -17,8 +17,8 @@ from common.flags import file_name
 from datasets.listing import printable
 from detector.detector import Row
 
-# Heat that is drawn as the hottest, in standard deviations.
-HOTTEST = 12.0
+# Heat that is drawn as the hottest, in standard deviations, unless the picture has a hotter place.
+_HOTTEST = 12.0
 COLUMNS = ("path", "verdict", "score", "p_value", "milliseconds", "error")
 
 
@@ -104,10 +104,15 @@ class Heatmaps:
         Image.fromarray(over(row.heat, row.small)).save(self._folder / name)
 
 
+def shares(heat: np.ndarray) -> np.ndarray:
+    """Heat as shares of the hottest, 0 to 1."""
+    return np.clip(heat / max(_HOTTEST, float(heat.max())), 0, 1)
+
+
 def over(heat: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     """Heat (S, S) as colours, from black over red and yellow to white, over the picture in grey: (h, w, 3) both."""
     height, width = pixels.shape[:2]
-    fitted = Image.fromarray(np.clip(heat / HOTTEST, 0, 1).astype(np.float32)).resize((width, height))
+    fitted = Image.fromarray(shares(heat).astype(np.float32)).resize((width, height))
     x = 3 * np.asarray(fitted)[..., None] - np.arange(3)
     grey = pixels.mean(2, keepdims=True) / 255
     return (255 * (1 - (1 - 0.6 * grey) * (1 - np.clip(x, 0, 1)))).round().astype(np.uint8)

@@ -15,6 +15,7 @@ import train
 import train_cocsr
 import tsne
 from common.files import save_tensors
+from detector.commands import parser
 from models.checkpoint import build_net
 from models.csc import follow_weights, input_sizes
 from models.lambda_line import fixed, measured
@@ -70,6 +71,16 @@ def test_a_broken_link_is_found(tmp_path):
     page = tmp_path / "a.md"
     page.write_text("# One, two\n[a](#one-two) [b](#three) [c](a.md#one-two) [d](b.md) [e](https://example.org/none)")
     assert broken_links(page) == ["#three", "b.md"]
+
+
+@pytest.mark.parametrize("name, count", [("README.md", 3), ("docs/detector.md", 17)])
+def test_commands_of_the_detector_parse(name, count):
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").split("\n")]
+    found = [shlex.split(match[1], comments=True) for line in lines if (match := re.search(r"\bdetect\.py (.*)", line))]
+    assert len(found) == count
+    for argv in found:
+        parser().parse_args([word for word in argv if word not in ("&&", "||")])
 
 
 @pytest.mark.parametrize(
