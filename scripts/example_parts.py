@@ -35,7 +35,8 @@ def draw(rng: np.random.Generator, defect: str = "") -> Image.Image:
         inside = np.hypot(x - 0.27 * np.cos(centre), y - 0.27 * np.sin(centre)) < 0.045
         picture = np.where(inside, 0.1, picture)
     image = Image.fromarray((255 * picture.clip(0, 1)).astype(np.uint8))
-    pen, at = ImageDraw.Draw(image), rng.uniform(0, 2 * np.pi)
+    # Between two holes.
+    pen, at = ImageDraw.Draw(image), rng.integers(4) * np.pi / 2 + rng.uniform(-0.3, 0.3)
     middle = n / 2 + 0.27 * n * np.array([np.cos(at), np.sin(at)])
     if defect == "scratch":
         way = rng.normal(0, 1, 2)
@@ -44,7 +45,7 @@ def draw(rng: np.random.Generator, defect: str = "") -> Image.Image:
     if defect == "stain":
         blot = Image.new("L", image.size)
         spread = rng.uniform(0.02, 0.035) * n
-        ImageDraw.Draw(blot).ellipse([*(middle - spread), *(middle + spread)], fill=int(rng.uniform(70, 120)))
+        ImageDraw.Draw(blot).ellipse([*(middle - spread), *(middle + spread)], fill=int(rng.uniform(90, 150)))
         dark = Image.new("L", image.size, 30)
         image = Image.composite(dark, image, blot.filter(ImageFilter.GaussianBlur(spread / 3)))
     image = image.filter(ImageFilter.GaussianBlur(0.8)).resize((_SIZE, _SIZE), Image.Resampling.BOX)

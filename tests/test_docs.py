@@ -80,14 +80,14 @@ def test_commands_of_the_detector_parse(name, count):
     found = [shlex.split(match[1], comments=True) for line in lines if (match := re.search(r"\bdetect\.py (.*)", line))]
     assert len(found) == count
     for argv in found:
-        parser().parse_args([word for word in argv if word not in ("&&", "||")])
+        end = next((i for i, word in enumerate(argv) if word in (">", "||")), len(argv))
+        parser().parse_args(argv[:end])
 
 
 @pytest.mark.parametrize(
     "name, count",
     [
-        ("README.md", 2),
-        ("docs/usage.md", 7),
+        ("docs/usage.md", 9),
         ("docs/scaling.md", 1),
         ("docs/rdae.md", 3),
         ("docs/sdnet.md", 8),
