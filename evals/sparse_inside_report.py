@@ -47,7 +47,7 @@ def draw_shares(shares: Mapping[str, float], facts: Mapping[str, Any], path: Pat
     axes.invert_yaxis()
     axes.set_xlabel(f"share of values that are replaced in %, alpha {facts['alpha']:g}")
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=_DPI))
 
 
