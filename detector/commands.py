@@ -217,7 +217,7 @@ COMMANDS: dict[str, _Command] = {
 
 
 def parser() -> Parser:
-    top = Parser(prog="detect.py", description=__doc__ and "Fit, use and judge a detector of your own pictures.",
+    top = Parser(prog="detect.py", description="Fit, use and judge a detector of your own pictures.",
                  allow_abbrev=False)  # fmt: skip
     sub = top.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS), parser_class=Parser)
     for name, command in COMMANDS.items():

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from common.files import disk_errors
+from common.files import disk_errors, write_whole
 from common.flags import file_name
 from datasets.listing import printable
 from detector.detector import Row
@@ -101,7 +101,9 @@ class Heatmaps:
             n += 1
             name = f"{stem}_{n}_heat.png"
         self._names.add(name)
-        Image.fromarray(over(row.heat, row.small)).save(self._folder / name)
+        picture = Image.fromarray(over(row.heat, row.small))
+        with disk_errors(self._folder):
+            write_whole(self._folder / name, lambda file: picture.save(file, "PNG"))
 
 
 def shares(heat: np.ndarray) -> np.ndarray:
