@@ -34,7 +34,14 @@ _DAY_S = 24 * 3600
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
-    """Call `write(file)` on a temporary file, then rename it to `path`: readers see the old file or the new one.
+    """`write(file)` in a `whole_file`."""
+    with whole_file(path, keep=keep) as file:
+        write(file)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, *, keep: Path | None = None) -> Iterator[BinaryIO]:
+    """A temporary file to write to, renamed to `path` at the end: readers see the old file or the new one.
 
     keep: where the old file, if there is one, stays. The file's permissions are those of the umask.
     """
@@ -43,7 +50,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], *, keep: Path |
         # Exclusive and locked: who looks for leftovers sees that this one is being written.
         with open(temporary, "xb") as file:
             _lock_quietly(file.fileno())
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             if keep is not None and path.exists():

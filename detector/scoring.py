@@ -1,6 +1,7 @@
 """What `detect.py score` prints and writes of each picture, one after another, in constant memory."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from common.errors import UserError
-from common.files import disk_errors, write_whole
+from common.files import disk_errors, whole_file, write_whole
 from common.flags import file_name
 from datasets.listing import printable
 from detector.detector import Row
@@ -126,14 +127,10 @@ def whole_text(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
         raise UserError(f"{printable(path)} is a folder; give a file")
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path.parent), open(temporary, "w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with disk_errors(path.parent), whole_file(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        yield text
+        text.detach()
 
 
 class Counts:
