@@ -1,11 +1,13 @@
 """Scoring pictures against the backbone's own forward pass: `python -m benchmarks.detector FILE.detector FOLDER`.
 
-Both work on the same pictures, one at a time and with one thread each, as many side by side as --num_worker says: the
-detector from files to scores, the backbone from prepared pictures to its stages. They take their turns in one process;
-the ratio is the median of the ratios within a turn. Then memory: the growth of the process over --many scores.
+All work on the same pictures, one at a time and with one thread each, as many side by side as --num_worker says: the
+detector from files to scores, the backbone from prepared pictures to its stages, in the memory format that it comes in
+and in that of the detector, channels last. They take their turns in one process; ratios are medians of those within a
+turn. Then memory: the growth of the process over --many scores.
 """
 
 import argparse
+import copy
 import itertools
 import resource
 import statistics
@@ -24,6 +26,8 @@ from detector.features import one_thread, resized
 from detector.pictures import Unreadable, pictures_of, read
 from scripts.results import markdown
 
+LAYOUTS = {"as it comes": torch.contiguous_format, "channels last": torch.channels_last}
+
 
 def seconds_of_rows(detector: Detector, paths: Sequence, workers: int) -> float:
     start = perf_counter()
@@ -32,12 +36,12 @@ def seconds_of_rows(detector: Detector, paths: Sequence, workers: int) -> float:
     return perf_counter() - start
 
 
-def seconds_of_backbone(detector: Detector, prepared: Sequence[torch.Tensor], workers: int) -> float:
-    pyramid: Any = detector.net.pyramid
+def seconds_of_backbone(stages: torch.nn.Module, prepared: Sequence[torch.Tensor], workers: int) -> float:
+    """Of pictures (1, 3, S, S) that are normalised."""
 
     @torch.inference_mode()
     def one(x: torch.Tensor) -> None:
-        pyramid.stages((x - pyramid.mean) / pyramid.std)
+        stages(x)
 
     start = perf_counter()
     with one_thread():
@@ -71,24 +75,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     pixels = [each for each in read_all if not isinstance(each, Unreadable)]
     if len(pixels) < len(paths) or not pixels or "flags" in detector.config:
         raise UserError("give a folder of readable pictures and a detector with a frozen backbone")
-    prepared = [resized(each, detector.size) for each in pixels]
-    turns = [
-        (
-            seconds_of_rows(detector, paths, args.num_worker),
-            seconds_of_backbone(detector, prepared, args.num_worker),
-        )
-        for _ in range(args.rounds)
-    ]
-    whole, alone = (statistics.median(times) for times in zip(*turns, strict=True))
-    ratios = sorted(backbone / rows for rows, backbone in turns)
+    pyramid: Any = detector.net.pyramid
+    prepared = [(resized(each, detector.size) - pyramid.mean) / pyramid.std for each in pixels]
+    backbones = {}
+    for name, layout in LAYOUTS.items():
+        stages = copy.deepcopy(pyramid.stages).to(memory_format=layout)
+        backbones[f"backbone alone, {name}"] = stages, [x.contiguous(memory_format=layout) for x in prepared]
+    turns = []
+    for _ in range(args.rounds):
+        turn = {"files to scores": seconds_of_rows(detector, paths, args.num_worker)}
+        for name, (stages, inputs) in backbones.items():
+            turn[name] = seconds_of_backbone(stages, inputs, args.num_worker)
+        turns.append(turn)
     print(
         f"{device_name(torch.device('cpu'))}, torch {torch.__version__}, {len(paths)} pictures,"
         f" {args.num_worker} workers"
     )
-    header = ["", "pictures a second"]
-    rows = [["files to scores", f"{len(paths) / whole:.1f}"], ["backbone alone", f"{len(paths) / alone:.1f}"]]
-    print(markdown(header, rows), end="")
-    print(f"share of the backbone's speed: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+    rows = []
+    for name in turns[0]:
+        speed = len(paths) / statistics.median(turn[name] for turn in turns)
+        ratios = sorted(turn[name] / turn["files to scores"] for turn in turns)
+        share = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        rows.append([name, f"{speed:.1f}", share])
+    print(markdown(["", "pictures a second", "share that the detector reaches"], rows), end="")
     if args.many:
         print(f"memory grows by {growth(detector, paths, args.many, args.num_worker):.0f} MiB over {args.many} scores")
 

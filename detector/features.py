@@ -62,12 +62,13 @@ class Pyramid(nn.Module):
 
     def __init__(self, stages: nn.Module, levels: list[list[int]], mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.stages, self.levels = stages, levels
+        # Channels last: a quarter faster on CPUs, for small backbones with depthwise convolutions.
+        self.stages, self.levels = stages.to(memory_format=torch.channels_last), levels
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        found = self.stages((x - self.mean) / self.std)
+        found = self.stages(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
         return [_grid([found[i] for i in level]) for level in self.levels]
 
 
