@@ -224,11 +224,15 @@ def _build(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
 
         return rebuilt(config["method"][0], state, config["flags"])
     terms = []
-    for i, (name, grid) in enumerate(config["terms"]):
+    for i, (name, stride) in enumerate(config["terms"]):
         prefix = f"terms.{i}."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        model = METHODS[name].model(**{k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")})
-        terms.append(Term(model, grid, own["weight"], own["units"]))
+        model = (
+            METHODS[name]
+            .fits[stride]
+            .model(**{k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")})
+        )
+        terms.append(Term(model, stride, own["weight"], own["units"]))
     net = PatchNet(pyramid(config["backbone"]), terms)
     net.load_state_dict(state)
     return net.eval()

@@ -3,7 +3,7 @@
 Letters: n pictures, S pixels on a side, P patches (places of a grid), F features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,8 +17,8 @@ from models import TIMM, backbone_spec
 
 # Rows of a picture are made floats so many values at a time: a picture of 100 megapixels would take 2.4 GB.
 _STRIP = 2**21
-# The stride that the fine grid has; stages with a larger one make the coarse grid.
-_FINE = 16
+# A grid by its stride, 8 of fine to 32 of coarse: between which strides stages are joined for its patches.
+GRIDS = {8: (8, 16), 16: (4, 16), 32: (32, 32)}
 
 
 @contextmanager
@@ -51,35 +51,46 @@ def _linear(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class Pyramid(nn.Module):
-    """Pictures (n, 3, S, S) in [0, 1] -> patch features [(n, P, F), ...] of a fine grid and, mostly, of a coarse one.
+    """Pictures (n, 3, S, S) in [0, 1] -> patch features (n, P, F) by the stride of their grid, of those in `grids`.
 
-    A patch of the fine grid joins the stages of stride 4, 8 and 16 at stride 16, one of the coarse grid has the stage
-    of stride 32; each stage is averaged over 3 x 3 places of its own before. `levels` says which stage goes where.
+    Each stage is averaged over 3 x 3 places of its own before. levels: which stages each grid joins, the one of its own
+    stride first.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, stages: nn.Module, levels: list[list[int]], mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self, stages: nn.Module, levels: dict[int, list[int]], mean: tuple[float, ...], std: tuple[float, ...]
+    ):
         super().__init__()
         # Channels last: a quarter faster on CPUs, for small backbones with depthwise convolutions.
         self.stages, self.levels = stages.to(memory_format=torch.channels_last), levels
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, grids: Iterable[int] = tuple(GRIDS)) -> dict[int, Tensor]:
         found = self.stages(((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
-        return [_grid([found[i] for i in level]) for level in self.levels]
+        return {
+            stride: _grid([found[i] for i in level]) for stride, level in self.levels.items() if stride in set(grids)
+        }
 
 
 def _grid(stages: list[Tensor]) -> Tensor:
-    """Stages (n, F_i, H_i, W_i), the coarsest last, on the grid of the last: (n, P, F)."""
-    side = stages[-1].shape[-2:]
+    """Stages (n, F_i, H_i, W_i) on the grid of the first: (n, P, F).
+
+    Finer ones are averaged, coarser ones interpolated.
+    """
+    side = stages[0].shape[-2:]
     parts = []
     for stage in stages:
-        x = F.avg_pool2d(stage, 3, 1, 1, count_include_pad=False)
-        step = (x.shape[-2] // side[0], x.shape[-1] // side[1])
-        parts.append(x if step == (1, 1) else F.avg_pool2d(x, step))
+        # With zeros beyond the edge: patches there, which the backbone's own padding makes unlike others, weigh less.
+        x = F.avg_pool2d(stage, 3, 1, 1)
+        if x.shape[-1] > side[-1]:
+            x = F.avg_pool2d(x, (x.shape[-2] // side[0], x.shape[-1] // side[1]))
+        elif x.shape[-1] < side[-1]:
+            x = F.interpolate(x, size=(int(side[0]), int(side[1])), mode="bilinear", align_corners=False)
+        parts.append(x)
     return torch.cat(parts, 1).flatten(2).transpose(1, 2)
 
 
@@ -112,12 +123,18 @@ def pyramid(name: str, load: Callable[[nn.Module], None] = lambda net: None) -> 
     else:
         raise UserError(f"--backbone {name}: it has no stages here; give timm_<model> or resnet18_imagenet, say")
     load(stages.net if isinstance(stages, _ResNetStages) else stages)
-    fine = [i for i, stride in enumerate(strides) if 4 <= stride <= _FINE]
-    coarse = [i for i, stride in enumerate(strides) if stride > _FINE][:1]
-    if not fine or strides[fine[-1]] != _FINE:
-        raise UserError(f"--backbone {name}: it has no stage of stride {_FINE} ({strides}); give a convolutional one")
+    levels = {}
+    for stride, (first, last) in GRIDS.items():
+        own = [i for i, each in enumerate(strides) if each == stride]
+        if own:
+            levels[stride] = own[:1] + [i for i, each in enumerate(strides) if first <= each <= last and i != own[0]]
+    missing = sorted({8, 16} - set(levels))
+    if missing:
+        raise UserError(
+            f"--backbone {name}: it has no stage of stride {missing[0]} ({strides}); give a convolutional one"
+        )
     mean, std = config or ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return Pyramid(stages, [level for level in (fine, coarse) if level], mean, std).eval().requires_grad_(False)
+    return Pyramid(stages, levels, mean, std).eval().requires_grad_(False)
 
 
 def _timm_stages(name: str) -> tuple[nn.Module, list[int], tuple[Any, Any]]:

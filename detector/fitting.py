@@ -25,12 +25,12 @@ from detector.advisor import advise
 from detector.calibration import CONFIDENCE
 from detector.detector import Detector, in_order
 from detector.features import Pyramid, one_thread, pyramid, resized
-from detector.net import PatchNet, fit_terms
+from detector.net import PatchNet, fit_terms, pairs_of
 from detector.patches import METHODS
 from detector.pictures import Look, Unreadable, copies, held_out, look, read
 from models import BACKBONES
 
-DEFAULT = "gaussians"
+DEFAULT = "prototypes"
 # Methods that train a network: rows of `detector.trained.TRAINED`.
 SCRATCH = ("csi", "admm_srnet", "rot_trans")
 # Fewer pictures than that say nothing on what is normal.
@@ -146,17 +146,22 @@ class _Patches:
         self._spec, self.size = spec, spec.image_size or 224
         self._name, self._pyramid = (spec.backbone, net) if net is not None else backbone(spec)
 
+        self._pairs = pairs_of(spec.method, self._pyramid.levels)
+        self._strides = sorted({stride for _, stride in self._pairs})
+
     def see(self, prepared: Tensor) -> list[Tensor]:
-        return self._pyramid(prepared)
+        grids = self._pyramid(prepared, self._strides)
+        return [grids[stride] for stride in self._strides]
 
     def fit(self, columns: list[Tensor]) -> tuple[nn.Module, dict[str, Any]]:
-        methods = list(self._spec.method)
-        terms, lines = fit_terms(columns, methods, self._spec.seed)
-        pairs = [[method, grid] for method in methods for grid in range(len(columns))]
-        return PatchNet(self._pyramid, terms), {"terms": pairs, "chosen": lines, "backbone": self._name}
+        terms, lines = fit_terms(self._grids(columns), self._spec.method, self._spec.seed)
+        return PatchNet(self._pyramid, terms), {"terms": self._pairs, "chosen": lines, "backbone": self._name}
 
     def score(self, net: Any, columns: list[Tensor]) -> Tensor:
-        return net.scored(columns).score
+        return net.scored(self._grids(columns)).score
+
+    def _grids(self, columns: list[Tensor]) -> dict[int, Tensor]:
+        return dict(zip(self._strides, columns, strict=True))
 
 
 class _Scratch:

@@ -3,6 +3,7 @@
 Letters: n pictures, S pixels on a side, P patches, F features.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ from common.seed import generator
 from detector.features import Pyramid
 from detector.patches import METHODS, PatchModel
 
-# The patches of a grid that decide: the mean of so large a share of the farthest ones. Fine grid, coarse grid.
-SHARES = (0.02, 0.2)
+# The patches of a grid that decide, by its stride: the mean of so large a share of the farthest ones.
+SHARES = {8: 0.005, 16: 0.02, 32: 0.2}
 # The share of the pictures to fit that settings and units are found by, before all are fitted.
 _ASIDE = 0.2
+# Pictures that are measured together in the fit.
+_TOGETHER = 8
 
 
 class Scored(NamedTuple):
@@ -31,20 +34,20 @@ class Term(nn.Module):
     weight: Tensor
     units: Tensor
 
-    def __init__(self, model: PatchModel, grid: int, weight: Tensor, units: Tensor):
+    def __init__(self, model: PatchModel, stride: int, weight: Tensor, units: Tensor):
         super().__init__()
-        self.model, self.grid = model, grid
+        self.model, self.stride = model, stride
         self.register_buffer("weight", weight)
         self.register_buffer("units", units)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         far = self.model(x)
-        return self.weight * pooled(far, self.grid), (far - self.units[0]) / self.units[1]
+        return self.weight * pooled(far, self.stride), (far - self.units[0]) / self.units[1]
 
 
-def pooled(far: Tensor, grid: int) -> Tensor:
-    """The mean of the farthest patches (n, P), a robust maximum: (n,)."""
-    count = max(1, round(SHARES[grid] * far.shape[1]))
+def pooled(far: Tensor, stride: int) -> Tensor:
+    """The mean of the farthest patches (n, P) of the grid of this stride, a robust maximum: (n,)."""
+    count = max(1, round(SHARES[stride] * far.shape[1]))
     return far.topk(count, dim=1).values.mean(1)
 
 
@@ -57,44 +60,45 @@ class PatchNet(nn.Module):
     def __init__(self, pyramid: Pyramid, terms: list[Term]):
         super().__init__()
         self.pyramid, self.terms = pyramid, nn.ModuleList(terms)
-        self._grids = [term.grid for term in terms]
+        self._strides = [term.stride for term in terms]
 
     def forward(self, x: Tensor) -> Scored:
-        return self.scored(self.pyramid(x))
+        return self.scored(self.pyramid(x, self._strides))
 
-    def scored(self, grids: list[Tensor]) -> Scored:
-        """Of patch features."""
-        found = [term(grids[grid]) for term, grid in zip(self.terms, self._grids, strict=True)]
+    def scored(self, grids: Mapping[int, Tensor]) -> Scored:
+        """Of patch features, by the stride of their grid."""
+        found = [term(grids[stride]) for term, stride in zip(self.terms, self._strides, strict=True)]
         return Scored(-torch.stack([score for score, _ in found]).sum(0), [far for _, far in found])
 
 
-def fit_terms(grids: list[Tensor], methods: list[str], seed: int) -> tuple[list[Term], list[str]]:
-    """Terms of normal pictures' patch features [(n, P, F), ...], and a line on each that says what was chosen.
+def pairs_of(methods: Sequence[str], strides: Iterable[int]) -> list[tuple[str, int]]:
+    """The terms of methods: each method with the strides of its grids, of those that there are."""
+    return [(name, stride) for name in methods for stride in METHODS[name].fits if stride in set(strides)]
+
+
+def fit_terms(grids: Mapping[int, Tensor], methods: Sequence[str], seed: int) -> tuple[list[Term], list[str]]:
+    """Terms of patch features (n, P, F) of normal pictures, by stride, and a line on each that says what was chosen.
 
     A fifth of the pictures is set aside: by it settings and weights are found; then all are fitted.
     """
-    n = len(grids[0])
+    n = len(next(iter(grids.values())))
     order = torch.randperm(n, generator=generator(seed, "set aside"))
     aside, rest = order[: max(2, round(_ASIDE * n))].sort().values, order[max(2, round(_ASIDE * n)) :].sort().values
     terms, lines = [], []
-    for name in methods:
-        method = METHODS[name]
-        for grid, x in enumerate(grids):
-            settings = method.choose(x[rest], x[aside])
-
-            def fit(x: Tensor) -> PatchModel:
-                return method.fit(x, settings, _generator(seed, name, grid))  # noqa: B023
-
-            far = fit(x[rest])(x[aside])
-            varies = pooled(far, grid).std().clamp_min(1e-6)
-            units = torch.stack([far.mean(), far.std().clamp_min(1e-6)])
-            terms.append(Term(fit(x), grid, 1 / varies, units))
-            lines.append(f"{name}, {('fine', 'coarse')[grid]} grid: {settings or 'nothing to choose'}")
+    for name, stride in pairs_of(methods, grids):
+        x, own = grids[stride], METHODS[name].fits[stride]
+        settings = own.choose(x[rest], x[aside])
+        model = own.fit(x[rest], settings, _generator(seed, name, stride))
+        far = torch.cat([model(part) for part in x[aside].split(_TOGETHER)])
+        varies = pooled(far, stride).std().clamp_min(1e-6)
+        units = torch.stack([far.mean(), far.std().clamp_min(1e-6)])
+        terms.append(Term(own.fit(x, settings, _generator(seed, name, stride)), stride, 1 / varies, units))
+        lines.append(f"{name}, grid of stride {stride}: {settings or 'nothing to choose'}")
     total = torch.stack([term.weight for term in terms]).sum()
     for term in terms:
         term.weight /= total
     return terms, lines
 
 
-def _generator(seed: int, name: str, grid: int) -> Generator:
-    return generator(seed, f"patches {name}", grid)
+def _generator(seed: int, name: str, stride: int) -> Generator:
+    return generator(seed, f"patches {name}", stride)

@@ -3,7 +3,7 @@
 Letters: n pictures, P patches (places of a grid), F features, M atoms or patches kept, k directions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,6 +26,7 @@ _DIRECTIONS, _PER_DIRECTION = (0, 1, 2, 4, 8, 16), 10
 _PATCHES, _KEPT = 50_000, 0.1
 _ATOMS, _ROUNDS, _STEPS, _SHARE = 256, 5, 30, 0.2
 _PROJECTED = 128
+_PROTOTYPES = 512
 
 
 class PatchModel(nn.Module):
@@ -90,10 +91,30 @@ class Neighbours(PatchModel):
     bank: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        y, bank = x * self.scale, self.bank.float()
-        nearest = (bank.square().sum(-1) - 2 * y @ bank.T).argmin(-1)
-        # By their difference: by products, a small distance would have no digits left.
-        return ((y - bank[nearest]).square().sum(-1) / x.shape[-1]).sqrt()
+        return nearest(x * self.scale, self.bank.float())
+
+
+def nearest(x: Tensor, bank: Tensor) -> Tensor:
+    """The distance of x (n, P, F) to the nearest of bank (M, F), by feature: (n, P)."""
+    which = (bank.square().sum(-1) - 2 * x @ bank.T).argmin(-1)
+    # By their difference: by products, a small distance would have no digits left.
+    return ((x - bank[which]).square().sum(-1) / x.shape[-1]).sqrt()
+
+
+class Prototypes(PatchModel):
+    """The distance to the nearest of few normal patches, after all are whitened together.
+
+    scale, mean (F,), white (F, F), bank (M, F).
+    """
+
+    tensors = ("scale", "mean", "white", "bank")
+    scale: Tensor
+    mean: Tensor
+    white: Tensor
+    bank: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nearest((x * self.scale - self.mean) @ self.white, self.bank.float())
 
 
 class Pooled(Neighbours):
@@ -252,6 +273,17 @@ def fit_neighbours(x: Tensor, settings: None, generator: Generator) -> Neighbour
     return Neighbours(scale=scale, bank=y[coreset(y, round(_KEPT * len(y)), generator)].half())
 
 
+def fit_prototypes(x: Tensor, settings: None, generator: Generator) -> Prototypes:
+    y = _some(x.flatten(0, 1), generator)
+    scale = _scale(y)
+    y = y * scale
+    mean = y.mean(0)
+    white = _whitening(_covariance(y - mean))
+    y = (y - mean) @ white
+    bank = y[coreset(y, min(_PROTOTYPES, len(y)), generator)]
+    return Prototypes(scale=scale, mean=mean, white=white, bank=bank.half())
+
+
 def fit_pooled(x: Tensor, settings: None, generator: Generator) -> Pooled:
     x = x.mean(1)
     scale = _scale(x)
@@ -297,23 +329,38 @@ def coreset(patches: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PatchMethod:
-    """A row. model: its kind. fit: (patches (n, P, F), settings, generator) -> model. choose: settings, from patches
-    and from others that the fit has not seen. grows: whether the file grows with the pictures.
-    places: whether it looks at places."""
+class PatchFit:
+    """model: its kind. fit: (patches (n, P, F), settings, generator) -> model. choose: settings, from patches and from
+    others that the fit has not seen."""
 
     model: type[PatchModel]
     fit: Callable[[Tensor, Any, Generator], PatchModel]
     choose: Callable[[Tensor, Tensor], Any] = lambda x, held_out: None
+
+
+@dataclass(frozen=True)
+class PatchMethod:
+    """A row. fits: by the stride of the grid. grows: whether the file grows with the pictures. places: whether it looks
+    at places."""
+
+    fits: Mapping[int, PatchFit]
     grows: bool = False
     places: bool = True
 
 
+_GAUSSIANS = PatchFit(Gaussians, fit_places, choose_places)
+
+
+def _on_two(fit: PatchFit) -> dict[int, PatchFit]:
+    return {16: fit, 32: fit}
+
+
 METHODS: dict[str, PatchMethod] = {
-    "gaussians": PatchMethod(Gaussians, fit_places, choose_places),
-    "mahalanobis": PatchMethod(Gaussians, fit_one),
-    "padim": PatchMethod(FullGaussians, fit_padim),
-    "patch_sr": PatchMethod(Sparse, fit_sparse),
-    "patch_knn": PatchMethod(Neighbours, fit_neighbours, grows=True),
-    "pooled_knn": PatchMethod(Pooled, fit_pooled, grows=True, places=False),
+    "prototypes": PatchMethod({8: PatchFit(Prototypes, fit_prototypes), 32: _GAUSSIANS}),
+    "gaussians": PatchMethod(_on_two(_GAUSSIANS)),
+    "mahalanobis": PatchMethod(_on_two(PatchFit(Gaussians, fit_one))),
+    "padim": PatchMethod(_on_two(PatchFit(FullGaussians, fit_padim))),
+    "patch_sr": PatchMethod(_on_two(PatchFit(Sparse, fit_sparse))),
+    "patch_knn": PatchMethod(_on_two(PatchFit(Neighbours, fit_neighbours)), grows=True),
+    "pooled_knn": PatchMethod(_on_two(PatchFit(Pooled, fit_pooled)), grows=True, places=False),
 }

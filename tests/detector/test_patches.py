@@ -21,7 +21,7 @@ def aligned(n=60, places=6, features=5, seed=0):
 
 def test_one_gaussian_is_the_mahalanobis_distance():
     x, other = aligned(), aligned(4, seed=1)
-    model = METHODS["mahalanobis"].fit(x, None, torch.Generator())
+    model = METHODS["mahalanobis"].fits[16].fit(x, None, torch.Generator())
     flat = (x / x.flatten(0, 1).std(0)).flatten(0, 1).double().numpy()
     mean = flat.mean(0)
     cov = (flat - mean).T @ (flat - mean) / len(flat)
@@ -91,11 +91,26 @@ def test_padim_by_explicit_inverses():
 
 def test_nearest_neighbours_by_brute_force():
     x, other = aligned(20), aligned(3, seed=1)
-    model = METHODS["patch_knn"].fit(x, None, torch.Generator().manual_seed(0))
+    model = METHODS["patch_knn"].fits[16].fit(x, None, torch.Generator().manual_seed(0))
     far = cdist((other * model.scale).flatten(0, 1).numpy(), model.bank.float().numpy()).min(1) / 5**0.5
     assert len(model.bank) == 12 and model(other).flatten().numpy() == pytest.approx(far, rel=1e-3, abs=1e-3)
-    pooled = METHODS["pooled_knn"].fit(x, None, torch.Generator())
+    pooled = METHODS["pooled_knn"].fits[16].fit(x, None, torch.Generator())
     assert pooled(other).shape == (3, 1) and pooled(x).max() < 2e-2
+
+
+def test_prototypes_by_brute_force_in_whitened_features():
+    x, other = aligned(20), aligned(3, seed=1)
+    model = METHODS["prototypes"].fits[8].fit(x, None, torch.Generator().manual_seed(0))
+    assert len(model.bank) == 120  # All, where there are no more than are kept.
+    flat = x.flatten(0, 1)
+    scaled = (flat / flat.std(0)).double().numpy()
+    cov = np.cov(scaled.T, bias=True)
+    cov += 0.01 * np.diag(cov).mean() * np.eye(5)
+    y = (other.flatten(0, 1) / flat.std(0)).double().numpy()
+    far = cdist(y, scaled, "mahalanobis", VI=np.linalg.inv(cov)).min(1) / 5**0.5
+    assert model(other).flatten().numpy() == pytest.approx(far, rel=5e-3, abs=2e-3)
+    few = METHODS["prototypes"].fits[8].fit(aligned(200), None, torch.Generator())
+    assert len(few.bank) == 512
 
 
 def test_a_coreset_takes_the_farthest_patch_each_time():
