@@ -113,8 +113,16 @@ class Prototypes(PatchModel):
     white: Tensor
     bank: Tensor
 
+    def __init__(self, **tensors: Tensor):
+        super().__init__(**tensors)
+        bank = self.bank.float()
+        self._sizes, self._products = bank.square().sum(-1), (-2 * bank.T).contiguous()
+
     def forward(self, x: Tensor) -> Tensor:
-        return nearest((x * self.scale - self.mean) @ self.white, self.bank.float())
+        y = ((x * self.scale - self.mean) @ self.white).flatten(0, 1)
+        # |y - b|^2 by products, in half the time of `nearest`: what decides are large distances.
+        far = torch.addmm(self._sizes, y, self._products).amin(-1) + y.square().sum(-1)
+        return (far.clamp_min(0) / x.shape[-1]).sqrt().view(x.shape[:2])
 
 
 class Pooled(Neighbours):
