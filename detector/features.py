@@ -17,8 +17,9 @@ from models import TIMM, backbone_spec
 
 # Rows of a picture are made floats so many values at a time: a picture of 100 megapixels would take 2.4 GB.
 _STRIP = 2**21
-# A grid by its stride, 8 of fine to 32 of coarse: between which strides stages are joined for its patches.
-GRIDS = {8: (8, 16), 16: (4, 16), 32: (32, 32)}
+# A grid by its stride: between which strides stages are joined for its patches. The fine one is needed.
+GRIDS = {16: (4, 16), 32: (32, 32)}
+_FINE = 16
 
 
 @contextmanager
@@ -54,7 +55,7 @@ class Pyramid(nn.Module):
     """Pictures (n, 3, S, S) in [0, 1] -> patch features (n, P, F) by the stride of their grid, of those in `grids`.
 
     Each stage is averaged over 3 x 3 places of its own before. levels: which stages each grid joins, the one of its own
-    stride first.
+    stride last.
     """
 
     mean: Tensor
@@ -77,20 +78,14 @@ class Pyramid(nn.Module):
 
 
 def _grid(stages: list[Tensor]) -> Tensor:
-    """Stages (n, F_i, H_i, W_i) on the grid of the first: (n, P, F).
-
-    Finer ones are averaged, coarser ones interpolated.
-    """
-    side = stages[0].shape[-2:]
+    """Stages (n, F_i, H_i, W_i), the coarsest last, on the grid of the last: (n, P, F)."""
+    side = stages[-1].shape[-2:]
     parts = []
     for stage in stages:
         # With zeros beyond the edge: patches there, which the backbone's own padding makes unlike others, weigh less.
         x = F.avg_pool2d(stage, 3, 1, 1)
-        if x.shape[-1] > side[-1]:
-            x = F.avg_pool2d(x, (x.shape[-2] // side[0], x.shape[-1] // side[1]))
-        elif x.shape[-1] < side[-1]:
-            x = F.interpolate(x, size=(int(side[0]), int(side[1])), mode="bilinear", align_corners=False)
-        parts.append(x)
+        step = (x.shape[-2] // side[0], x.shape[-1] // side[1])
+        parts.append(x if step == (1, 1) else F.avg_pool2d(x, step))
     return torch.cat(parts, 1).flatten(2).transpose(1, 2)
 
 
@@ -125,14 +120,10 @@ def pyramid(name: str, load: Callable[[nn.Module], None] = lambda net: None) -> 
     load(stages.net if isinstance(stages, _ResNetStages) else stages)
     levels = {}
     for stride, (first, last) in GRIDS.items():
-        own = [i for i, each in enumerate(strides) if each == stride]
-        if own:
-            levels[stride] = own[:1] + [i for i, each in enumerate(strides) if first <= each <= last and i != own[0]]
-    missing = sorted({8, 16} - set(levels))
-    if missing:
-        raise UserError(
-            f"--backbone {name}: it has no stage of stride {missing[0]} ({strides}); give a convolutional one"
-        )
+        if stride in strides:
+            levels[stride] = [i for i, each in enumerate(strides) if first <= each <= last]
+    if _FINE not in levels:
+        raise UserError(f"--backbone {name}: it has no stage of stride {_FINE} ({strides}); give a convolutional one")
     mean, std = config or ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Pyramid(stages, levels, mean, std).eval().requires_grad_(False)
 

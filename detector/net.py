@@ -14,7 +14,7 @@ from detector.features import Pyramid
 from detector.patches import METHODS, PatchModel
 
 # The patches of a grid that decide, by its stride: the mean of so large a share of the farthest ones.
-SHARES = {8: 0.005, 16: 0.02, 32: 0.2}
+SHARES = {16: 0.02, 32: 0.2}
 # The share of the pictures to fit that settings and units are found by, before all are fitted.
 _ASIDE = 0.2
 # Pictures that are measured together in the fit.

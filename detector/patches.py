@@ -26,7 +26,7 @@ _DIRECTIONS, _PER_DIRECTION = (0, 1, 2, 4, 8, 16), 10
 _PATCHES, _KEPT = 50_000, 0.1
 _ATOMS, _ROUNDS, _STEPS, _SHARE = 256, 5, 30, 0.2
 _PROJECTED = 128
-_PROTOTYPES = 512
+_PROTOTYPES, _COARSE_PROTOTYPES = 1024, 256
 
 
 class PatchModel(nn.Module):
@@ -275,10 +275,16 @@ def fit_padim(x: Tensor, settings: None, generator: Generator) -> FullGaussians:
     return FullGaussians(scale=scale, mean=mean.half(), white=white.half())
 
 
-def fit_neighbours(x: Tensor, settings: None, generator: Generator) -> Neighbours:
+def fit_neighbours(x: Tensor, settings: None, generator: Generator, *, count: int | None = None) -> Neighbours:
+    """count: of patches that are kept; None: a tenth."""
     scale = _scale(x.flatten(0, 1))
     y = _some(x.flatten(0, 1) * scale, generator)
-    return Neighbours(scale=scale, bank=y[coreset(y, round(_KEPT * len(y)), generator)].half())
+    count = round(_KEPT * len(y)) if count is None else min(count, len(y))
+    return Neighbours(scale=scale, bank=y[coreset(y, count, generator)].half())
+
+
+def fit_few_neighbours(x: Tensor, settings: None, generator: Generator) -> Neighbours:
+    return fit_neighbours(x, settings, generator, count=_COARSE_PROTOTYPES)
 
 
 def fit_prototypes(x: Tensor, settings: None, generator: Generator) -> Prototypes:
@@ -356,16 +362,18 @@ class PatchMethod:
     places: bool = True
 
 
-_GAUSSIANS = PatchFit(Gaussians, fit_places, choose_places)
-
-
 def _on_two(fit: PatchFit) -> dict[int, PatchFit]:
     return {16: fit, 32: fit}
 
 
 METHODS: dict[str, PatchMethod] = {
-    "prototypes": PatchMethod({8: PatchFit(Prototypes, fit_prototypes), 32: _GAUSSIANS}),
-    "gaussians": PatchMethod(_on_two(_GAUSSIANS)),
+    "prototypes": PatchMethod(
+        {
+            16: PatchFit(Prototypes, fit_prototypes),
+            32: PatchFit(Neighbours, fit_few_neighbours),
+        }
+    ),
+    "gaussians": PatchMethod(_on_two(PatchFit(Gaussians, fit_places, choose_places))),
     "mahalanobis": PatchMethod(_on_two(PatchFit(Gaussians, fit_one))),
     "padim": PatchMethod(_on_two(PatchFit(FullGaussians, fit_padim))),
     "patch_sr": PatchMethod(_on_two(PatchFit(Sparse, fit_sparse))),

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from common.errors import UserError
+from detector import patches
 from detector.card import promise
 from detector.detector import Detector
 from detector.fitting import SCRATCH, fit
@@ -61,7 +62,8 @@ def test_every_method_finds_holes_and_comes_back_from_its_file(method, pictures,
             loaded.heatmap(stripes(0))
 
 
-def test_the_file_of_dictionaries_and_gaussians_does_not_grow(pictures, backbone_file, tmp_path):
+def test_the_file_of_dictionaries_and_gaussians_does_not_grow(pictures, backbone_file, monkeypatch):
+    monkeypatch.setattr(patches, "_PROTOTYPES", 64)
     sizes = {}
     for method, row in METHODS.items():
         for n in (24, 40):

@@ -20,7 +20,7 @@ def test_numbers_are_those_of_the_scores(fitted, pictures):
     assert m["auroc_by_defect"] == {"hole": m["auroc"]} and m["images"] == {"good": 8, "hole": 8}
     assert m["false_alarm_rate"] == (good < limit).mean() and m["detection_rate"] == (hole < limit).mean() == 1
     assert m["detection_interval"] == (pytest.approx(0.025 ** (1 / 8)), 1.0)
-    assert m["pixel_auroc"] > 0.88 and m["pro"] > 0.6 and m["regions"] == 8
+    assert m["pixel_auroc"] > 0.7 and m["pro"] > 0.3 and m["regions"] == 8
     assert m["images_per_second"] > 0 and not found.bad
     text = "\n".join(told(found, fitted))
     assert "AUROC" in text and "PRO" in text and "hole: AUROC" in text

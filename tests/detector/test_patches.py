@@ -100,7 +100,7 @@ def test_nearest_neighbours_by_brute_force():
 
 def test_prototypes_by_brute_force_in_whitened_features():
     x, other = aligned(20), aligned(3, seed=1)
-    model = METHODS["prototypes"].fits[8].fit(x, None, torch.Generator().manual_seed(0))
+    model = METHODS["prototypes"].fits[16].fit(x, None, torch.Generator().manual_seed(0))
     assert len(model.bank) == 120  # All, where there are no more than are kept.
     flat = x.flatten(0, 1)
     scaled = (flat / flat.std(0)).double().numpy()
@@ -109,8 +109,9 @@ def test_prototypes_by_brute_force_in_whitened_features():
     y = (other.flatten(0, 1) / flat.std(0)).double().numpy()
     far = cdist(y, scaled, "mahalanobis", VI=np.linalg.inv(cov)).min(1) / 5**0.5
     assert model(other).flatten().numpy() == pytest.approx(far, rel=5e-3, abs=2e-3)
-    few = METHODS["prototypes"].fits[8].fit(aligned(200), None, torch.Generator())
-    assert len(few.bank) == 512
+    few = METHODS["prototypes"].fits[16].fit(aligned(200), None, torch.Generator())
+    coarse = METHODS["prototypes"].fits[32].fit(aligned(200), None, torch.Generator())
+    assert (len(few.bank), len(coarse.bank)) == (1024, 256)
 
 
 def test_a_coreset_takes_the_farthest_patch_each_time():
