@@ -79,9 +79,7 @@ def stage1(model: str, data: ImageSet, amp: Amp) -> Callable[[], None]:
     labels = data.labels.to(data.device)
 
     def run() -> None:
-        step = contrastive_step(
-            net, _views(data, index, 2), labels, n_shifts=len(_SHIFTS), temperature=0.5, sim_lambda=1.0, amp=amp
-        )
+        step = contrastive_step(net, _views(data, index, 2), labels, n_shifts=len(_SHIFTS), amp=amp)
         optimizer.zero_grad(set_to_none=True)
         torch.stack(list(step.losses.values())).sum().backward()
         optimizer.step()

@@ -87,7 +87,7 @@ def training_step(device: torch.device, *, images: int = 64, shifts: int = 2) ->
     def run() -> None:
         (images,) = data.batches([index], Loading(views=2), seed=0, epoch=1)
         views = train_views(images, _SHIFTS[:shifts], _SPEC, generator(0, "growth", device=device))
-        step = contrastive_step(net, views, labels, n_shifts=shifts, temperature=0.5, sim_lambda=1.0)
+        step = contrastive_step(net, views, labels, n_shifts=shifts)
         net.zero_grad(set_to_none=True)
         torch.stack(list(step.losses.values())).sum().backward()
 
@@ -127,7 +127,7 @@ def stage1(device: torch.device) -> Recipe:
     def losses(batch: Batch) -> Step:
         drawn = generator(0, "growth", batch.epoch, batch.step, device=device)
         views = train_views(batch.images, _SHIFTS[:2], _SPEC, drawn)
-        return contrastive_step(net, views, batch.labels, n_shifts=2, temperature=0.5, sim_lambda=1.0)
+        return contrastive_step(net, views, batch.labels, n_shifts=2)
 
     return Recipe(net, pictures(64, device), losses, (optimizer,), lambda epoch: 0.01, loading=Loading(views=2))
 

@@ -29,7 +29,7 @@ def measure(model: str, batch_size: int, steps: int = 5) -> tuple[float, float]:
     for _ in range(steps + 1):
         begun = time.perf_counter()
         labels = torch.zeros(batch_size).long()
-        terms = contrastive_step(net, views, labels, n_shifts=5, temperature=0.5, sim_lambda=1.0).losses
+        terms = contrastive_step(net, views, labels, n_shifts=5).losses
         total = torch.stack(list(terms.values())).sum()
         net.zero_grad()
         total.backward()

@@ -97,7 +97,7 @@ class _Step:
         self.optimizers = [Lars(others, lr=0.1, weight_decay=1e-6), torch.optim.Adam(net.linear.parameters(), 1e-3)]
 
     def __call__(self, views: Tensor, labels: Tensor, amp: Amp) -> Tensor:
-        step = contrastive_step(self.net, views, labels, n_shifts=_K, temperature=0.5, sim_lambda=1.0, amp=amp)
+        step = contrastive_step(self.net, views, labels, n_shifts=_K, amp=amp)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         losses = torch.stack(list(step.losses.values()))

@@ -32,6 +32,7 @@ def found(stage1, tmp_path_factory):
     every = [arg for arg in tiny if arg not in ("--one_class_idx", "3")]
     cases = {
         "simclr_CSI": [*tiny, *SHIFT, "--mode", "simclr_CSI"],
+        "uniclr": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--sim_loss", "uniclr", "--soft_temperature", "0.5"],
         "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
@@ -53,6 +54,7 @@ def found(stage1, tmp_path_factory):
     "case",
     [
         "simclr_CSI",
+        "uniclr",
         "in pieces",
         "sup_simclr_CSI",
         "sup_CSI_linear",

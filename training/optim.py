@@ -102,8 +102,15 @@ class OptimSpec(RateSpec, LengthSpec):
     """Optimiser and schedule of stage 1; field names are flag names. epochs is the cosine's length."""
 
     optimizer: str = flag("lars", "stage 1", choices=lambda: OPTIMIZERS)
-    lr_scheduler: str = flag("cosine", "stage 1", choices=lambda: ("cosine", "step_decay"))
+    lr_scheduler: str = flag(
+        "cosine",
+        "stage 1; cosine_to_zero: zero at the last epoch, where cosine (as published) ends --warmup epochs short of it",
+        choices=lambda: ("cosine", "cosine_to_zero", "step_decay"),
+    )
     warmup: int = flag(10, "epochs of warm-up, from --lr_init to ten times that", at_least=0)
+    warmup_share: float | None = flag(
+        None, "warm-up as a share of --epochs, in place of --warmup", type=float, at_least=0, at_most=0.5
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,14 +120,21 @@ class OptimSpec(RateSpec, LengthSpec):
     def build(self, params: list[nn.Parameter]) -> Optimizer:
         return OPTIMIZERS[self.optimizer](params, self.lr_init, self.weight_decay)
 
+    @property
+    def warmup_epochs(self) -> float:
+        return self.warmup if self.warmup_share is None else self.warmup_share * self.epochs
+
     def lr(self, epoch: float) -> float:
         """The learning rate after `epoch` (fractional) epochs."""
         decay = 0.3 if self.optimizer == "adam" else 0.1
+        # Past the warm-up; a run that is all warm-up has none.
+        left = max(self.epochs - self.warmup_epochs, 1e-9)
         after = {
             "cosine": lambda e: 0.5 * (1 + math.cos(math.pi * e / self.epochs)),
+            "cosine_to_zero": lambda e: 0.5 * (1 + math.cos(math.pi * min(1.0, e / left))),
             "step_decay": lambda e: decay ** ((e >= 0.5 * self.epochs) + (e >= 0.75 * self.epochs)),
         }[self.lr_scheduler]
-        return self.lr_init * warm_up(epoch, self.warmup, after)
+        return self.lr_init * warm_up(epoch, self.warmup_epochs, after)
 
 
 def warm_up(epoch: float, warmup: float, after: Callable[[float], float], peak: float = 10.0) -> float:

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
+from common.errors import UserError
 from common.flags import Spec, flag
+
+SIM_LOSSES = ("nt_xent", "uniclr")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,20 @@ class ContrastiveSpec(Spec, group="training"):
 
     temperature: float = flag(0.5, "of the contrastive loss (labelled modes: 0.07)", above=0)
     sim_lambda: float = flag(1.0, "weight of the contrastive loss")
+    shift_lambda: float = flag(1.0, "simclr_CSI: weight of the classifier of the shift, 0: without", at_least=0)
+    sim_loss: str = flag(
+        "nt_xent",
+        "without labels: nt_xent, a positive is the other copy of a view; uniclr, all unshifted views are positives",
+        choices=lambda: SIM_LOSSES,
+    )
+    soft_temperature: float | None = flag(
+        None, "uniclr: weigh positives by a softmax of their similarity at this temperature", type=float, above=0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.soft_temperature is not None and self.sim_loss != "uniclr":
+            raise UserError("--soft_temperature: it weighs positives of --sim_loss uniclr")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def views(images=5):
 
 def gradient(net, micro_batch):
     labels = torch.tensor([0, 1, 0, 1, 1])
-    step = contrastive_step(net, views(), labels, n_shifts=K, temperature=0.5, sim_lambda=1.0, micro_batch=micro_batch)
+    step = contrastive_step(net, views(), labels, n_shifts=K, micro_batch=micro_batch)
     total = torch.stack(list(step.losses.values())).sum()
     params = [p for p in net.parameters() if p.requires_grad]
     found = torch.autograd.grad(total, params, allow_unused=True)

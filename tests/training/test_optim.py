@@ -115,3 +115,12 @@ def test_every_optimiser_has_its_rate_its_momentum_and_its_weight_decay(name):
     first, second = 2 - after(0.01, 0.0, [1.0]), after(0.01, 0.0, [1.0]) - after(0.01, 0.0, [1.0, 0.0])
     share = {"adam": 0.9 * 0.1 / 0.19 / (0.999 * 0.001 / (1 - 0.999**2)) ** 0.5}.get(name, 0.9)
     assert second == pytest.approx(share * first, rel=2e-3) and first > 0
+
+
+def test_cosine_to_zero_ends_at_zero_however_long_the_warmup():
+    short = spec(lr_scheduler="cosine_to_zero", epochs=24, warmup=4).lr
+    assert short(0) == pytest.approx(0.1) and short(4) == pytest.approx(1) and short(24) == pytest.approx(0, abs=1e-12)
+    assert short(14) == pytest.approx(0.5)
+    assert spec(epochs=24, warmup=4).lr(24) == pytest.approx(0.0670, abs=1e-4)  # as published
+    share = spec(lr_scheduler="cosine_to_zero", epochs=20, warmup_share=0.05).lr
+    assert share(1) == pytest.approx(1) and share(20) == pytest.approx(0, abs=1e-12)

@@ -29,7 +29,7 @@ from evals.trained import evaluation_mode
 from models import ModelSpec
 from models.checkpoint import find_weights, load_net
 from models.feature_net import FeatureNet
-from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.losses.contrastive import nt_xent, sup_nt_xent, uniclr
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     all_classes,
@@ -50,6 +50,7 @@ from training.recipe import Batch, Check, EpochEnd, Recipe, Shown, Step
 from training.specs import CompileSpec, ContrastiveSpec, ProbeSpec
 
 _PROBE_LR = 1e-3
+_PUBLISHED = ContrastiveSpec()
 _COLLAPSE = Check(
     "train/z_spread",
     "all projections point the same way, the network has collapsed. Try a lower --lr_init, more --warmup, or a larger"
@@ -79,6 +80,8 @@ def build(
         all_classes(flags, split)
     device, amp = own_device(flags, world), precision(flags, world)
     optim, contrast = flags.of(OptimSpec), flags.of(ContrastiveSpec)
+    if labelled and contrast.sim_loss != "nt_xent":
+        raise UserError(f"--sim_loss {contrast.sim_loss}: --mode {flags.mode} has the supervised NT-Xent; leave it out")
     shift_spec = shifts(flags)
     data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
     shift_functions = shift_spec.functions(aligned)
@@ -122,8 +125,7 @@ def build(
             batch.labels,
             n_shifts=n_shifts,
             n_classes=split.n_classes if labelled else None,
-            temperature=contrast.temperature,
-            sim_lambda=contrast.sim_lambda,
+            contrast=contrast,
             amp=amp,
             micro_batch=micro_batch,
             shard=batch.shard,
@@ -163,8 +165,7 @@ def contrastive_step(
     *,
     n_shifts: int,
     n_classes: int | None = None,
-    temperature: float,
-    sim_lambda: float,
+    contrast: ContrastiveSpec = _PUBLISHED,
     amp: Amp = nullcontext,
     micro_batch: int | None = None,
     shard: Shard | None = None,
@@ -172,7 +173,8 @@ def contrastive_step(
     """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
-    so that another shift of the same image is a negative. `shift`: cross-entropy of the shift, absent for K = 1.
+    so that another shift of the same image is a negative; or UniCLR. `shift`: cross-entropy of the shift, absent for
+    K = 1 and a weight of 0.
     With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
     `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. shard: whose
     images the views are, where other ranks have the others of the batch.
@@ -186,14 +188,22 @@ def contrastive_step(
     shift = shift_labels(n_shifts, len(labels), 1, views.device)
     if n_classes is not None:
         joint = labels.repeat(n_shifts) + n_classes * shift
-        terms = {"sim": sim_lambda * sup_nt_xent(z0, z1, joint, temperature)}
+        terms = {"sim": contrast.sim_lambda * sup_nt_xent(z0, z1, joint, contrast.temperature)}
     else:
-        terms = {"sim": sim_lambda * nt_xent(z0, z1, temperature)}
-        if n_shifts > 1:
-            terms["shift"] = F.cross_entropy(shard.all_gather(features.shift), shift.repeat(2))
+        terms = {"sim": contrast.sim_lambda * unlabelled_loss(z0, z1, shift, contrast)}
+        if n_shifts > 1 and contrast.shift_lambda:
+            logits = shard.all_gather(features.shift)
+            terms["shift"] = contrast.shift_lambda * F.cross_entropy(logits, shift.repeat(2))
     unshifted = torch.cat([h[: shard.size] for h in features.h.detach().chunk(2)])
     terms["cls"] = F.cross_entropy(shard.all_gather(net.linear(unshifted)), labels.repeat(2))
     return Step(terms, {"train/z_spread": spread(z)})
+
+
+def unlabelled_loss(z0: Tensor, z1: Tensor, shift: Tensor, contrast: ContrastiveSpec) -> Tensor:
+    """--sim_loss of projections (V, P) of two copies; shift (V,)."""
+    if contrast.sim_loss == "uniclr":
+        return uniclr(z0, z1, shift == 0, contrast.temperature, contrast.soft_temperature)
+    return nt_xent(z0, z1, contrast.temperature)
 
 
 def spread(z: Tensor) -> Tensor:

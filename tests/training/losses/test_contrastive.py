@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.losses.contrastive import nt_xent, sup_nt_xent, uniclr
 
 
 def double_loop(z, tau, labels=None):
@@ -28,6 +28,43 @@ def test_equals_a_double_loop(tau):
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 3])
     assert nt_xent(*z.chunk(2), tau).item() == pytest.approx(double_loop(z, tau), abs=1e-12)
     assert sup_nt_xent(*z.chunk(2), labels, tau).item() == pytest.approx(double_loop(z, tau, labels), abs=1e-12)
+
+
+def uniclr_loop(z, normal, tau, soft=None):
+    """Row by row; `z` has both copies, `normal` says which rows of one copy are unshifted."""
+    n = len(z)
+    u = [row / row.norm() for row in z]
+    total = 0.0
+    for i in range(n):
+        log_sum = torch.stack([u[i] @ u[k] / tau for k in range(n) if k != i]).logsumexp(0)
+        if normal[i % (n // 2)]:
+            positives = [k for k in range(n) if k != i and normal[k % (n // 2)]]
+        else:
+            positives = [(i + n // 2) % n]
+        weights = [1 / len(positives)] * len(positives)
+        if soft is not None:
+            weights = torch.stack([u[i] @ u[k] / soft for k in positives]).softmax(0).tolist()
+        total = total - sum(w * (u[i] @ u[k] / tau - log_sum) for w, k in zip(weights, positives, strict=True))
+    return total / n
+
+
+@pytest.mark.parametrize("normal", [[True, False, True, False, True], [True, False, False, False, False], [True] * 5])
+@pytest.mark.parametrize("soft", [None, 0.5])
+def test_uniclr_and_its_gradient_equal_a_double_loop(normal, soft):
+    z = torch.randn(10, 4, dtype=torch.float64)
+    ours, naive = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = uniclr(*ours.chunk(2), torch.tensor(normal), 0.3, soft)
+    expected = uniclr_loop(naive, normal, 0.3, soft)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours.grad, naive.grad, atol=1e-12, rtol=0)
+
+
+def test_uniclr_without_unshifted_views_is_nt_xent():
+    z = torch.randn(12, 4, dtype=torch.float64)
+    none = torch.zeros(6, dtype=torch.bool)
+    torch.testing.assert_close(uniclr(*z.chunk(2), none, 0.5), nt_xent(*z.chunk(2), 0.5))
 
 
 def test_known_values_and_gradients(golden):

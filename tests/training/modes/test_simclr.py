@@ -2,15 +2,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
 from models.checkpoint import build_net
-from training.losses.contrastive import nt_xent, sup_nt_xent
+from training.losses.contrastive import nt_xent, sup_nt_xent, uniclr
 from training.modes.simclr import contrastive_step, probe_error, spread
+from training.specs import ContrastiveSpec
 
 
 def test_step_adds_contrastive_shift_and_probe_terms():
     net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=2, seed=0).eval()
     views, labels = torch.rand(12, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 2 shifts, 3 images
-    terms = contrastive_step(net, views, labels, n_shifts=2, temperature=0.3, sim_lambda=2.0).losses
+    terms = contrastive_step(
+        net, views, labels, n_shifts=2, contrast=ContrastiveSpec(temperature=0.3, sim_lambda=2.0)
+    ).losses
     features = net(views)
     expected = 2 * nt_xent(features.z[:6], features.z[6:], 0.3)
     torch.testing.assert_close(terms["sim"], expected)
@@ -20,6 +24,19 @@ def test_step_adds_contrastive_shift_and_probe_terms():
     torch.testing.assert_close(terms["cls"], F.cross_entropy(net.linear(features.h[rows]), labels.repeat(2)))
     terms["cls"].backward()
     assert net.linear.weight.grad is not None and net.backbone.conv1.weight.grad is None
+
+
+def test_step_with_uniclr_and_without_the_shift_classifier():
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0).eval()
+    views = torch.rand(12, 3, 8, 8)
+    contrast = ContrastiveSpec(temperature=0.2, sim_loss="uniclr", shift_lambda=0.0, soft_temperature=0.5)
+    step = contrastive_step(net, views, torch.zeros(3).long(), n_shifts=2, contrast=contrast)
+    z0, z1 = net(views).z.chunk(2)
+    normal = torch.tensor([True] * 3 + [False] * 3)
+    torch.testing.assert_close(step.losses["sim"], uniclr(z0, z1, normal, 0.2, 0.5))
+    assert set(step.losses) == {"sim", "cls"}
+    with pytest.raises(UserError, match="--soft_temperature"):
+        ContrastiveSpec(soft_temperature=0.5)
 
 
 def test_spread_is_nothing_where_all_projections_point_the_same_way():
@@ -32,7 +49,9 @@ def test_spread_is_nothing_where_all_projections_point_the_same_way():
 def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
     net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=4, seed=0).eval()
     views, labels = torch.rand(24, 3, 8, 8), torch.tensor([0, 1, 3])  # 2 copies, 4 shifts, 3 images
-    step = contrastive_step(net, views, labels, n_shifts=4, n_classes=4, temperature=0.07, sim_lambda=2.0)
+    step = contrastive_step(
+        net, views, labels, n_shifts=4, n_classes=4, contrast=ContrastiveSpec(temperature=0.07, sim_lambda=2.0)
+    )
     joint = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15])
     z0, z1 = net(views).z.chunk(2)
     torch.testing.assert_close(step.losses["sim"], 2 * sup_nt_xent(z0, z1, joint, 0.07))
@@ -41,9 +60,7 @@ def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
 
 def test_plain_simclr_has_no_shift_term():
     net = build_net("feature", "resnet8", n_classes=4, simclr_dim=8, n_shifts=1, seed=0)
-    step = contrastive_step(
-        net, torch.rand(6, 3, 8, 8), torch.zeros(3).long(), n_shifts=1, temperature=0.5, sim_lambda=1
-    )
+    step = contrastive_step(net, torch.rand(6, 3, 8, 8), torch.zeros(3).long(), n_shifts=1)
     assert set(step.losses) == {"sim", "cls"}
 
 
