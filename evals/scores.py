@@ -175,6 +175,58 @@ class OneClassSvmScore(Scorer):
 
 
 @dataclass(frozen=True)
+class ShiftScore(Scorer):
+    """The classifier of the shift alone: the mean over shifts k of logit_k[k]."""
+
+    needs = frozenset({"shift"})
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """shift (N, K, K) logits. Raises: UserError for K = 1, where there is nothing to classify."""
+        return _own_logit(_several(outputs["shift"])).mean(0)
+
+
+@dataclass(frozen=True)
+class ShiftProbabilityScore(Scorer):
+    """The mean over shifts k of the log-probability of k, of the view that bears it."""
+
+    needs = frozenset({"shift"})
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """shift (N, K, K) logits. Raises: UserError for K = 1."""
+        return _own_logit(_several(outputs["shift"]).log_softmax(2)).mean(0)
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """The mean of their log-odds, which do not saturate."""
+        shift = _several(outputs["shift"])
+        return _log_odds(shift, torch.arange(shift.shape[1], device=shift.device).expand(shift.shape[:2])).mean(1)
+
+
+@dataclass(frozen=True)
+class CosineNeighboursScore(Scorer):
+    """The mean over shifts of the mean cosine to the k nearest training features under the same shift.
+
+    known (K, N, F) of unit norm, k (). Source: FIRM, UniCon-HA (Wang et al., ICCV 2023), as their programs score.
+    """
+
+    known: Tensor
+    k: Tensor
+
+    needs = frozenset({"h"})
+
+    @classmethod
+    def of(cls, h: Tensor, k: int) -> "CosineNeighboursScore":
+        """Of features (N, K, F)."""
+        return cls(F.normalize(h, dim=2).transpose(0, 1).contiguous(), torch.tensor(min(k, len(h))))
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """h (N, K, F) features."""
+        h_KNF = F.normalize(outputs["h"], dim=2).transpose(0, 1)
+        rows = max(1, _BLOCK // self.known.shape[:2].numel())
+        nearest = [(part @ self.known.mT).topk(int(self.k), 2).values for part in h_KNF.split(rows, 1)]
+        return torch.cat(nearest, 1).mean((0, 2))
+
+
+@dataclass(frozen=True)
 class LabelScore(Scorer):
     """The largest class probability of the linear head on the unrotated view."""
 
@@ -275,6 +327,13 @@ def _own_logit(shift: Tensor) -> Tensor:
     return shift.diagonal(dim1=1, dim2=2).T
 
 
+def _several(shift: Tensor) -> Tensor:
+    """Logits (N, K, K) of several shifts. Raises: UserError for a single one."""
+    if shift.shape[1] < 2:
+        raise UserError("--ood_score: the network was trained under one shift, and its classifier has nothing to say")
+    return shift
+
+
 def _unit_features(outputs: Outputs) -> Tensor:
     """h of the unshifted view, of unit norm, (N, F)."""
     return F.normalize(outputs["h"][:, 0], dim=1)
@@ -354,6 +413,9 @@ def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None) -> S
     return ScoreRow(scorer, lambda train, options: scorer(), fitted=False, trained_by=trained_by)
 
 
+# Modes that train the classifier of the shift.
+_SHIFTED = ("simclr_CSI", "cocsr_dict")
+
 SCORES: dict[str, ScoreRow] = {
     "simclr": _csi(first_shift_only=True),
     "CSI": _csi(first_shift_only=False),
@@ -361,6 +423,11 @@ SCORES: dict[str, ScoreRow] = {
     "CSI_sr": _csi_sr(first_shift_only=False),
     "knn": ScoreRow(NearestScore, lambda train, o: NearestScore.of(_unit_features(train), o.knn_k), KnnSpec),
     "ocsvm": ScoreRow(OneClassSvmScore, lambda train, o: OneClassSvmScore.of(_unit_features(train))),
+    "knn_cosine": ScoreRow(
+        CosineNeighboursScore, lambda train, o: CosineNeighboursScore.of(train["h"], o.knn_k), KnnSpec
+    ),
+    "shift_logit": _given(ShiftScore, _SHIFTED),
+    "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED),
     "baseline": _given(LabelScore),
     "baseline_marginalized": _given(MarginalizedLabelScore, trained_by=("sup_CSI_linear",)),
     "rot_trans": _given(TransformationScore),

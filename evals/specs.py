@@ -89,7 +89,7 @@ class ReferenceSpec(Spec, group="evaluation"):
 class KnnSpec(Spec, group="evaluation"):
     """Nearest neighbours."""
 
-    knn_k: int = flag(5, "score knn: distance to which nearest training image", above=0)
+    knn_k: int = flag(5, "score knn: distance to which nearest training image; knn_cosine: mean over how many", above=0)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
+from evals import scores
 from evals.coding import reconstruction_error
 from evals.scores import (
     SCORES,
@@ -202,6 +204,34 @@ def test_a_one_class_svm_of_equal_vectors_is_finite():
     same = torch.ones(8, 3)
     score = OneClassSvmScore.of(same)
     assert score.gamma == 1 and score.of_vectors(torch.cat([same, 3 * same])).isfinite().all()
+
+
+def test_the_shift_classifier_alone_by_loops():
+    logits = torch.from_numpy(arrays(3, N)["shift"]).mean(1)
+    outputs = {"shift": logits}
+    own = [float(sum(logits[n, k, k] for k in range(K)) / K) for n in range(N)]
+    assert SCORES["shift_logit"].scorer()(outputs).tolist() == pytest.approx(own)
+    p = logits.exp() / logits.exp().sum(2, keepdim=True)
+    log_p = [float(sum(p[n, k, k].log() for k in range(K)) / K) for n in range(N)]
+    odds = [float(sum((p[n, k, k] / (1 - p[n, k, k])).log() for k in range(K)) / K) for n in range(N)]
+    scorer = SCORES["shift_logsoftmax"].scorer()
+    assert scorer(outputs).tolist() == pytest.approx(log_p) and scorer.smooth(outputs).tolist() == pytest.approx(odds)
+    for name in ("shift_logit", "shift_logsoftmax"):
+        with pytest.raises(UserError, match="one shift"):
+            SCORES[name].scorer()({"shift": logits[:, :1, :1]})
+
+
+@pytest.mark.parametrize("k, block", [(1, 2**22), (3, 40), (50, 2**22)])
+def test_cosines_to_neighbours_under_the_same_shift_by_loops(k, block, monkeypatch):
+    monkeypatch.setattr(scores, "_BLOCK", block)
+    train, test = (torch.from_numpy(arrays(seed, n)["z"]).mean(1) for seed, n in ((4, M_TRAIN), (5, N)))
+    score = SCORES["knn_cosine"].fit({"h": train}, KnnSpec(knn_k=k))({"h": test})
+    for n in range(N):
+        total = 0.0
+        for s in range(K):
+            cosines = [float(F.cosine_similarity(test[n, s], train[m, s], dim=0)) for m in range(M_TRAIN)]
+            total += np.mean(sorted(cosines)[-k:])
+        assert score[n].item() == pytest.approx(total / K)
 
 
 @pytest.mark.parametrize("scorer", ["csi", "knn", "svm"])
