@@ -41,8 +41,15 @@ def reconstruction_error(D_KFM: Tensor, s: Tensor, codes: Tensor) -> Tensor:
     return torch.cat([(s - a @ D_KFM.mT).square_().sum(2) for s, a in parts], 1).T
 
 
+def with_costs(outputs: Outputs, D_KFM: Tensor, lam: float) -> Outputs:
+    """Outputs s (N, K, F) and codes (N, K, M) with `error` and `objective` (N, K), of their lasso problem."""
+    error = reconstruction_error(D_KFM, outputs["s"], outputs["codes"])
+    return {**outputs, "error": error, "objective": 0.5 * error + lam * outputs["codes"].abs().sum(2)}
+
+
 class Coder:
-    """Leaves averaged outputs as they are. Subclasses add `error` (N, K), the squared error of features under codes.
+    """Leaves averaged outputs as they are. Subclasses add `error` (N, K), the squared error of features under codes,
+    and `objective` (N, K), that of the lasso problem.
 
     lam: the l1 weight of the codes, None without any.
     """
@@ -69,7 +76,7 @@ class TrainedDictionaries(Coder):
 
     def __call__(self, outputs: Outputs) -> Outputs:
         """s (N, K, F), codes (N, K, M) and others."""
-        return {**outputs, "error": reconstruction_error(self.bank.dictionary.detach(), outputs["s"], outputs["codes"])}
+        return with_costs(outputs, self.bank.dictionary.detach(), self.lam)
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()
@@ -128,12 +135,11 @@ class FittedDictionaries(Coder):
         return self.bank.system()
 
     def __call__(self, outputs: Outputs) -> Outputs:
-        """h (N, K, F), z (N, K, P), shift (N, K, K) -> s, codes, gap, error, and shift as it is."""
+        """h (N, K, F), z (N, K, P), shift (N, K, K) -> s, codes, gap, error, objective, and shift as it is."""
         blocks = sparse_features(outputs, self.transform).split(_TOGETHER)
         parts = [code_outputs(self.bank, block, self._system) for block in blocks]
         coded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        error = reconstruction_error(self.bank.dictionary, coded["s"], coded["codes"])
-        return {**coded, "error": error, "shift": outputs["shift"]}
+        return {**with_costs(coded, self.bank.dictionary, self.lam), "shift": outputs["shift"]}
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()

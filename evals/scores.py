@@ -94,13 +94,25 @@ class CsiSparseScore(Scorer):
     shift_weight: Tensor
 
     needs = frozenset({"error", "shift"})
+    output: ClassVar[str] = "error"
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """error (N, K) of the mean features under the mean codes, shift (N, K, K) logits."""
         k = len(self.error_weight)
-        error_KN = outputs["error"].T[:k]
+        error_KN = outputs[self.output].T[:k]
         parts = _own_logit(outputs["shift"])[:k] * self.shift_weight[:, None] - error_KN * self.error_weight[:, None]
         return parts.mean(0)
+
+
+@dataclass(frozen=True)
+class CsiObjectiveScore(CsiSparseScore):
+    """The same with the lasso objective 0.5 |s_k - D_k a_k|^2 + lambda |a_k|_1 in place of the squared error.
+
+    A residual alone says little: with a small lambda nearly everything is coded without one (Cong et al. 2011).
+    """
+
+    needs = frozenset({"objective", "shift"})
+    output: ClassVar[str] = "objective"
 
 
 @dataclass(frozen=True)
@@ -363,16 +375,22 @@ def fit_csi(train: Outputs, *, first_shift_only: bool = False, similarity: bool 
 
 
 def fit_csi_sr(
-    train: Outputs, *, first_shift_only: bool = False, similarity: bool = True, shift: bool = True
+    train: Outputs,
+    *,
+    first_shift_only: bool = False,
+    similarity: bool = True,
+    shift: bool = True,
+    scorer: type[CsiSparseScore] = CsiSparseScore,
 ) -> CsiSparseScore:
     """The `CSI_sr` score of training outputs error (N, K) and shift (N, K, K).
 
     w_k = 1 / mean training error, v_k = 1 / mean logit_mk[k]. first_shift_only: the `simclr_sr` score, only k = 0, with
-    w = 1 and no shift term. similarity, shift: False leaves that part out. Source: ADMM-SRNet (Chiou et al. 2023).
+    w = 1 and no shift term. similarity, shift: False leaves that part out. scorer: `CsiObjectiveScore` takes the
+    objective in place of the error: `CSI_src`. Source: ADMM-SRNet (Chiou et al. 2023).
     """
-    error = train["error"].T[: 1 if first_shift_only else None].mean(1)
+    error = train[scorer.output].T[: 1 if first_shift_only else None].mean(1)
     w = _weights(torch.ones_like(error) if first_shift_only else error, on=similarity)
-    return CsiSparseScore(w, _shift_weights(train["shift"], first_shift_only, on=shift))
+    return scorer(w, _shift_weights(train["shift"], first_shift_only, on=shift))
 
 
 @dataclass(frozen=True)
@@ -403,9 +421,11 @@ def _csi(first_shift_only: bool) -> ScoreRow:
     return ScoreRow(CsiScore, lambda train, options: fit(train, **_parts(options)), PartsSpec)
 
 
-def _csi_sr(first_shift_only: bool) -> ScoreRow:
-    fit = partial(fit_csi_sr, first_shift_only=first_shift_only)
-    return ScoreRow(CsiSparseScore, lambda train, options: fit(train, **_parts(options)), PartsSpec)
+def _csi_sr(first_shift_only: bool, scorer: type[CsiSparseScore] = CsiSparseScore) -> ScoreRow:
+    def fit(train: Outputs, options: PartsSpec) -> CsiSparseScore:
+        return fit_csi_sr(train, first_shift_only=first_shift_only, scorer=scorer, **_parts(options))
+
+    return ScoreRow(scorer, fit, PartsSpec)
 
 
 def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None) -> ScoreRow:
@@ -421,6 +441,7 @@ SCORES: dict[str, ScoreRow] = {
     "CSI": _csi(first_shift_only=False),
     "simclr_sr": _csi_sr(first_shift_only=True),
     "CSI_sr": _csi_sr(first_shift_only=False),
+    "CSI_src": _csi_sr(first_shift_only=False, scorer=CsiObjectiveScore),
     "knn": ScoreRow(NearestScore, lambda train, o: NearestScore.of(_unit_features(train), o.knn_k), KnnSpec),
     "ocsvm": ScoreRow(OneClassSvmScore, lambda train, o: OneClassSvmScore.of(_unit_features(train))),
     "knn_cosine": ScoreRow(

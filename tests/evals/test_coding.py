@@ -52,11 +52,13 @@ def test_trained_dictionaries_add_the_error_of_averaged_codes():
     given = {"s": torch.randn(5, 2, 6, generator=g), "codes": torch.randn(5, 2, 9, generator=g)}
     coder = TrainedDictionaries(bank)
     found = coder(given)
-    assert set(found) == {"s", "codes", "error"} and not found["error"].requires_grad and coder.lam == 0.01
+    assert set(found) == {"s", "codes", "error", "objective"} and not found["error"].requires_grad and coder.lam == 0.01
     for n in range(5):
         for k in range(2):
             rest = given["s"][n, k] - bank.dictionary[k] @ given["codes"][n, k]
             torch.testing.assert_close(found["error"][n, k], rest.square().sum().detach())
+            objective = 0.5 * rest.square().sum() + 0.01 * given["codes"][n, k].abs().sum()
+            torch.testing.assert_close(found["objective"][n, k], objective.detach())
     assert set(coder.state()) == {"dictionary", "rho", "lambdaV"}
     assert Coder()(given) is given and Coder().lam is None and Coder().state() == {}
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from evals import scores
-from evals.coding import reconstruction_error
+from evals.coding import reconstruction_error, with_costs
 from evals.scores import (
     SCORES,
     NearestScore,
@@ -206,6 +206,28 @@ def test_a_one_class_svm_of_equal_vectors_is_finite():
     assert score.gamma == 1 and score.of_vectors(torch.cat([same, 3 * same])).isfinite().all()
 
 
+def test_the_objective_takes_the_place_of_the_error():
+    train, test = arrays(1, M_TRAIN), arrays(2, N)
+    D, lam = np.random.default_rng(0).normal(size=(K, P, ATOMS)), 0.3
+    found = {}
+    for name, x in (("train", train), ("test", test)):
+        outputs = {key: torch.from_numpy(value).mean(1) for key, value in x.items()}
+        found[name] = with_costs(outputs | {"s": outputs["z"]}, torch.from_numpy(D), lam)
+
+    def objective(outputs, n, k):
+        residual = outputs["s"][n, k].numpy() - D[k] @ outputs["codes"][n, k].numpy()
+        return 0.5 * residual @ residual + lam * np.abs(outputs["codes"][n, k].numpy()).sum()
+
+    score = SCORES["CSI_src"].fit(found["train"], PartsSpec())(found["test"])
+    for n in range(N):
+        total = 0.0
+        for k in range(K):
+            w = np.mean([objective(found["train"], m, k) for m in range(M_TRAIN)])
+            v = np.mean([float(found["train"]["shift"][m, k, k]) for m in range(M_TRAIN)])
+            total += float(found["test"]["shift"][n, k, k]) / v - objective(found["test"], n, k) / w
+        assert score[n].item() == pytest.approx(total / K)
+
+
 def test_the_shift_classifier_alone_by_loops():
     logits = torch.from_numpy(arrays(3, N)["shift"]).mean(1)
     outputs = {"shift": logits}
@@ -264,7 +286,8 @@ def test_switches_leave_out_the_part_that_they_name(name, data):
 
 def outputs_of_every_kind(n: int, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
-    shapes = {"z": (n, 4, 5), "shift": (n, 4, 4), "error": (n, 4), "h": (n, 4, 6), "linear": (n, 4, 3)}
+    shapes = {"z": (n, 4, 5), "shift": (n, 4, 4), "error": (n, 4), "objective": (n, 4), "h": (n, 4, 6)}
+    shapes |= {"linear": (n, 4, 3)}
     shapes |= {"joint": (n, 4, 12), "rotation": (n, 36, 4), "vertical": (n, 36, 3), "horizontal": (n, 36, 3)}
     return {name: torch.rand(shape, generator=g) for name, shape in shapes.items()}
 
