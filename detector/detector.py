@@ -33,7 +33,7 @@ from detector.net import PatchNet, Scored, Term
 from detector.patches import METHODS
 from detector.pictures import Unreadable, read
 
-FORMAT, VERSION = "admm-srnet detector", 1
+FORMAT, VERSION = "admm-srnet detector", 2
 # The blur of a heatmap, in pixels of the network's input.
 _BLUR = 4.0
 

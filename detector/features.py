@@ -19,7 +19,7 @@ from models import TIMM, backbone_spec
 _STRIP = 2**21
 # A grid by its stride: between which strides stages are joined for its patches. The fine one is needed.
 GRIDS = {16: (4, 16), 32: (32, 32)}
-_FINE = 16
+FINE = 16
 
 
 @contextmanager
@@ -108,7 +108,7 @@ class _ResNetStages(nn.Module):
 def pyramid(name: str, load: Callable[[nn.Module], None] = lambda net: None) -> Pyramid:
     """Of the backbone `name`, in evaluation mode. load: puts weights into the backbone; without, they are fresh.
 
-    Raises: UserError for a backbone without stages of stride 4 to 32.
+    Raises: UserError for a backbone without a stage of stride 16; other grids and stages that it lacks are left out.
     """
     spec = backbone_spec(name)
     if name.startswith(TIMM):
@@ -122,8 +122,8 @@ def pyramid(name: str, load: Callable[[nn.Module], None] = lambda net: None) -> 
     for stride, (first, last) in GRIDS.items():
         if stride in strides:
             levels[stride] = [i for i, each in enumerate(strides) if first <= each <= last]
-    if _FINE not in levels:
-        raise UserError(f"--backbone {name}: it has no stage of stride {_FINE} ({strides}); give a convolutional one")
+    if FINE not in levels:
+        raise UserError(f"--backbone {name}: it has no stage of stride {FINE} ({strides}); give a convolutional one")
     mean, std = config or ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return Pyramid(stages, levels, mean, std).eval().requires_grad_(False)
 

@@ -24,7 +24,7 @@ from datasets.shifts import SHIFTS
 from detector.advisor import advise
 from detector.calibration import CONFIDENCE
 from detector.detector import Detector, in_order
-from detector.features import Pyramid, one_thread, pyramid, resized
+from detector.features import FINE, Pyramid, one_thread, pyramid, resized
 from detector.net import PatchNet, fit_terms, pairs_of
 from detector.patches import METHODS
 from detector.pictures import Look, Unreadable, copies, held_out, look, read
@@ -144,6 +144,8 @@ class _Patches:
 
     def __init__(self, spec: FitSpec, net: Pyramid | None):
         self._spec, self.size = spec, spec.image_size or 224
+        if self.size % FINE:
+            raise UserError(f"--image_size {self.size}: patches are of {FINE} pixels; give a multiple of that")
         self._name, self._pyramid = (spec.backbone, net) if net is not None else backbone(spec)
 
         self._pairs = pairs_of(spec.method, self._pyramid.levels)

@@ -112,11 +112,14 @@ class Prototypes(PatchModel):
     mean: Tensor
     white: Tensor
     bank: Tensor
+    _sizes: Tensor
+    _products: Tensor
 
     def __init__(self, **tensors: Tensor):
         super().__init__(**tensors)
         bank = self.bank.float()
-        self._sizes, self._products = bank.square().sum(-1), (-2 * bank.T).contiguous()
+        self.register_buffer("_sizes", bank.square().sum(-1), persistent=False)
+        self.register_buffer("_products", (-2 * bank.T).contiguous(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = ((x * self.scale - self.mean) @ self.white).flatten(0, 1)

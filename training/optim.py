@@ -116,6 +116,10 @@ class OptimSpec(RateSpec, LengthSpec):
         super().__post_init__()
         if self.epochs < 1:
             raise UserError(f"--epochs must be > 0, got {self.epochs}")
+        if self.lr_scheduler == "cosine_to_zero" and self.warmup_epochs >= self.epochs:
+            raise UserError(
+                f"--lr_scheduler cosine_to_zero: --warmup {self.warmup} leaves nothing of {self.epochs} epochs"
+            )
 
     def build(self, params: list[nn.Parameter]) -> Optimizer:
         return OPTIMIZERS[self.optimizer](params, self.lr_init, self.weight_decay)
@@ -127,8 +131,7 @@ class OptimSpec(RateSpec, LengthSpec):
     def lr(self, epoch: float) -> float:
         """The learning rate after `epoch` (fractional) epochs."""
         decay = 0.3 if self.optimizer == "adam" else 0.1
-        # Past the warm-up; a run that is all warm-up has none.
-        left = max(self.epochs - self.warmup_epochs, 1e-9)
+        left = self.epochs - self.warmup_epochs
         after = {
             "cosine": lambda e: 0.5 * (1 + math.cos(math.pi * e / self.epochs)),
             "cosine_to_zero": lambda e: 0.5 * (1 + math.cos(math.pi * min(1.0, e / left))),

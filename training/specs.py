@@ -30,7 +30,11 @@ class ContrastiveSpec(Spec, group="training"):
 
     temperature: float = flag(0.5, "of the contrastive loss (labelled modes: 0.07)", above=0)
     sim_lambda: float = flag(1.0, "weight of the contrastive loss")
-    shift_lambda: float = flag(1.0, "simclr_CSI: weight of the classifier of the shift, 0: without", at_least=0)
+    shift_lambda: float = flag(
+        1.0,
+        "simclr_CSI: weight of the classifier of the shift; 0: without, then score with --disable_shi_score",
+        at_least=0,
+    )
     sim_loss: str = flag(
         "nt_xent",
         "without labels: nt_xent, a positive is the other copy of a view; uniclr, all unshifted views are positives",

@@ -91,7 +91,7 @@ def nudged(tensors):
         (nudged, lambda h: None, "altered"),
         (lambda t: t.pop("calibration"), lambda h: None, "altered"),
         (lambda t: None, lambda h: h.update(false_alarms=0.3), "altered"),
-        (lambda t: None, lambda h: h.update(version=2), "version 2"),
+        (lambda t: None, lambda h: h.update(version=3), "version 3"),
         (lambda t: None, lambda h: h.update(format="other"), "no detector"),
         (lambda t: None, lambda h: h.clear(), "no detector"),
     ],

@@ -81,6 +81,7 @@ def test_the_file_of_dictionaries_and_gaussians_does_not_grow(pictures, backbone
         ({"backbone": "timm_mobilenetv3_small_075"}, "does not fit --backbone"),
         ({"backbone": "timm_nothing"}, "has no nothing"),
         ({"method": ("csi", "gaussians")}, "stands alone"),
+        ({"image_size": 72}, "a multiple of that"),
     ],
 )
 def test_what_does_not_go_together_is_refused(pictures, backbone_file, change, told):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from training.optim import OPTIMIZERS, Lars, OptimSpec, warm_up
 
 
@@ -124,3 +125,5 @@ def test_cosine_to_zero_ends_at_zero_however_long_the_warmup():
     assert spec(epochs=24, warmup=4).lr(24) == pytest.approx(0.0670, abs=1e-4)  # as published
     share = spec(lr_scheduler="cosine_to_zero", epochs=20, warmup_share=0.05).lr
     assert share(1) == pytest.approx(1) and share(20) == pytest.approx(0, abs=1e-12)
+    with pytest.raises(UserError, match="leaves nothing of 10 epochs"):
+        spec(lr_scheduler="cosine_to_zero", epochs=10)

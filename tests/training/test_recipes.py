@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from common.dist import SINGLE, Shard
+from common.errors import UserError
 from common.flags import build_parser, parse
 from common.seed import generator
 from datasets import DataSource, split_one_class
@@ -113,6 +114,20 @@ def test_every_step_of_every_epoch_has_draws_of_its_own(mode, start):
     other = recipe_of(mode, start, "--seed", "1")
     other.model.load_state_dict(state)
     assert losses(other, batch_of(mode)) != found[0]
+
+
+@pytest.mark.parametrize(
+    "mode, flags, told",
+    [
+        ("simclr", ["--sim_loss", "uniclr"], "its negatives are shifted views"),
+        ("sup_simclr_CSI", ["--sim_loss", "uniclr"], "supervised NT-Xent"),
+        ("simclr", ["--shift_lambda", "0"], "no classifier of the shift"),
+        ("sup_simclr_CSI", ["--shift_lambda", "2"], "no classifier of the shift"),
+    ],
+)
+def test_parts_of_the_loss_that_a_mode_lacks_are_refused(mode, flags, told, start):
+    with pytest.raises(UserError, match=told):
+        recipe_of(mode, start, *flags)
 
 
 @pytest.mark.parametrize("mode", SIMCLR)

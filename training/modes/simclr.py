@@ -74,7 +74,7 @@ def build(
 
     labelled: of `sup_simclr` and `sup_simclr_CSI`: the supervised NT-Xent.
     A linear probe on detached features of unshifted views is trained beside it, for monitoring.
-    Raises: UserError where a labelled mode is given a single class.
+    Raises: UserError where a labelled mode is given a single class, and for parts of the loss that a mode lacks.
     """
     if labelled:
         all_classes(flags, split)
@@ -86,6 +86,10 @@ def build(
     data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
     shift_functions = shift_spec.functions(aligned)
     n_shifts = len(shift_functions)
+    if n_shifts < 2 and contrast.sim_loss == "uniclr":
+        raise UserError(f"--sim_loss uniclr: its negatives are shifted views, and --mode {flags.mode} has none")
+    if (n_shifts < 2 or labelled) and flags.given("shift_lambda"):
+        raise UserError(f"--shift_lambda: --mode {flags.mode} has no classifier of the shift; leave it out")
     state: dict[str, Any] | None = None
     resume_path = flags.of(WeightsSpec, only=["resume_path"]).resume_path
     if resume_path:
