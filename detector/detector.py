@@ -227,11 +227,8 @@ def _build(state: dict[str, Tensor], config: dict[str, Any]) -> nn.Module:
     for i, (name, stride) in enumerate(config["terms"]):
         prefix = f"terms.{i}."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        model = (
-            METHODS[name]
-            .fits[stride]
-            .model(**{k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")})
-        )
+        tensors = {key.removeprefix("model."): value for key, value in own.items() if key.startswith("model.")}
+        model = METHODS[name].fits[stride].model(**tensors)
         terms.append(Term(model, stride, own["weight"], own["units"]))
     net = PatchNet(pyramid(config["backbone"]), terms)
     net.load_state_dict(state)

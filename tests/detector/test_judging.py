@@ -6,8 +6,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from common.errors import UserError
+from detector.fitting import fit
 from detector.judging import _Pixels, judge, test_pictures, told, worst
-from tests.detector.conftest import stripes
+from tests.detector.conftest import spec_of, stripes
 
 test_pictures.__test__ = False
 
@@ -20,10 +21,17 @@ def test_numbers_are_those_of_the_scores(fitted, pictures):
     assert m["auroc_by_defect"] == {"hole": m["auroc"]} and m["images"] == {"good": 8, "hole": 8}
     assert m["false_alarm_rate"] == (good < limit).mean() and m["detection_rate"] == (hole < limit).mean() == 1
     assert m["detection_interval"] == (pytest.approx(0.025 ** (1 / 8)), 1.0)
-    assert m["pixel_auroc"] > 0.7 and m["pro"] > 0.3 and m["regions"] == 8
+    assert m["regions"] == 8
     assert m["images_per_second"] > 0 and not found.bad
     text = "\n".join(told(found, fitted))
     assert "AUROC" in text and "PRO" in text and "hole: AUROC" in text
+
+
+@pytest.mark.parametrize("method", ["gaussians", "padim", "mahalanobis", "patch_sr"])
+def test_holes_are_found_where_they_are(method, pictures, backbone_file):
+    detector, _ = fit(sorted((pictures / "train/good").iterdir()), spec_of(backbone_file, method=(method,)))
+    m = judge(detector, pictures, workers=2).metrics
+    assert m["pixel_auroc"] > 0.88 and m["pro"] > 0.6 and m["regions"] == 8
 
 
 def test_areas_of_pixels_by_definition():
