@@ -8,6 +8,7 @@ from scipy.stats import multivariate_normal
 from sklearn.linear_model import Lasso
 
 from detector import patches
+from detector.net import pooled
 from detector.patches import METHODS, Places, _Places, choose_places, coreset, fit_padim, fit_places, fit_sparse
 
 
@@ -112,6 +113,13 @@ def test_prototypes_by_brute_force_in_whitened_features():
     few = METHODS["prototypes"].fits[16].fit(aligned(200), None, torch.Generator())
     coarse = METHODS["prototypes"].fits[32].fit(aligned(200), None, torch.Generator())
     assert (len(few.bank), len(coarse.bank)) == (1024, 256)
+
+
+def test_the_farthest_patches_of_a_grid_decide():
+    far = torch.arange(100.0)[torch.randperm(100)][None]
+    assert pooled(far, 16).item() == 98.5  # of 2 of 100
+    assert pooled(far, 32).item() == 89.5  # of 20
+    assert pooled(far[:, :10], 16).item() == far[:, :10].max()
 
 
 def test_a_coreset_takes_the_farthest_patch_each_time():

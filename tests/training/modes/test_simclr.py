@@ -39,6 +39,16 @@ def test_step_with_uniclr_and_without_the_shift_classifier():
         ContrastiveSpec(soft_temperature=0.5)
 
 
+def test_the_shift_classifier_has_its_weight():
+    net = build_net("feature", "resnet8", n_classes=2, simclr_dim=8, n_shifts=2, seed=0).eval()
+    views, labels = torch.rand(12, 3, 8, 8), torch.zeros(3).long()
+    whole, part = (
+        contrastive_step(net, views, labels, n_shifts=2, contrast=ContrastiveSpec(shift_lambda=weight)).losses["shift"]
+        for weight in (1.0, 0.3)
+    )
+    torch.testing.assert_close(part, 0.3 * whole)
+
+
 def test_spread_is_nothing_where_all_projections_point_the_same_way():
     z = torch.randn(6, 4, dtype=torch.float64)
     assert spread(z[:1] * torch.rand(5, 1, dtype=torch.float64)).item() == pytest.approx(0, abs=1e-12)
