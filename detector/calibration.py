@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
+from scipy.special import betaincinv
 
 CONFIDENCE = 0.95
 
@@ -33,7 +33,7 @@ def rate_at(k: int, m: int, confidence: float = CONFIDENCE) -> float:
 
     The rate of pictures below it is distributed as Beta(k, m + 1 - k); ties make it smaller. k 0: no alarms.
     """
-    return 0.0 if k == 0 else float(beta.ppf(confidence, k, m + 1 - k))
+    return 0.0 if k == 0 else float(betaincinv(k, m + 1 - k, confidence))
 
 
 def rank_for(alpha: float, m: int, confidence: float | None = CONFIDENCE) -> int:
@@ -97,8 +97,8 @@ class Threshold:
 def interval(hits: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """The two-sided Clopper-Pearson interval of a share of n; (0, 1) of nothing."""
     tail = (1 - confidence) / 2
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    low = float(betaincinv(hits, n - hits + 1, tail)) if hits else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
     return low, high
 
 
