@@ -33,6 +33,7 @@ from evals.extract import (
     CONTRASTIVE,
     FITTED_SPARSE,
     LABELLED,
+    LEVELS,
     PLAIN_ROT_TRANS,
     ROT_TRANS,
     SPARSE,
@@ -43,7 +44,7 @@ from evals.noise_lambda_report import write_noise_lambda
 from evals.report import Write, write_classification, write_detection, write_picture
 from evals.result import Result
 from evals.robust_report import write_separation
-from evals.scores import SCORES, chosen_scores
+from evals.scores import LEVEL_SCORES, SCORES, chosen_scores
 from evals.sparse_inside_report import write_sparse_inside
 from evals.specs import (
     AlphaScanSpec,
@@ -257,6 +258,7 @@ EVALS: dict[str, Eval] = {
     "ood_pre_multi_sr_refmix": _detection(FITTED_SPARSE, _CSI_SR, _CONTRASTIVE, "reference"),
     "ood": _detection(LABELLED, ("baseline", "baseline_marginalized"), (*_CLASSIFIERS, *_LABELLED)),
     "rot_trans": _detection(ROT_TRANS, ("rot_trans",), _ROT_TRANS, default_for=_ROT_TRANS),
+    "ood_levels": _detection(LEVELS, tuple(LEVEL_SCORES), ("level_dict",), default_for=("level_dict",)),
     "ood_reconstruction": _detection(AUTOENCODER, ("reconstruction", "knn", "ocsvm"), _AUTOENCODERS),
     "rdae_outliers": _separation(robust.outliers, _AUTOENCODERS, default_for=_AUTOENCODERS),
     "rdae_denoise": _separation(robust.denoise, _AUTOENCODERS),

@@ -113,7 +113,7 @@ def _scaled_atoms(net: CocsrNet, k: int, groups: Mapping[str, np.ndarray]) -> np
 def shown_outputs(flags: Flags, output: str | None, layers: Mapping[str, str]) -> dict[str, str]:
     """The network's outputs to show, by the name of their layer. Raises: UserError for an unknown layer."""
     if output == "s":
-        layer = flags.of(FeatureTransform, only=("sr_layer",)).sr_layer
+        layer = flags.of(FeatureTransform, only=("sr_layer",)).layer
         if flags.given("ood_layer") and flags.of(TsneSpec, only=("ood_layer",)).ood_layer != (layer,):
             raise UserError(f"--ood_layer: atoms live among the coded features; give {layer} (--sr_layer)")
         return {layer: output}

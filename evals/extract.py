@@ -25,6 +25,7 @@ from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
 from datasets.views import DrawSpec, PassSpec, SetDraw, batches_of, draw_set, set_views
 from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
+from evals.levels import level_outputs, transformations_of
 from evals.specs import AverageSpec, FittedSpec
 from evals.trained import Trained, evaluation_mode
 from models import ModelSpec
@@ -40,6 +41,7 @@ from models.feature_net import (
     RotTransNet,
     full_precision,
 )
+from models.level_net import LevelNet
 from models.sparse.dictionary import SparseSpec, ToleranceSpec
 
 # What a network makes of views (b, K, 3, H, W): outputs (b, K, .).
@@ -435,6 +437,16 @@ def _load_rot_trans(flags: Flags, state: State, path: Path, shifts: int) -> nn.M
     return load_net("rot_trans", state, **_common(flags, path))
 
 
+def _load_levels(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
+    return load_net("levels", state, **_common(flags, path))
+
+
+def _read_levels(net: LevelNet) -> Reader:
+    return level_outputs(
+        net, transformations_of(net.feature_net, ShiftSpec("rotation" if len(net.known) > 1 else "none"))
+    )
+
+
 def _load_backbone_net(flags: Flags, state: State, path: Path, shifts: int) -> nn.Module:
     """Of whatever kind, with a backbone: the heads are not read."""
     try:
@@ -513,6 +525,15 @@ ROT_TRANS = Extractor(
     _load_rot_trans,
     _itself,
     net_outputs,
+    plain=True,
+)
+LEVELS = Extractor(
+    ("last.cocsr_model",),
+    # The network makes its own views of an image.
+    lambda flags, needs: ShiftSpec("none").functions(),
+    _load_levels,
+    _itself,
+    _read_levels,
     plain=True,
 )
 PLAIN_ROT_TRANS = replace(ROT_TRANS, shifts=lambda flags, needs: ShiftSpec("none").functions(), read=feature_outputs)

@@ -20,6 +20,7 @@ from common.errors import UserError
 from common.flags import Flags, Spec
 from evals.coding import Outputs
 from evals.specs import KnnSpec, PartsSpec, ScoreSpec
+from models.level_net import LEVELS, NEIGHBOURS, SCORE, TRANSFORMATIONS, cosine_neighbours
 
 # Entries of a block of similarities or distances, to bound their memory.
 _BLOCK = 2**22
@@ -232,10 +233,7 @@ class CosineNeighboursScore(Scorer):
 
     def __call__(self, outputs: Outputs) -> Tensor:
         """h (N, K, F) features."""
-        h_KNF = F.normalize(outputs["h"], dim=2).transpose(0, 1)
-        rows = max(1, _BLOCK // self.known.shape[:2].numel())
-        nearest = [(part @ self.known.mT).topk(int(self.k), 2).values for part in h_KNF.split(rows, 1)]
-        return torch.cat(nearest, 1).mean((0, 2))
+        return cosine_neighbours(self.known, outputs["h"], int(self.k))
 
 
 @dataclass(frozen=True)
@@ -307,6 +305,24 @@ class ReconstructionScore(Scorer):
     def __call__(self, outputs: Outputs) -> Tensor:
         """error (N, 1, 1)."""
         return -outputs["error"].flatten(1)[:, 0]
+
+
+@dataclass(frozen=True)
+class TermScore(Scorer):
+    """A number that the network has made of the image itself, by the name of the output."""
+
+    name: ClassVar[str] = ""
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """outputs[name] (N, 1, 1). Raises: UserError where the network has no such output."""
+        if self.name not in outputs:
+            raise UserError(f"--ood_score: the weights have no dictionary of {self.name}; see --sr_layer")
+        return outputs[self.name].flatten(1)[:, 0]
+
+
+def term_score(output: str) -> type[TermScore]:
+    """The score that is the output of this name."""
+    return type("TermScore", (TermScore,), {"name": output, "needs": frozenset({output})})
 
 
 def marginalized(joint: Tensor) -> Tensor:
@@ -436,6 +452,9 @@ def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None) -> S
 # Modes that train the classifier of the shift.
 _SHIFTED = ("simclr_CSI", "cocsr_dict")
 
+# Scores of several depths: the sum, and each of its terms. Score -> output.
+LEVEL_SCORES = {"levels": SCORE, **{f"levels_{name}": name for name in (TRANSFORMATIONS, NEIGHBOURS, *LEVELS)}}
+
 SCORES: dict[str, ScoreRow] = {
     "simclr": _csi(first_shift_only=True),
     "CSI": _csi(first_shift_only=False),
@@ -453,6 +472,7 @@ SCORES: dict[str, ScoreRow] = {
     "baseline_marginalized": _given(MarginalizedLabelScore, trained_by=("sup_CSI_linear",)),
     "rot_trans": _given(TransformationScore),
     "reconstruction": _given(ReconstructionScore),
+    **{score: _given(term_score(output)) for score, output in LEVEL_SCORES.items()},
 }
 
 

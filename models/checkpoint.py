@@ -20,6 +20,7 @@ from models import BACKBONES, backbone_spec
 from models.autoencoder.networks import AutoencoderSpec
 from models.autoencoder.robust_net import RobustNet
 from models.feature_net import Classifier, CocsrNet, FeatureNet, FeatureTransform, RotTransNet
+from models.level_net import LevelNet
 from models.mean_sparse import insert_as, operator_names, with_own_buffers
 from models.resnet import StagedNet
 from models.reverse_attention import RaClassifier
@@ -167,6 +168,33 @@ def _cocsr_sizes(state: State) -> dict[str, Any]:
     return {**sizes, "sr_dict_size": dictionary.shape[2], "sr_lambda": lam, "sr_rho": rho}
 
 
+def _build_levels(
+    model: str, *, stage1: str, stage1_sizes: dict[str, int], sizes: dict[str, int], atoms: int, known: Any
+) -> LevelNet:
+    net: Any = NETS[stage1].build(model, **stage1_sizes)
+    return LevelNet(net, sizes, atoms, known)
+
+
+def _levels_sizes(state: State) -> dict[str, Any]:
+    inner = _below("feature_net", state)
+    try:
+        stage1 = kind_of(inner)
+    except ValueError:
+        raise Misfit("is corrupt: it lacks the network of stage 1") from None
+    suffix = ".bank.dictionary"
+    levels = {k.removeprefix("levels.").removesuffix(suffix): x for k, x in state.items() if k.endswith(suffix)}
+    atoms = {x.shape[-1] for x in levels.values()}
+    if state["known"].ndim != 3 or any(x.ndim != 3 for x in levels.values()) or len(atoms) != 1:
+        raise Misfit("is corrupt: its dictionaries do not fit together")
+    return {
+        "stage1": stage1,
+        "stage1_sizes": NETS[stage1].read_sizes(inner),
+        "sizes": {name: x.shape[1] for name, x in levels.items()},
+        "atoms": atoms.pop(),
+        "known": tuple(state["known"].shape),
+    }
+
+
 _SHIFTS_AGREE = {"n_shifts": "was trained with {file} shifts, there are {asked} here (--shift_trans_type)"}
 
 NETS: dict[str, NetKind] = {
@@ -202,6 +230,13 @@ NETS: dict[str, NetKind] = {
         build=_build_cocsr,
         sizes=_cocsr_sizes,
         must_agree=_SHIFTS_AGREE,
+        inner="feature_net",
+    ),
+    "levels": NetKind(
+        markers=("known", "deviations", "weights"),
+        absent="was not made by train_cocsr.py --mode level_dict",
+        build=_build_levels,
+        sizes=_levels_sizes,
         inner="feature_net",
     ),
     "autoencoder": NetKind(

@@ -4,6 +4,7 @@
 Dimension letters: see `models`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.errors import UserError
 from common.flags import Spec, flag
 from models.sparse.dictionary import DictionaryBank
 
@@ -169,23 +171,41 @@ class SparseFeatures(NamedTuple):
 class FeatureTransform(Spec, group="stage 2: dictionaries"):
     """How the feature to code is computed from the output of stage 1; the fields are named like their flags.
 
-    sr_layer: `penultimate` (h) or `simclr` (z).
+    sr_layer: `penultimate` (h) or `simclr` (z), one of them; for several depths those of `models.level_net.LEVELS`.
     invert_sr_feature_norm: divide the feature by its squared norm.
     normalize_sr_dict_feature, normalize_sr_feature: then scale it to unit norm. The published training reads the first
         flag and the published evaluation the second; here either flag applies to both.
     """
 
-    sr_layer: str = flag("penultimate", "features to code", choices=lambda: ("penultimate", "simclr"), origin="network")
+    sr_layer: Sequence[str] = flag(
+        ("penultimate",),
+        "features to code: penultimate or simclr; level_dict: several of pixels, stages and penultimate",
+        nargs="+",
+        choices=lambda: ("penultimate", "simclr", "pixels", "stages"),
+        origin="network",
+    )
     invert_sr_feature_norm: bool = flag(False, "code h / |h|^2 instead of h", origin="network")
     normalize_sr_dict_feature: bool = flag(False, "then scale to unit norm", origin="network")
     normalize_sr_feature: bool = flag(False, "the same step under the name published evaluation used", origin="network")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.sr_layer, str):  # As older weights have recorded it.
+            object.__setattr__(self, "sr_layer", (self.sr_layer,))
+
+    @property
+    def layer(self) -> str:
+        """The one layer. Raises: UserError for several, and for those of several depths."""
+        if len(self.sr_layer) != 1 or self.sr_layer[0] not in ("penultimate", "simclr"):
+            raise UserError(f"--sr_layer {' '.join(self.sr_layer)}: only --mode level_dict codes these")
+        return self.sr_layer[0]
+
     def size(self, net: FeatureNet) -> int:
         """Size of the features to code."""
-        return net.feature_dim if self.sr_layer == "penultimate" else net.projection_dim
+        return net.feature_dim if self.layer == "penultimate" else net.projection_dim
 
     def __call__(self, features: Features) -> Tensor:
-        s = features.h if self.sr_layer == "penultimate" else features.z
+        s = features.h if self.layer == "penultimate" else features.z
         if self.invert_sr_feature_norm:
             # As the published program does; its help text names another power.
             s = s / s.square().sum(1, keepdim=True).clamp_min(torch.finfo(s.dtype).tiny)

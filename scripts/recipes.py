@@ -41,13 +41,17 @@ class Recipe:
             found += self.words(word[1:]) if word.startswith("@") else [word]
         return found
 
+    def own(self, name: str) -> list[str]:
+        """The words of the row `name` where the family, or all, have it; else none."""
+        return self.words(name) if {f"{self.family}_{name}", f"all_{name}"} & _ROWS.keys() else []
+
     @property
     def classes(self) -> int:
         return int(*self.words("classes"))
 
     @property
     def epochs(self) -> int:
-        """Of stage 1."""
+        """Of stage 1, where a command has none of its own."""
         return int(*self.words("epochs"))
 
     @property
@@ -56,7 +60,7 @@ class Recipe:
         return int(*self.words("more"))
 
 
-RECIPES = {family: Recipe(family) for family in ("cifar10", "cifar100", "imagenet", "digits")}
+RECIPES = {family: Recipe(family) for family in ("cifar10", "cifar100", "imagenet", "digits", "minutes")}
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,29 @@ class Kind:
 
     @property
     def mode(self) -> str:
-        words = _ROWS[f"all_{self.row}"].split()
+        words = RECIPES["cifar10"].words(self.row)
         return words[words.index("--mode") + 1]
+
+    def before(self, recipe: Recipe) -> str | None:
+        """`after`, or what the family has in its place."""
+        return next(iter(recipe.own(f"{self.row}_after")), self.after)
+
+    def length(self, recipe: Recipe, options: argparse.Namespace) -> list[str]:
+        """The flags that say how long it trains. options: epochs, more, times."""
+        if self.row in _WITHOUT_EPOCHS:
+            return []
+        own = recipe.own(f"{self.row}_epochs")
+        usual = options.epochs + (options.more if self.after else 0)
+        return ["--epochs", str(max(1, round(options.times * int(own[0]))) if own else usual)]
+
+    def suffix(self, recipe: Recipe) -> list[str]:
+        """The flags that tell its run from others of the same mode."""
+        own = recipe.own(f"{self.row}_suffix") or recipe.words("stage2_suffix" if self.after else "suffix")
+        return ["--suffix", *own] if own else []
+
+
+# Commands that have the epochs of those they start from.
+_WITHOUT_EPOCHS = ("levels",)
 
 
 KINDS = {
@@ -77,11 +102,19 @@ KINDS = {
     "rot_trans": Kind("rot_trans"),
     "csi": Kind("csi"),
     "cocsr": Kind("cocsr", "csi"),
+    "mixed_csi": Kind("mixed_csi"),
+    "short_rot_trans": Kind("short_rot_trans"),
+    "levels": Kind("levels", "short_rot_trans"),
+    "short_csi": Kind("short_csi"),
+    "uniclr": Kind("uniclr"),
     "of simclr": Kind("of_simclr", "simclr"),
     "of rot_trans": Kind("of_rot_trans", "rot_trans"),
     "of csi": Kind("of_csi", "csi"),
     "fitted to csi": Kind("fitted_to_csi", "csi"),
     "of cocsr": Kind("of_cocsr", "cocsr"),
+    "of levels": Kind("of_levels", "levels"),
+    "of short_csi": Kind("of_short_csi", "short_csi"),
+    "of uniclr": Kind("of_uniclr", "uniclr"),
 }
 
 # Columns of the table: the evaluation that fills each, and by which score.
@@ -93,6 +126,11 @@ METHODS = {
     "OC-SVM": ("of csi", "ocsvm"),
     "ICS-2020": ("fitted to csi", "CSI_sr"),
     "ADMM-SRNet": ("of cocsr", "CSI_sr"),
+    "CSI-short": ("of short_csi", "CSI"),
+    "shift-classifier": ("of short_csi", "shift_logsoftmax"),
+    "UniCLR": ("of uniclr", "knn_cosine"),
+    "transformations": ("of levels", "levels_transformations"),
+    "ADMM-SRNet-levels": ("of levels", "levels"),
 }
 
 
@@ -168,7 +206,9 @@ def _parser(script: str) -> Parser:
 def steps_of(
     recipe: Recipe, methods: Sequence[str], one_class_idx: int, seed: int, out: Path, options: argparse.Namespace
 ) -> tuple[Step, ...]:
-    """The commands that fill the columns `methods`, each after those it needs. options: data_path, epochs, more, flags.
+    """The commands that fill the columns `methods`, each after those it needs.
+
+    options: data_path, epochs, more, times, flags.
 
     Raises: UserError for flags that do not parse.
     """
@@ -181,7 +221,8 @@ def steps_of(
         if name in made:
             return made[name]
         kind = KINDS[name]
-        before = make(kind.after) if kind.after else None
+        earlier = kind.before(recipe)
+        before = make(earlier) if earlier else None
         script, *row = recipe.words(kind.row)
         words = ["--dataset", *recipe.words("dataset"), "--data_path", options.data_path]
         words += ["--model", *recipe.words("model"), "--one_class_idx", str(one_class_idx), "--seed", str(seed), *row]
@@ -189,10 +230,7 @@ def steps_of(
             assert before is not None
             words += ["--print_score", "--save_score", "--load_path", str(before.folder), "--ood_score", *scores[name]]
         else:
-            epochs = options.epochs + (options.more if before else 0)
-            suffix = recipe.words("stage2_suffix" if before else "suffix")
-            words += ["--epochs", str(epochs), "--log_root", str(out / f"seed_{seed}")]
-            words += ["--suffix", *suffix] if suffix else []
+            words += [*kind.length(recipe, options), "--log_root", str(out / f"seed_{seed}"), *kind.suffix(recipe)]
             words += ["--resume_path", str(before.folder)] if before else []
         words += options.flags
         flags = parse(words, _parser(script))

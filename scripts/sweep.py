@@ -204,6 +204,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["CSI", "ADMM-SRNet"])
     parser.add_argument("--epochs", type=int, help="of stage 1 (default: the recipe's)")
     parser.add_argument("--more", type=int, help="of stage 2 (default: the recipe's)")
+    parser.add_argument("--times", type=float, default=1.0, help="minutes: train so many times as long")
     parser.add_argument("--jobs", type=int, help="how many at a time (default: one for each GPU, or one)")
     parser.add_argument("--retries", type=int, default=1, help="attempts after a command that died")
     parser.add_argument("--bootstrap", type=int, default=1000, help="samples for the intervals of the table")
@@ -228,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("jobs", "epochs", "more", "bootstrap"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be > 0, got {getattr(options, name)}")
+    if not options.times > 0:
+        raise UserError(f"--times must be > 0, got {options.times:g}")
     refuse_own(options.flags)
     methods = [method for method in METHODS if method in options.methods]
     classes = options.classes if options.classes is not None else list(range(recipe.classes))

@@ -22,9 +22,20 @@ from models.mean_sparse import AlphaSpec
 from models.sdnet import CSCSpec
 from models.sparse.dictionary import SparseSpec
 from training.micro_batch import MicroBatchSpec
-from training.modes import adversarial, cocsr_dict, mean_sparse, rdae, rot_trans, simclr, sup_linear, supervised
+from training.modes import (
+    adversarial,
+    cocsr_dict,
+    level_dict,
+    mean_sparse,
+    rdae,
+    rot_trans,
+    simclr,
+    sup_linear,
+    supervised,
+)
 from training.modes.cocsr_dict import DictionaryLossSpec, DictionaryTrainingSpec
 from training.modes.setup import any_shifts, no_shifts, rotations, several_shifts
+from training.named import NamedSpec
 from training.optim import LengthSpec, OptimSpec, RateSpec
 from training.recipe import Recipe
 from training.specs import CompileSpec, ContrastiveSpec, ProbeSpec, StepSpec
@@ -100,7 +111,7 @@ def run_name(flags: Flags, mode: Mode) -> str:
 
 
 COMMON = (
-    *(RunSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource),
+    *(RunSpec, NamedSpec, WeightsSpec, SplitSpec, CorruptSpec, DataSource),
     *(ModelSpec, DeviceSpec, CompileSpec, LengthSpec, StepSpec),
 )
 _VIEWS = (ShiftSpec, AlignedSpec, MicroBatchSpec)
@@ -215,5 +226,13 @@ STAGE2: dict[str, Mode] = {
         _coded,
         any_shifts,
         start=Start("resume_path", ("last.model",), more_epochs=300),
+    ),
+    "level_dict": Mode(
+        level_dict.build,
+        (*COMMON, ShiftSpec, PassSpec, SparseSpec, FeatureTransform),
+        _unlabelled,
+        ShiftSpec.of,
+        defaults={"sr_layer": ["pixels", "stages"], "sr_dict_size": 256, "sr_lambda_rel": 0.1},
+        start=Start("resume_path", ("last.model",), more_epochs=0),
     ),
 }

@@ -29,6 +29,7 @@ from training.keeper import Observer
 from training.loop import fit
 from training.micro_batch import MicroBatchSpec
 from training.modes.setup import own_device
+from training.named import NAMED, NamedSpec, named, told
 from training.optim import LengthSpec
 from training.recipe import Recipe
 from training.specs import CompileSpec, StepSpec
@@ -59,18 +60,19 @@ MakeObserver = Callable[[Job, Recipe, Split, World], Observer]
 
 
 def read_job(argv: Sequence[str] | None, script: Script, specs: Iterable[type[Spec]]) -> Job:
-    """Parse the command line. A flag that was not given has the value that the weights the mode starts from have
-    recorded, where its spec says so, else its own; the mode's defaults come before both.
+    """Parse the command line. A flag that was not given has the value of --recipe or else the mode's default, else what
+    the weights that the mode starts from have recorded, where its spec says so, else its own default.
 
     Raises: UserError for flags that do not parse, or that contradict the weights.
     """
     with report_once():
         own = [spec for mode in script.modes.values() for spec in mode.specs]
         flags = parse(argv, build_parser(script.name, script.modes, script.default_mode, [*own, *specs]))
+        flags, recipe = named(flags, script.modes)
         mode = script.modes[flags.mode]
         flags = one_class.with_table(flags)
         flags, recorded = _inherited(flags, mode)
-        flags = flags.filled(mode.defaults)
+        flags = flags.filled({**mode.defaults, **recipe})
         flags = flags.filled({"epochs": mode.length(flags)}) if mode.length else flags
         mode.shifts(flags)
         folder = Path(flags.of(RunSpec, only=["log_root"]).log_root) / run_name(flags, mode)
@@ -173,6 +175,8 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
+        if (name := flags.of(NamedSpec).recipe) is not None:
+            run.say(told(name, {flag: flags.as_dict()[flag] for flag in NAMED[name][flags.mode]}))
         for name, (there, here) in flags.differences(job.recorded).items():
             run.say(f"note: the weights to start from were trained with --{name} {there}, this run has {here}")
         with memory_errors(_remedy(job)), loading_errors():

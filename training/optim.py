@@ -64,6 +64,86 @@ class Lars(Optimizer):
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
 
 
+class Muon(Optimizer):
+    """Orthogonalised momentum for convolution filters, Adam for every other tensor.
+
+    The filters of a convolution are a matrix, outputs x (inputs x height x width). Its step is lr |w| o / |o|, where o
+    is the Nesterov momentum of the gradient with all singular values moved near 1; afterwards the matrix has the norm
+    that it had before, so that lr is the relative change of a step. Batch normalisation behind a convolution takes no
+    notice of that norm. The rest has Adam at `ratio` lr. There is no weight decay of filters, whose norm is kept.
+    Source: Jordan et al. 2024 (the iteration), with the kept norm of their CIFAR-10 speed records.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.6,
+        weight_decay: float = 0.0,
+        ratio: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ):
+        params = list(params)
+        filters, rest = [p for p in params if p.ndim == 4], [p for p in params if p.ndim != 4]
+        groups = [{"params": filters, "filters": True}, {"params": rest, "filters": False}]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ratio": ratio}
+        super().__init__([group for group in groups if group["params"]], {**defaults, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            for p in weights:
+                if not self.state[p]:
+                    names = ("momentum_buffer",) if group["filters"] else ("mean", "square", "count")
+                    self.state[p].update({name: torch.zeros_like(p) for name in names if name != "count"})
+                    if not group["filters"]:
+                        self.state[p]["count"] = torch.zeros((), device=p.device)
+            if weights:
+                (self._turn if group["filters"] else self._adam)(weights, [p.grad for p in weights], group)
+        return loss
+
+    def _turn(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        for w, g in zip(weights, grads, strict=True):
+            buffer = self.state[w]["momentum_buffer"].lerp_(g, 1 - group["momentum"])
+            turn = orthogonalised(g.lerp(buffer, group["momentum"]).flatten(1)).view_as(w)
+            norm = w.norm()
+            w.sub_(turn.mul_(group["lr"] * norm / turn.norm().clamp_min(group["eps"])))
+            w.mul_(norm / w.norm().clamp_min(group["eps"]))
+
+    def _adam(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        means, squares, counts = ([self.state[p][name] for p in weights] for name in ("mean", "square", "count"))
+        first, second = group["betas"]
+        grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
+        torch._foreach_lerp_(means, grads, 1 - first)
+        torch._foreach_mul_(squares, second)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - second)
+        torch._foreach_add_(counts, 1)
+        for p, mean, square, count in zip(weights, means, squares, counts, strict=True):
+            scale = (square / (1 - second**count)).sqrt_().add_(group["eps"])
+            p.addcdiv_(mean / (1 - first**count), scale, value=-group["ratio"] * group["lr"])
+
+
+# Coefficients of one step of the quintic Newton-Schulz iteration, which lead singular values near 1 fast, and how many.
+_QUINTIC, _STEPS = (3.4445, -4.7750, 2.0315), 5
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """The matrix (rows, columns) with its singular values moved near 1, between 0.6 and 1.3 unless they are tiny."""
+    x = matrix if len(matrix) <= matrix.shape[1] else matrix.mT
+    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    a, b, c = _QUINTIC
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if len(matrix) <= matrix.shape[1] else x.mT
+
+
 def _torchlars(params: list[nn.Parameter], lr: float, weight_decay: float) -> Optimizer:
     try:
         from torchlars import LARS
@@ -78,6 +158,7 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float, float], Optimizer]] =
     "lars": lambda params, lr, wd: Lars(params, lr, momentum=0.9, weight_decay=wd),
     "sgd": lambda params, lr, wd: torch.optim.SGD(params, lr, momentum=0.9, weight_decay=wd, fused=True),
     "adam": lambda params, lr, wd: torch.optim.Adam(params, lr, weight_decay=wd, fused=True),
+    "muon": lambda params, lr, wd: Muon(params, lr, weight_decay=wd),
     "torchlars": _torchlars,
 }
 

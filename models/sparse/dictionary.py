@@ -4,7 +4,9 @@ Dimension letters: see `models`.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isclose
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,13 @@ class SparseSpec(Spec, group="stage 2: dictionaries"):
 
     sr_dict_size: int = flag(512, "atoms of each dictionary (M)", above=0, origin="fixed")
     sr_lambda: float = flag(0.01, "l1 weight inside the coding problem", above=0, origin="network")
+    sr_lambda_rel: float | None = flag(
+        None,
+        "in place of --sr_lambda: a share of the median |D's|_inf of training features, where codes become zero",
+        type=float,
+        above=0,
+        at_most=1,
+    )
     sr_rho: float = flag(1.0, "ADMM penalty", above=0, origin="network")
     sr_admm_stage: int = flag(40, "unrolled ADMM steps", above=0, origin="network")
 
@@ -70,6 +79,7 @@ class DictionaryBank(nn.Module):
         self.dictionary = nn.Parameter(F.normalize(atoms_KFM, dim=1))
         self.register_buffer("rho", torch.tensor(float(coding.rho)))
         self.register_buffer("lambdaV", torch.tensor(float(coding.lam)))
+        self.register_load_state_dict_post_hook(_take_settings)
 
     def code(self, s_KFN: Tensor, also: Collection[int] = (), system: RidgeSystem | None = None) -> SparseCode:
         """Code each sample in the dictionary of its shift: s (K, F, N) -> codes (K, M, N).
@@ -92,6 +102,11 @@ class DictionaryBank(nn.Module):
         """The system of the current dictionaries, for coding several batches."""
         return RidgeSystem.of(self.dictionary, self.coding.rho)
 
+    def set_lambda(self, lam: float) -> None:
+        """Code with another l1 weight from now on."""
+        self.coding = replace(self.coding, lam=lam)
+        self.lambdaV.fill_(lam)
+
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:
         """Copy atoms (K, F, M), scaled to `norm`, into the existing parameter, so that optimisers keep training it.
@@ -99,3 +114,11 @@ class DictionaryBank(nn.Module):
         Zero atoms stay zero.
         """
         self.dictionary.copy_(F.normalize(atoms_KFM, dim=1) * norm)
+
+
+def _take_settings(bank: DictionaryBank, keys: Any) -> None:
+    """Code with the lambda and rho of a state dict that was loaded; what a float32 has rounded stays as it was."""
+    coding, lam, rho = bank.coding, float(bank.lambdaV), float(bank.rho)
+    lam = coding.lam if isclose(lam, coding.lam, rel_tol=1e-6) else lam
+    rho = coding.rho if isclose(rho, coding.rho, rel_tol=1e-6) else rho
+    bank.coding = replace(coding, lam=lam, rho=rho)

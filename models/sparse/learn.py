@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from models.sparse.admm import RidgeSystem
-from models.sparse.prox import soft
+from models.sparse.prox import lasso_objective, soft
 
 # ADMM steps on the codes between two updates of the dictionary; they go on from where the last ones stopped.
 _CODE_STEPS = 10
@@ -48,7 +48,7 @@ def learn_dictionary(
 
 def objective(D: Tensor, S: Tensor, codes: Tensor, lam: float) -> Tensor:
     """0.5 |S - D A|^2 + lam |A|_1 of each dictionary, (K,)."""
-    return 0.5 * (S - D @ codes).square().sum((1, 2)) + lam * codes.abs().sum((1, 2))
+    return lasso_objective(D, S, codes, lam).sum(1)
 
 
 def update_atoms(D: Tensor, S: Tensor, codes: Tensor) -> Tensor:

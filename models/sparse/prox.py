@@ -39,3 +39,13 @@ def lasso_gap(D_KFM: Tensor, S: Tensor, codes_KMN: Tensor, lam: float) -> Tensor
     inactive = (correlation.abs() - lam).clamp_(min=0)
     active = (correlation - lam * codes_KMN.sign()).abs()
     return torch.where(codes_KMN == 0, inactive, active).amax(1)
+
+
+def lambda_max(D_KFM: Tensor, S: Tensor) -> Tensor:
+    """The smallest lambda at which the code of a sample is all zero: |D's|_inf, (K, N). S (K, F, N) or (F, N)."""
+    return (D_KFM.mT @ S).abs().amax(1)
+
+
+def lasso_objective(D_KFM: Tensor, S: Tensor, codes_KMN: Tensor, lam: float) -> Tensor:
+    """0.5 |s - D a|^2 + lam |a|_1 of each sample, (K, N). S (K, F, N) or (F, N)."""
+    return 0.5 * (S - D_KFM @ codes_KMN).square().sum(1) + lam * codes_KMN.abs().sum(1)
