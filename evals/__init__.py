@@ -285,6 +285,7 @@ TSNES: dict[str, Eval] = {
     "supervised_tsne": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, default_for=_CLASSIFIERS),
     "feature_umap": _picture(CLASSIFIER, _CLASSIFIERS, layers={"penultimate": "h"}, by_class=True),
     "rot_trans_tsne": _picture(PLAIN_ROT_TRANS, _ROT_TRANS, layers={"penultimate": "h"}, default_for=_ROT_TRANS),
+    "levels_tsne": _picture(LEVELS, ("level_dict",), layers={"penultimate": "h"}, default_for=("level_dict",)),
     "meansparse_inside": _sparse_inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
     "sdnet_inside": _inside((*_CLASSIFIERS, *_CONTRASTIVE, *_ROT_TRANS)),
 }

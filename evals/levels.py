@@ -42,11 +42,13 @@ def _alone(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def level_outputs(net: LevelNet, views: Transformations) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Of images (b, 1, 3, H, W): the terms of the score, the score itself and the gap of the codes, (b, 1, 1) each."""
+    """Of images (b, 1, 3, H, W): the terms of the score, the score itself and the gap of the codes, (b, 1, 1) each, and
+    h (b, 1, F), features of the image as it is."""
 
     def outputs(images: Tensor) -> dict[str, Tensor]:
-        values = net.values(net.read(images[:, 0], views), views)
+        reading = net.read(images[:, 0], views)
+        values = net.values(reading, views)
         found = {**values, SCORE: net.score(values)}
-        return {name: value[:, None, None] for name, value in found.items()}
+        return {**{name: value[:, None, None] for name, value in found.items()}, "h": reading.h[:, :1]}
 
     return outputs

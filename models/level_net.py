@@ -107,7 +107,7 @@ class LevelDictionary(nn.Module):
             self.scale.copy_(spread.clamp_min(_FLAT * spread.max()).clamp_min(torch.finfo(x_NF.dtype).tiny))
         x = self.normalised(x_NF)
         self.bank.set_atoms(kmeans(x[None], self.bank.dictionary.shape[2], generator=generator).mT, 1.0)
-        largest = lambda_max(self.bank.dictionary, x.mT)[0]
+        largest = lambda_max(self.bank.dictionary, x.mT)[0].cpu()
         self.bank.set_lambda(share * largest.median().item())
         return largest
 

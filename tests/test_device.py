@@ -340,6 +340,13 @@ COMMANDS = {
         [*SHIFTED, *"--sr_dict_size 16 --sr_fit_steps 10".split()],
         "--load_path simclr_CSI",
     ),
+    "rot_trans, with images set aside": (train, [*PLAIN, *"--epochs 1 --held_out 20 --suffix held".split()], None),
+    "level_dict": (
+        train_cocsr,
+        ["--amp", "off", "--sr_dict_size", "16"],
+        "--resume_path rot_trans, with images set aside",
+    ),
+    "ood_levels": (evaluate, ["--amp", "off"], "--load_path level_dict"),
     "rot_trans, evaluated": (evaluate, PLAIN, "--load_path rot_trans"),
     "test_acc": (evaluate, LABELLED, "--load_path sup_linear"),
     "attack": (
@@ -373,7 +380,7 @@ class Commands:
         script, flags, start = COMMANDS[name]
         flags = [*flags, "--mode", name.split(",")[0], "--device", self.device]
         if start:
-            flag, start = start.split()
+            flag, start = start.split(maxsplit=1)
             self(start)
             flags += [flag, str(self.folders[start])]
         if script in (train, train_cocsr):

@@ -97,36 +97,32 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            for p in weights:
-                if not self.state[p]:
-                    names = ("momentum_buffer",) if group["filters"] else ("mean", "square", "count")
-                    self.state[p].update({name: torch.zeros_like(p) for name in names if name != "count"})
-                    if not group["filters"]:
-                        self.state[p]["count"] = torch.zeros((), device=p.device)
-            if weights:
-                (self._turn if group["filters"] else self._adam)(weights, [p.grad for p in weights], group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    (self._turn if group["filters"] else self._adam)(p, p.grad, group)
         return loss
 
-    def _turn(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        for w, g in zip(weights, grads, strict=True):
-            buffer = self.state[w]["momentum_buffer"].lerp_(g, 1 - group["momentum"])
-            turn = orthogonalised(g.lerp(buffer, group["momentum"]).flatten(1)).view_as(w)
-            norm = w.norm()
-            w.sub_(turn.mul_(group["lr"] * norm / turn.norm().clamp_min(group["eps"])))
-            w.mul_(norm / w.norm().clamp_min(group["eps"]))
+    def _turn(self, w: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[w]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(w)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        turn = orthogonalised(gradient.lerp(buffer, group["momentum"]).flatten(1)).view_as(w)
+        norm = w.norm()
+        w.sub_(turn.mul_(group["lr"] * norm / turn.norm().clamp_min(group["eps"])))
+        w.mul_(norm / w.norm().clamp_min(group["eps"]))
 
-    def _adam(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
-        means, squares, counts = ([self.state[p][name] for p in weights] for name in ("mean", "square", "count"))
+    def _adam(self, w: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[w]
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(w), square=torch.zeros_like(w))
+        state["step"] += 1
         first, second = group["betas"]
-        grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
-        torch._foreach_lerp_(means, grads, 1 - first)
-        torch._foreach_mul_(squares, second)
-        torch._foreach_addcmul_(squares, grads, grads, 1 - second)
-        torch._foreach_add_(counts, 1)
-        for p, mean, square, count in zip(weights, means, squares, counts, strict=True):
-            scale = (square / (1 - second**count)).sqrt_().add_(group["eps"])
-            p.addcdiv_(mean / (1 - first**count), scale, value=-group["ratio"] * group["lr"])
+        gradient = gradient.add(w, alpha=group["weight_decay"])
+        mean = state["mean"].lerp_(gradient, 1 - first)
+        square = state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+        w.addcdiv_(mean, scale, value=-group["ratio"] * group["lr"] / (1 - first ** state["step"]))
 
 
 # Coefficients of one step of the quintic Newton-Schulz iteration, which lead singular values near 1 fast, and how many.

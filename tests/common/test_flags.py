@@ -21,7 +21,7 @@ def test_published_defaults():
     expected |= {"lr_scheduler": "cosine", "warmup": 10, "lr_init": 0.1, "weight_decay": 1e-6, "batch_size": 128}
     expected |= {"test_batch_size": 100, "sim_lambda": 1, "temperature": 0.5, "ood_samples": 1, "ood_batch_size": 100}
     expected |= {"resize_factor": 0.08, "resize_fix": False, "refmix_batch_size": 128, "sr_lambda": 0.01}
-    expected |= {"sr_dict_size": 512, "sr_layer": "penultimate", "sr_rho": 1, "sr_admm_stage": 40, "sr_lr": 1e-3}
+    expected |= {"sr_dict_size": 512, "sr_layer": ["penultimate"], "sr_rho": 1, "sr_admm_stage": 40, "sr_lr": 1e-3}
     expected |= {"sr_decay_lr": 1e-6, "loss_lambda_sr": 1, "loss_lambda_sr_l1": 0.01, "loss_lambda_dict_constr": 0.1}
     expected |= {"loss_dict_constr_mode": 0, "loss_dict_constr_value": 1, "seed": 0, "device": "auto", "amp": "auto"}
     assert {k: f.as_dict()[k] for k in expected} == expected

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from training.optim import OPTIMIZERS, Lars, OptimSpec, warm_up
+from training.optim import OPTIMIZERS, Lars, Muon, OptimSpec, orthogonalised, warm_up
 
 
 def stated_rule(weights, gradients, lr, wd, trust=0.001, eps=1e-8, momentum=0.9):
@@ -110,11 +110,13 @@ def test_every_optimiser_has_its_rate_its_momentum_and_its_weight_decay(name):
 
     assert after(0.01, 0.0, [0.0]) == 2.0
     decayed, twice = 2 - after(0.01, 0.5, [0.0]), 2 - after(0.02, 0.5, [0.0])
-    # Adam makes a step of the size of the rate of whatever gradient there is.
-    assert decayed == pytest.approx(0.01 if name == "adam" else 0.01 * 0.5 * 2, rel=1e-4)
-    assert twice == pytest.approx(2 * decayed, rel=1e-4)
+    # Adam makes a step of the size of the rate of whatever gradient there is; that of Muon has a hundredth of it.
+    expected = {"adam": 0.01, "muon": 1e-4}.get(name, 0.01 * 0.5 * 2)
+    assert decayed == pytest.approx(expected, rel=3e-4)
+    assert twice == pytest.approx(2 * decayed, rel=3e-3)
     first, second = 2 - after(0.01, 0.0, [1.0]), after(0.01, 0.0, [1.0]) - after(0.01, 0.0, [1.0, 0.0])
-    share = {"adam": 0.9 * 0.1 / 0.19 / (0.999 * 0.001 / (1 - 0.999**2)) ** 0.5}.get(name, 0.9)
+    adam = 0.9 * 0.1 / 0.19 / (0.999 * 0.001 / (1 - 0.999**2)) ** 0.5
+    share = {"adam": adam, "muon": adam}.get(name, 0.9)
     assert second == pytest.approx(share * first, rel=2e-3) and first > 0
 
 
@@ -127,3 +129,65 @@ def test_cosine_to_zero_ends_at_zero_however_long_the_warmup():
     assert share(1) == pytest.approx(1) and share(20) == pytest.approx(0, abs=1e-12)
     with pytest.raises(UserError, match="leaves nothing of 10 epochs"):
         spec(lr_scheduler="cosine_to_zero", epochs=10)
+
+
+def quintic(singular: torch.Tensor) -> torch.Tensor:
+    """What five steps of the iteration make of singular values, one by one."""
+    for _ in range(5):
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    return singular
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (20, 3), (6, 6)])
+def test_orthogonalised_keeps_singular_vectors_and_moves_singular_values_near_one(shape):
+    matrix = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, S, Vt = torch.linalg.svd(matrix, full_matrices=False)
+    expected = U @ (quintic(S / matrix.norm())[:, None] * Vt)
+    torch.testing.assert_close(orthogonalised(matrix), expected, atol=1e-10, rtol=0)
+    values = torch.linalg.svdvals(orthogonalised(matrix))
+    assert 0.5 < values.min() and values.max() < 1.3
+    assert not orthogonalised(torch.zeros(2, 3)).isnan().any()
+
+
+def test_muon_turns_filters_by_the_rate_keeps_their_norm_and_has_adam_for_the_rest():
+    g = torch.Generator().manual_seed(0)
+    filters = nn.Parameter(torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=g))
+    bias = nn.Parameter(torch.randn(4, dtype=torch.float64, generator=g))
+    twin, start = nn.Parameter(bias.detach().clone()), filters.detach().clone()
+    muon, adam = Muon([filters, bias], 0.1, weight_decay=0.03), torch.optim.Adam([twin], 0.001, weight_decay=0.03)
+    w, buffer = start.flatten(1), torch.zeros(4, 12, dtype=torch.float64)
+    for _ in range(6):
+        step = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=g)
+        filters.grad, bias.grad = step, torch.randn(4, dtype=torch.float64, generator=g)
+        twin.grad = bias.grad.clone()
+        muon.step()
+        adam.step()
+        # The rule once more: Nesterov's momentum, its singular values, a step of the length of the rate.
+        buffer = 0.6 * buffer + 0.4 * step.flatten(1)
+        U, S, Vt = torch.linalg.svd(0.4 * step.flatten(1) + 0.6 * buffer, full_matrices=False)
+        turn = U @ (quintic(S / S.norm())[:, None] * Vt)
+        w = w - 0.1 * w.norm() * turn / turn.norm()
+        w = w * start.norm() / w.norm()
+        torch.testing.assert_close(filters.detach().flatten(1), w, atol=1e-9, rtol=0)
+    assert filters.norm().item() == pytest.approx(start.norm().item(), rel=1e-12)
+    torch.testing.assert_close(bias, twin, atol=1e-12, rtol=0)
+
+
+def test_muon_goes_on_from_its_state_dict():
+    def run(steps: range, optimizer: Muon, weights: list[nn.Parameter]) -> None:
+        for s in steps:
+            for w in weights:
+                w.grad = torch.sin(torch.arange(w.numel()).view_as(w) + s)
+            optimizer.step()
+
+    def fresh() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.arange(24.0).view(2, 3, 2, 2)), nn.Parameter(torch.ones(5))]
+
+    whole, parts = fresh(), fresh()
+    run(range(6), Muon(whole, 0.1), whole)
+    first = Muon(parts, 0.1)
+    run(range(3), first, parts)
+    second = Muon(parts, 0.1)
+    second.load_state_dict(first.state_dict())
+    run(range(3, 6), second, parts)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

@@ -26,8 +26,8 @@ from training.modes.supervised import SupervisedSpec
 from training.optim import OptimSpec
 from training.recipe import Batch, Recipe
 
-# `meansparse` trains nothing.
-MODES = {name: mode for name, mode in (STAGE1 | STAGE2).items() if name != "meansparse"}
+# These train nothing.
+MODES = {name: mode for name, mode in (STAGE1 | STAGE2).items() if name not in ("meansparse", "level_dict")}
 AUTOENCODERS = [name for name, mode in MODES.items() if not mode.backbone]
 SIMCLR = ["simclr", "simclr_CSI", "sup_simclr", "sup_simclr_CSI"]
 

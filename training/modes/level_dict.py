@@ -28,7 +28,7 @@ from evals.metrics import auroc
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net, read_state
 from models.feature_net import FeatureNet, FeatureTransform, RotTransNet
-from models.level_net import SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
+from models.level_net import LEVELS, SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
 from models.sparse.dictionary import SparseSpec
 from training.modes.setup import own_device, precision
 from training.optim import LengthSpec
@@ -69,6 +69,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     share = sparse.sr_lambda_rel
     assert share is not None  # The mode has a default.
     names, batch = flags.of(FeatureTransform, only=["sr_layer"]).sr_layer, flags.of(PassSpec).ood_batch_size
+    if unknown := [name for name in names if name not in LEVELS]:
+        raise UserError(f"--sr_layer {' '.join(unknown)}: --mode {flags.mode} has {', '.join(LEVELS)}")
     net = net.to(device).eval()
 
     @torch.no_grad()

@@ -1,0 +1,110 @@
+"""Stage 2 at several depths: what it refuses, and how terms get their weights."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as evaluate
+import train
+import train_cocsr
+from models.level_net import NEIGHBOURS, TRANSFORMATIONS
+from tests.conftest import TINY
+from training.modes.level_dict import calibrate, turn
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of Rot+Trans on digits with images set aside."""
+    logs = tmp_path_factory.mktemp("logs")
+    args = [*TINY, "--mode", "rot_trans", "--epochs", "1", "--held_out", "12", "--log_root", str(logs)]
+    assert train.main(args) == 0
+    (folder,) = logs.iterdir()
+    return folder
+
+
+def stage2(run, tmp_path, *more: str) -> int:
+    args = ["--mode", "level_dict", "--resume_path", str(run), "--log_root", str(tmp_path), "--sr_dict_size", "8"]
+    return train_cocsr.main([*args, "--device", "cpu", *more])
+
+
+def test_each_level_and_each_term_is_told(run, tmp_path, capsys):
+    assert stage2(run, tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "pixels: 8 atoms of 192 features, lambda " in told and "lambda_max" in told and "% zeros, gap" in told
+    assert "term transformations: weight" in told and "stages: 8 atoms" in told
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--held_out", "0"], "--held_out: the terms of the score get units"),
+        (["--epochs", "5"], "--epochs 5: --mode level_dict has no epochs of its own"),
+        (["--sr_layer", "simclr"], "--sr_layer simclr: --mode level_dict has pixels, stages, penultimate"),
+    ],
+)
+def test_what_does_not_fit_is_refused(more, message, run, tmp_path, capsys):
+    assert stage2(run, tmp_path, *more) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_mixed_shifts_are_refused(tmp_path, capsys):
+    mixed = ["--mode", "simclr_CSI", "--shift_trans_type", "rot_bmix", "--epochs", "1", "--held_out", "12"]
+    assert train.main([*TINY, *mixed, "--log_root", str(tmp_path / "a")]) == 0
+    (folder,) = (tmp_path / "a").iterdir()
+    assert stage2(folder, tmp_path / "b") == 2
+    assert "--shift_trans_type rot_bmix: several depths are for stage 1" in capsys.readouterr().err
+
+
+def test_rotations_of_csi_are_a_stage_1_too(tmp_path):
+    turned = ["--mode", "simclr_CSI", "--shift_trans_type", "rotation", "--epochs", "1", "--held_out", "12"]
+    assert train.main([*TINY, *turned, "--log_root", str(tmp_path / "a")]) == 0
+    (folder,) = (tmp_path / "a").iterdir()
+    assert stage2(folder, tmp_path / "b") == 0
+    (second,) = (tmp_path / "b").iterdir()
+    assert evaluate.main(["--load_path", str(second), "--ood_score", "levels", "levels_neighbours"]) == 0
+    assert len(list(second.glob("result_ood_levels_*.json"))) == 2
+
+
+def test_a_score_of_a_level_that_was_left_out_is_refused(run, tmp_path, capsys):
+    assert stage2(run, tmp_path, "--sr_layer", "pixels") == 0
+    (second,) = tmp_path.iterdir()
+    assert evaluate.main(["--load_path", str(second), "--ood_score", "levels_stages"]) == 2
+    assert "no dictionary of stages" in capsys.readouterr().err
+
+
+def test_images_are_turned_by_their_place_in_the_set():
+    x = torch.rand(5, 3, 4, 4)
+    turned = turn(x, torch.tensor([0, 1, 2, 3, 7]))
+    for n, quarters in enumerate((1, 2, 3, 1, 2)):
+        assert torch.equal(turned[n], torch.rot90(x[n], quarters, (1, 2)))
+
+
+def test_weights_follow_the_log_loss_and_the_stand_ins():
+    """One bit of log-loss weighs 1, half a bit 4; what cannot tell stand-ins from normal images weighs nothing."""
+    bits = 0.5
+    normal = {
+        TRANSFORMATIONS: -bits * math.log(2) * torch.tensor([0.5, 1.0, 1.5]),
+        NEIGHBOURS: torch.tensor([1.0, 2.0, 3.0]),
+        "pixels": torch.tensor([0.0, 1.0, 2.0]),
+        "stages": torch.tensor([4.0, 4.0, 4.0]),
+    }
+    turned = {
+        TRANSFORMATIONS: torch.tensor([-5.0, -4.0, -3.0]),
+        NEIGHBOURS: torch.tensor([0.0, 0.5, 2.5]),
+        "pixels": torch.tensor([1.0, 2.0, 3.0]),
+        "stages": torch.tensor([1.0, 1.0, 1.0]),
+    }
+    model = SimpleNamespace(
+        terms=tuple(normal),
+        values=lambda reading, views: reading,
+        means=torch.zeros(4),
+        deviations=torch.zeros(4),
+        weights=torch.zeros(4),
+    )
+    lines = list(calibrate(model, normal, turned, None))  # type: ignore[arg-type]
+    assert model.weights.tolist() == pytest.approx([4.0, 1.0, 0.0, 0.0])
+    assert model.means.tolist() == pytest.approx([-bits * math.log(2), 2.0, 1.0, 4.0])
+    assert model.deviations[1].item() == pytest.approx(math.sqrt(2 / 3))
+    assert "neighbours: weight 1; it tells turned images from upright ones by 77.8 %" in lines[1]

@@ -1,0 +1,73 @@
+"""--recipe: what it sets, what comes before it, and what it refuses."""
+
+import json
+
+import pytest
+
+import train
+import train_cocsr
+from common.flags import build_parser, parse
+from program import SPECS
+from scripts.recipes import RECIPES
+from training import STAGE1, STAGE2
+from training.launch import Script, read_job
+from training.named import NAMED, told
+
+ONE = Script("train.py", STAGE1, "simclr", "last.model", "last.resume")
+TWO = Script("train_cocsr.py", STAGE2, "cocsr_dict", "last.cocsr_model", "last.cocsr_resume")
+
+
+def flags_of(*words: str) -> dict:
+    return read_job(["--dry_run", *words], TWO if "cocsr" in words[0] else ONE, SPECS).flags.as_dict()
+
+
+def test_a_recipe_sets_mode_and_flags_and_what_is_given_comes_before_it():
+    found = flags_of("--recipe", "short")
+    assert (
+        found["mode"] == "rot_trans"
+        and {n: found[n] for n in NAMED["short"]["rot_trans"]} == NAMED["short"]["rot_trans"]
+    )
+    found = flags_of("--recipe", "short", "--mode", "simclr_CSI", "--optimizer", "lars", "--epochs", "3")
+    assert (found["optimizer"], found["epochs"], found["batch_size"]) == ("lars", 3, 32)
+    assert flags_of("--mode", "rot_trans")["optimizer"] == "lars"
+
+
+def test_the_first_mode_of_a_script_is_the_default():
+    modes = {
+        name: [next(mode for mode in rows if mode in table) for table in (STAGE1, STAGE2)]
+        for name, rows in NAMED.items()
+    }
+    assert modes == {
+        "published": ["simclr_CSI", "cocsr_dict"],
+        "short": ["rot_trans", "level_dict"],
+        "best": ["simclr_CSI", "level_dict"],
+    }
+    job = read_job(["--dry_run", "--recipe", "short", "--resume_path", "x"], TWO, SPECS)
+    assert job.flags.mode == "level_dict" and job.flags.as_dict()["sr_dict_size"] == 256
+
+
+def test_a_mode_that_the_recipe_does_not_have_is_refused(capsys):
+    assert train.main(["--recipe", "short", "--mode", "sup_simclr"]) == 2
+    assert "--recipe short: it has --mode rot_trans, simclr_CSI" in capsys.readouterr().err
+    assert train_cocsr.main(["--recipe", "nosuch"]) == 2
+
+
+def test_what_a_recipe_stands_for_is_told():
+    assert told("x", {"optimizer": "adam", "epochs": 3}) == "recipe x: --optimizer adam --epochs 3"
+    assert told("x", {}) == "recipe x: the defaults"
+
+
+@pytest.mark.parametrize("mode", NAMED["published"])
+def test_the_published_recipe_is_that_of_the_published_scripts(mode):
+    """The rows of recipes.env, which the shell scripts run."""
+    row = {"simclr_CSI": "csi", "cocsr_dict": "cocsr"}.get(mode, mode)
+    script, *words = RECIPES["cifar10"].words(row)
+    table = STAGE2 if script == "train_cocsr.py" else STAGE1
+    given = parse(words, build_parser(script, table, "simclr", SPECS)).as_dict()
+    own = parse(["--mode", mode], build_parser(script, table, "simclr", SPECS)).as_dict() | NAMED["published"][mode]
+    read = {name for spec in table[mode].specs for name in spec.__dataclass_fields__}
+    assert {n: given[n] for n in read if n in given} == {n: own[n] for n in read if n in own}
+
+
+def test_recipes_are_plain_values():
+    assert json.loads(json.dumps(NAMED)) == NAMED
