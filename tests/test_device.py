@@ -428,7 +428,8 @@ def on_gpu_without_images(tmp_path_factory):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_on_the_gpu_finds_what_the_cpu_finds(name, on_cpu, on_gpu_with_images):
-    assert on_gpu_with_images(name) == pytest.approx(on_cpu(name), rel=1e-3, abs=2e-3) and on_cpu(name)
+    assert on_gpu_with_images(name) == pytest.approx(on_cpu(name), rel=1e-3, abs=2e-3)
+    assert on_cpu(name) or name == "level_dict"  # which has no epochs: `ood_levels` looks at what it made
 
 
 @pytest.mark.parametrize(
