@@ -4,6 +4,7 @@ Letters: N images, K shifts, F features, M atoms.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,10 +16,13 @@ from common.seed import generator
 from models.feature_net import Features, FeatureTransform
 from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import CodingSpec, DictionaryBank, SparseSpec
-from models.sparse.learn import learn_dictionary
+from models.sparse.learn import learn_dictionary, starting_dictionary
+from models.sparse.prox import lambda_max, lasso_objective
 
 Outputs = dict[str, Tensor]
 
+# The output of lasso objectives of every view in every dictionary.
+CROSS = "cross"
 # Codes in fitted dictionaries: at most so many ADMM steps, or to this gap relative to lambda (ICS 2020).
 _FITTED_STEPS, _FITTED_TOL = 500, 1e-3
 # Images that are coded at a time.
@@ -47,6 +51,18 @@ def with_costs(outputs: Outputs, D_KFM: Tensor, lam: float) -> Outputs:
     return {**outputs, "error": error, "objective": 0.5 * error + lam * outputs["codes"].abs().sum(2)}
 
 
+def cross_objectives(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> Tensor:
+    """Lasso objectives (N, K, K) of features s (N, K, F): entry [n, k, j] is that of view k coded in dictionary j."""
+    parts = []
+    with torch.no_grad() if not s.requires_grad else nullcontext():
+        for block in s.split(max(1, _TOGETHER // s.shape[1])):
+            s_FV = block.flatten(0, 1).T
+            codes = bank.code(s_FV, system=system).codes
+            cost_KV = lasso_objective(bank.dictionary, s_FV, codes, bank.coding.lam)
+            parts.append(cost_KV.unflatten(1, block.shape[:2]).permute(1, 2, 0))
+    return torch.cat(parts)
+
+
 class Coder:
     """Leaves averaged outputs as they are. Subclasses add `error` (N, K), the squared error of features under codes,
     and `objective` (N, K), that of the lasso problem.
@@ -58,6 +74,10 @@ class Coder:
 
     def __call__(self, outputs: Outputs) -> Outputs:
         return outputs
+
+    def cross(self, outputs: Outputs) -> Tensor:
+        """`cross_objectives` of what it has made of outputs: K times the codes."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """Its tensors by name: with its flags, all there is to save."""
@@ -77,6 +97,14 @@ class TrainedDictionaries(Coder):
     def __call__(self, outputs: Outputs) -> Outputs:
         """s (N, K, F), codes (N, K, M) and others."""
         return with_costs(outputs, self.bank.dictionary.detach(), self.lam)
+
+    @cached_property
+    def _system(self) -> RidgeSystem:
+        return self.bank.system()
+
+    def cross(self, outputs: Outputs) -> Tensor:
+        """Of averaged features, which are coded once more."""
+        return cross_objectives(self.bank, outputs["s"], self._system)
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()
@@ -107,6 +135,9 @@ class FittedDictionaries(Coder):
         s_KFN = sparse_features(outputs, transform).permute(1, 2, 0)
         shifts, features, images = s_KFN.shape
         atoms, lam, rho = spec.sr_dict_size, spec.sr_lambda, spec.sr_rho
+        if spec.sr_lambda_rel is not None:
+            D = starting_dictionary(s_KFN, atoms, generator(seed, "multi_sr"))
+            lam = spec.sr_lambda_rel * lambda_max(D, s_KFN).cpu().median().item()
         print(f"fitting {atoms} atoms for each of {shifts} shifts to {images} images", flush=True)
         coding = CodingSpec(lam, rho, _FITTED_STEPS, tol=_FITTED_TOL)
         bank = DictionaryBank(shifts, features, atoms, coding).requires_grad_(False).to(s_KFN.device)
@@ -140,6 +171,9 @@ class FittedDictionaries(Coder):
         parts = [code_outputs(self.bank, block, self._system) for block in blocks]
         coded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {**with_costs(coded, self.bank.dictionary, self.lam), "shift": outputs["shift"]}
+
+    def cross(self, outputs: Outputs) -> Tensor:
+        return cross_objectives(self.bank, outputs["s"], self._system)
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()

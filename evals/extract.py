@@ -24,7 +24,7 @@ from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
 from datasets.shifts import Shift, rotations_and_translations
 from datasets.views import DrawSpec, PassSpec, SetDraw, batches_of, draw_set, set_views
-from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
+from evals.coding import CROSS, Coder, FittedDictionaries, Outputs, TrainedDictionaries, code_outputs
 from evals.levels import level_outputs, transformations_of
 from evals.specs import AverageSpec, FittedSpec
 from evals.trained import Trained, evaluation_mode
@@ -331,11 +331,14 @@ class Extraction:
             return self, self.outputs(train, label)
         means = self._gather(self._means(train, label), train.device)
         fitted = replace(self, coder=self.fit_coder(means, self.world), fit_coder=None)
-        return fitted, select(fitted.coder(means), self.needs, "cpu")
+        return fitted, fitted._finished(means)
 
     def _finished(self, means: Outputs) -> Outputs:
         """What averaged outputs become."""
-        return select(self.coder(means), self.needs, "cpu")
+        found = self.coder(means)
+        if CROSS in self.needs:
+            found = {**found, CROSS: self.coder.cross(found)}
+        return select(found, self.needs, "cpu")
 
     def _means(
         self,
@@ -462,7 +465,7 @@ def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn
 
 
 def _fit_dictionaries(flags: Flags) -> FitCoder:
-    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_rho"))
+    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_lambda_rel", "sr_rho"))
     transform, rounds = flags.of(FeatureTransform), flags.of(FittedSpec).sr_fit_steps
     fit = partial(
         FittedDictionaries.fit,

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.flags import Flags, Spec
-from evals.coding import Outputs
-from evals.specs import KnnSpec, PartsSpec, ScoreSpec
+from evals.coding import CROSS, Outputs
+from evals.specs import CrossSpec, KnnSpec, PartsSpec, ScoreSpec
 from models.level_net import LEVELS, NEIGHBOURS, SCORE, TRANSFORMATIONS, cosine_neighbours
 
 # Entries of a block of similarities or distances, to bound their memory.
 _BLOCK = 2**22
 # Of the one-class SVM.
 _NU = 0.1
-# Of a soft maximum, in standard deviations.
+# Of a soft maximum, in standard deviations, and of a softmax of objectives, in mean ones.
 _SOFTNESS = 0.1
 
 
@@ -114,6 +114,49 @@ class CsiObjectiveScore(CsiSparseScore):
 
     needs = frozenset({"objective", "shift"})
     output: ClassVar[str] = "objective"
+
+
+@dataclass(frozen=True)
+class CrossScore(Scorer):
+    """Sparse-representation classification over the K shifts: how much better a view is coded in the dictionary of its
+    own shift than in those of the others, mean over shifts. scale (K,): mean own objective of training images.
+
+    With the objective o_j of view k in dictionary j, per view
+    ratio: log(mean of o_j, j != k, / o_k); margin: (min of o_j, j != k, - o_k) / scale_k;
+    softmax: the log-probability of k by a softmax of -o_j / (0.1 scale_k).
+    rule (): which of `CROSS_RULES`, by number.
+    """
+
+    scale: Tensor
+    rule: Tensor
+
+    needs = frozenset({CROSS})
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """cross (N, K, K): objectives of each view in each dictionary. Raises: UserError for K = 1."""
+        cross = _several(outputs[CROSS]).clamp_min(torch.finfo(torch.float32).tiny)
+        own = cross.diagonal(dim1=1, dim2=2)
+        k = cross.shape[1]
+        others = cross[:, ~torch.eye(k, dtype=torch.bool, device=cross.device)].view(len(cross), k, k - 1)
+        return list(CROSS_RULES.values())[int(self.rule)](own, others, self.scale).mean(1)
+
+
+def _softmax(own: Tensor, others: Tensor, scale: Tensor) -> Tensor:
+    against = (own[..., None] - others) / (_SOFTNESS * scale[:, None])
+    return -torch.cat([torch.zeros_like(own)[..., None], against], 2).logsumexp(2)
+
+
+# How the own objective (N, K) is compared with those of the others (N, K, K - 1). scale (K,).
+CROSS_RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ratio": lambda own, others, scale: (others.mean(2) / own).log(),
+    "margin": lambda own, others, scale: (others.amin(2) - own) / scale,
+    "softmax": _softmax,
+}
+
+
+def fit_cross(train: Outputs, rule: str) -> CrossScore:
+    """The `CSI_srm` score of training outputs cross (N, K, K)."""
+    return CrossScore(train[CROSS].diagonal(dim1=1, dim2=2).mean(0), torch.tensor(list(CROSS_RULES).index(rule)))
 
 
 @dataclass(frozen=True)
@@ -358,7 +401,7 @@ def _own_logit(shift: Tensor) -> Tensor:
 def _several(shift: Tensor) -> Tensor:
     """Logits (N, K, K) of several shifts. Raises: UserError for a single one."""
     if shift.shape[1] < 2:
-        raise UserError("--ood_score: the network was trained under one shift, and its classifier has nothing to say")
+        raise UserError("--ood_score: the network was trained under one shift; there is nothing to tell it from")
     return shift
 
 
@@ -461,6 +504,7 @@ SCORES: dict[str, ScoreRow] = {
     "simclr_sr": _csi_sr(first_shift_only=True),
     "CSI_sr": _csi_sr(first_shift_only=False),
     "CSI_src": _csi_sr(first_shift_only=False, scorer=CsiObjectiveScore),
+    "CSI_srm": ScoreRow(CrossScore, lambda train, o: fit_cross(train, o.srm_rule), CrossSpec),
     "knn": ScoreRow(NearestScore, lambda train, o: NearestScore.of(_unit_features(train), o.knn_k), KnnSpec),
     "ocsvm": ScoreRow(OneClassSvmScore, lambda train, o: OneClassSvmScore.of(_unit_features(train))),
     "knn_cosine": ScoreRow(

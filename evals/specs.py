@@ -100,6 +100,21 @@ class PartsSpec(Spec, group="evaluation"):
     disable_shi_score: bool = flag(False, "leave out the shift part of a score")
 
 
+def _rules() -> Iterable[str]:
+    from evals.scores import CROSS_RULES  # Which reads the spec.
+
+    return CROSS_RULES
+
+
+@dataclass(frozen=True)
+class CrossSpec(Spec, group="evaluation"):
+    """How one dictionary is held against the others."""
+
+    srm_rule: str = flag(
+        "ratio", "CSI_srm: how the own dictionary's objective is compared with those of the others", choices=_rules
+    )
+
+
 @dataclass(frozen=True)
 class FittedSpec(Spec, group="evaluation"):
     """Dictionaries fitted after the fact."""
@@ -252,7 +267,7 @@ class DetectorAttackSpec(Spec, group="attacks"):
     )
 
 
-def _rules() -> Iterable[str]:
+def _scan_rules() -> Iterable[str]:
     from evals.alpha_scan import RULES  # Which reads the spec.
 
     return RULES

@@ -46,6 +46,7 @@ def found(stage1, tmp_path_factory):
     save_tensors(heads, build_net("feature", "resnet8", n_classes=10, simclr_dim=8, n_shifts=4, seed=0).state_dict())
     cases["sup_CSI_linear"] = [*every, "--mode", "sup_CSI_linear", "--load_path", str(heads)]
     cases["cocsr_dict"] += "--sr_dict_size 24 --sr_lambda 1e-3 --invert_sr_feature_norm --ini_sr_dict_train".split()
+    cases["cocsr_dict"] += "--loss_dict_margin 0.5".split()
     return {size: found_by(size, tmp_path_factory.mktemp("found"), cases) for size in (1, 2, 3)}
 
 

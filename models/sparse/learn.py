@@ -27,7 +27,7 @@ def learn_dictionary(
     Source: in place of the BPDN dictionary learning of Lee et al. (ICS 2020); the update is that of Mairal et al.
     (JMLR 2010).
     """
-    D = _start(S, atoms, generator)
+    D = starting_dictionary(S, atoms, generator)
     w, before = None, torch.inf
     for step in range(steps):
         system = RidgeSystem.of(D, rho)
@@ -71,7 +71,7 @@ def update_atoms(D: Tensor, S: Tensor, codes: Tensor) -> Tensor:
     return rows.mT.contiguous()
 
 
-def _start(S: Tensor, atoms: int, generator: Generator) -> Tensor:
+def starting_dictionary(S: Tensor, atoms: int, generator: Generator) -> Tensor:
     """Initial atoms: samples of unit norm with a little noise, which keeps atoms distinct where samples repeat."""
     k, features, n = S.shape
     chosen = torch.stack([torch.randperm(max(n, atoms), generator=generator)[:atoms] % n for _ in range(k)])

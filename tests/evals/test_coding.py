@@ -1,9 +1,22 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
-from evals.coding import Coder, FittedDictionaries, Outputs, TrainedDictionaries, reconstruction_error
+from common.seed import generator
+from evals.coding import (
+    Coder,
+    FittedDictionaries,
+    Outputs,
+    TrainedDictionaries,
+    cross_objectives,
+    reconstruction_error,
+    sparse_features,
+)
 from models.feature_net import FeatureTransform
+from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank, SparseSpec
-from models.sparse.learn import objective
+from models.sparse.learn import objective, starting_dictionary
 
 INVERTED = FeatureTransform(invert_sr_feature_norm=True)
 SPEC = SparseSpec(sr_dict_size=20, sr_lambda=1e-3, sr_rho=1.0)
@@ -69,3 +82,28 @@ def test_reconstructions_are_cut_into_blocks_that_do_not_matter(monkeypatch):
     whole = reconstruction_error(D, s, codes)
     monkeypatch.setattr("evals.coding._BLOCK", 100)
     torch.testing.assert_close(reconstruction_error(D, s, codes), whole)
+
+
+def test_every_view_is_coded_in_every_dictionary(monkeypatch):
+    """By a loop over views and dictionaries; blocks do not matter."""
+    bank = DictionaryBank(3, 6, 9, CodingSpec(0.05, 1.0, 300), torch.Generator().manual_seed(0)).double()
+    s = torch.randn(5, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = cross_objectives(bank, s, bank.system())
+    for n in range(5):
+        for k in range(3):
+            for j in range(3):
+                a = admm_lasso(bank.dictionary[j : j + 1], s[n, k][None, :, None], lam=0.05, steps=300).codes[0, :, 0]
+                cost = 0.5 * (s[n, k] - bank.dictionary[j] @ a).square().sum() + 0.05 * a.abs().sum()
+                torch.testing.assert_close(found[n, k, j], cost.detach(), atol=1e-10, rtol=0)
+    monkeypatch.setattr("evals.coding._TOGETHER", 6)
+    torch.testing.assert_close(cross_objectives(bank, s, bank.system()), found, atol=1e-12, rtol=0)
+    coder = TrainedDictionaries(bank)
+    torch.testing.assert_close(coder.cross({"s": s}), found)
+
+
+def test_fitted_dictionaries_take_lambda_as_a_share():
+    spec = replace(SPEC, sr_lambda_rel=0.25)
+    coder = FittedDictionaries.fit(outputs(50, 0), INVERTED, spec, rounds=5, seed=0)
+    s = sparse_features(outputs(50, 0), INVERTED).permute(1, 2, 0)
+    D = starting_dictionary(s, SPEC.sr_dict_size, generator(0, "multi_sr"))
+    assert coder.lam == pytest.approx(0.25 * (D.mT @ s).abs().amax(1).median().item(), rel=1e-6)

@@ -1,3 +1,4 @@
+import math
 from dataclasses import fields
 
 import numpy as np
@@ -9,6 +10,7 @@ from common.errors import UserError
 from evals import scores
 from evals.coding import reconstruction_error, with_costs
 from evals.scores import (
+    LEVEL_SCORES,
     SCORES,
     NearestScore,
     NoOptions,
@@ -18,7 +20,7 @@ from evals.scores import (
     fit_csi,
     fit_csi_sr,
 )
-from evals.specs import KnnSpec, PartsSpec
+from evals.specs import CrossSpec, KnnSpec, PartsSpec
 
 N, M_TRAIN, T, K, P, ATOMS = 6, 9, 2, 3, 4, 5
 
@@ -287,7 +289,7 @@ def test_switches_leave_out_the_part_that_they_name(name, data):
 def outputs_of_every_kind(n: int, seed: int) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     shapes = {"z": (n, 4, 5), "shift": (n, 4, 4), "error": (n, 4), "objective": (n, 4), "h": (n, 4, 6)}
-    shapes |= {"linear": (n, 4, 3)}
+    shapes |= {"linear": (n, 4, 3), "cross": (n, 4, 4), **{name: (n, 1, 1) for name in LEVEL_SCORES.values()}}
     shapes |= {"joint": (n, 4, 12), "rotation": (n, 36, 4), "vertical": (n, 36, 3), "horizontal": (n, 36, 3)}
     return {name: torch.rand(shape, generator=g) for name, shape in shapes.items()}
 
@@ -303,6 +305,29 @@ def test_a_scorer_is_the_same_after_its_state_is_saved_and_loaded(name, tmp_path
     test = {key: value for key, value in outputs_of_every_kind(9, 1).items() if key in row.scorer.needs}
     before, after = scorer(test), again(test)
     assert before.shape == (9,) and torch.equal(before, after) and before.dtype == after.dtype
+
+
+@pytest.mark.parametrize("rule", ["ratio", "margin", "softmax"])
+def test_dictionaries_against_one_another_by_hand(rule):
+    """Three shifts, by loops."""
+    g = torch.Generator().manual_seed(0)
+    train, test = (torch.rand(n, 3, 3, generator=g, dtype=torch.float64) + 0.1 for n in (20, 5))
+    found = SCORES["CSI_srm"].fit({"cross": train}, CrossSpec(srm_rule=rule))({"cross": test})
+    for n in range(5):
+        total = 0.0
+        for k in range(3):
+            scale = sum(float(train[m, k, k]) for m in range(20)) / 20
+            own, others = float(test[n, k, k]), [float(test[n, k, j]) for j in range(3) if j != k]
+            if rule == "ratio":
+                total += math.log(sum(others) / 2 / own)
+            elif rule == "margin":
+                total += (min(others) - own) / scale
+            else:
+                weights = [math.exp(-o / (0.1 * scale)) for o in (own, *others)]
+                total += math.log(weights[0] / sum(weights))
+        assert float(found[n]) == pytest.approx(total / 3, abs=1e-9)
+    with pytest.raises(UserError, match="under one shift"):
+        SCORES["CSI_srm"].fit({"cross": train[:, :1, :1]}, CrossSpec(srm_rule=rule))({"cross": test[:, :1, :1]})
 
 
 @pytest.mark.parametrize("change", [{"k": None}, {"more": torch.ones(1)}])

@@ -68,7 +68,7 @@ def test_pieces_hold_fewer_activations():
 
 @pytest.mark.parametrize("detach, deep", [(False, None), (True, None), (False, "1,5")])
 def test_the_dictionary_step_in_pieces_is_that_of_the_whole(detach, deep):
-    spec = DictionaryLossSpec(1.0, 0.01, 0.1, 0, 1.0, detach, deep)
+    spec = DictionaryLossSpec(1.0, 0.01, 0.1, 0, 1.0, detach, deep, loss_dict_margin=0.5)
     bank = DictionaryBank(K, 8, 10, CodingSpec(0.05, 1.0, 12), torch.Generator().manual_seed(0)).double()
     s = torch.randn(K, 8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = {}

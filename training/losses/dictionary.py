@@ -3,6 +3,8 @@
 Letters: K dictionaries, F feature size, M atoms, N samples per dictionary.
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,3 +29,14 @@ def atom_norm(D: Tensor, mode: int, constraint: float = 1.0) -> Tensor:
     if mode == 1:
         return excess.clamp(min=0).sum()
     raise ValueError(f"mode must be 0 (equal) or 1 (at most), got {mode}")
+
+
+def margin_terms(costs: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of the own dictionary, summed over views: that it codes a view better than the others do.
+
+    costs (J, K, N): lasso objectives, > 0, of N samples of each shift k in each dictionary j, J = K. The logit of
+    dictionary j is -log(cost) / temperature, so that nothing depends on the units of features.
+    """
+    logits = costs.clamp_min(torch.finfo(costs.dtype).tiny).log() / -temperature
+    own = torch.arange(len(costs), device=costs.device)[:, None].expand(costs.shape[1:])
+    return F.cross_entropy(logits.flatten(1).T, own.flatten(), reduction="sum")

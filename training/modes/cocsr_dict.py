@@ -27,7 +27,8 @@ from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
 from models.sparse.dictionary import DictionaryBank, SparseSpec
 from models.sparse.kmeans import kmeans
-from training.losses.dictionary import atom_norm, code_terms
+from models.sparse.prox import lambda_max, lasso_objective
+from training.losses.dictionary import atom_norm, code_terms, margin_terms
 from training.micro_batch import checkpointed, forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     any_shifts,
@@ -83,6 +84,10 @@ class DictionaryLossSpec(Spec, group="stage 2: dictionaries"):
     loss_dict_constr_value: float = flag(1.0, "c of the norm constraint", above=0)
     loss_dict_detach_sr_coef: bool = flag(False, "no gradient through the codes")
     loss_sr_deep_supervision: str | None = flag(None, "further ADMM steps, counted from 0, to take the loss at: 9,19")
+    loss_dict_margin: float = flag(
+        0.0, "weight of the cross-entropy that a view's own dictionary codes it better than the others", at_least=0
+    )
+    loss_dict_margin_temperature: float = flag(0.1, "of that cross-entropy, of logarithms of objectives", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,6 +138,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         sparse.coding,
         generator(seed, "dictionary"),
     )
+    if loss_spec.loss_dict_margin and shift_spec.count < 2:
+        raise UserError("--loss_dict_margin: with one shift there is no other dictionary; leave it out")
     model = CocsrNet(net, bank, transform).to(device).train()
     data, aligned = training_images(split, shift_spec, spec, device)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
@@ -150,7 +157,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     # A pass over the set as evaluation makes it: of whole pictures, cropped here.
     draws = (
         DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.of(PassSpec).ood_batch_size)
-        if learning.ini_sr_dict_train
+        if learning.ini_sr_dict_train or sparse.sr_lambda_rel is not None
         else None
     )
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
@@ -159,13 +166,21 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
 
     def begin(run: Run) -> None:
         if draws is not None:
-            run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
             s_KNF = training_features(model, data, draws, world, at_least=2 * sparse.sr_dict_size, amp=amp)
-            if world.is_main:
+            if learning.ini_sr_dict_train:
+                run.say(f"k-means: {sparse.sr_dict_size} centres for each of {len(shifts)} shifts")
+            if learning.ini_sr_dict_train and world.is_main:
                 # A generator on the CPU gives the same draws on every device.
                 centres = kmeans(s_KNF, sparse.sr_dict_size, generator=generator(seed, "k-means"))
                 bank.set_atoms(centres.mT, norm)
             world.broadcast(bank.parameters())
+            largest = lambda_max(bank.dictionary.detach(), s_KNF.mT).cpu()
+            if sparse.sr_lambda_rel is not None:
+                bank.set_lambda(sparse.sr_lambda_rel * largest.median().item())
+            share = bank.coding.lam / largest.median().item()
+            run.say(
+                f"lambda {bank.coding.lam:.4g}, {share:.2g} of the median lambda_max of features in their dictionaries"
+            )
         run.keep(START, model.state_dict(), first_epoch)
 
     def losses(batch: Batch) -> Step:
@@ -227,23 +242,26 @@ def dictionary_step(
     # A process without an image of its own codes one for nothing, since all have to take part in the sums.
     s_KFB = s_KFB[:, :, : max(shard.num_real, 1)]
     if micro_batch is None or micro_batch >= s_KFB.shape[2]:
-        fit, l1, gap, used = sample_terms(bank, s_KFB, spec)
+        fit, l1, margin, gap, used = sample_terms(bank, s_KFB, spec)
     else:
         system = bank.system()
         parts = [checkpointed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
-        fit, l1, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
+        fit, l1, margin, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
     if shard.world.size > 1:
-        sums = torch.cat([torch.stack([fit, l1, gap]), used.flatten()])
+        sums = torch.cat([torch.stack([fit, l1, margin, gap]), used.flatten()])
         sums = shard.all_reduce(sums * 0 if idle else sums)
-        fit, l1, gap, used = *sums[:2], sums[2].detach(), sums[3:].detach().view_as(used)
+        fit, l1, margin, gap, used = *sums[:3], sums[3].detach(), sums[4:].detach().view_as(used)
     constraint = shard.count_once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
     losses = {
         "sr": spec.loss_lambda_sr * fit,
         "sr_l1": spec.loss_lambda_sr_l1 * l1,
         "sr_dict": spec.loss_lambda_dict_constr * constraint,
     }
+    if spec.loss_dict_margin:
+        losses["sr_margin"] = spec.loss_dict_margin * margin
     watch = {
         "sr/gap": gap / (len(s_KFB) * batch) / bank.coding.lam,
+        "sr/lambda_share": bank.coding.lam / lambda_max(bank.dictionary.detach(), s_KFB.detach()).mean(),
         "sr/atom_norm": bank.dictionary.detach().norm(dim=1).mean(),
         "sr/sparsity": 1 - used.mean() / batch,
         "sr/dead_atoms": (used == 0).float().mean(),
@@ -253,13 +271,21 @@ def dictionary_step(
 
 def sample_terms(
     bank: DictionaryBank, s_KFB: Tensor, spec: DictionaryLossSpec, system: RidgeSystem | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sums over samples: the fit and l1 terms of the loss, the optimality gaps, and how many use each atom, (K, M)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sums over samples: the fit, l1 and margin terms of the loss, the optimality gaps, and how many use each atom,
+    (K, M)."""
     codes, gap, also = bank.code(s_KFB, also=spec.steps, system=system)
     used = [c.detach() if spec.loss_dict_detach_sr_coef else c for c in (codes, *also)]
     terms = [code_terms(bank.dictionary, c, s_KFB) for c in used]
     fit, l1 = (torch.stack(x).sum() for x in zip(*terms, strict=True))
-    return fit, l1, gap.sum(), (codes.detach() != 0).float().sum(2)
+    margin = fit.new_zeros(())
+    if spec.loss_dict_margin:
+        s_FV = s_KFB.transpose(0, 1).flatten(1)
+        every = bank.code(s_FV, system=system).codes
+        every = every.detach() if spec.loss_dict_detach_sr_coef else every
+        costs = lasso_objective(bank.dictionary, s_FV, every, bank.coding.lam)
+        margin = margin_terms(costs.unflatten(1, (len(s_KFB), -1)), spec.loss_dict_margin_temperature)
+    return fit, l1, margin, gap.sum(), (codes.detach() != 0).float().sum(2)
 
 
 def training_features(

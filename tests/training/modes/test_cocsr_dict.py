@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from common.errors import UserError
+from evals.coding import cross_objectives
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, moved
@@ -68,3 +71,45 @@ def test_how_far_the_dictionary_moved_is_reported_with_the_reason():
     assert "changed by 1.00e-01" in moved(start, 1.1 * start, trained=True)
     assert "hardly trained" in moved(start, 1.0001 * start, trained=True)
     assert "--freeze_sr_dict" in moved(start, start, trained=False)
+
+
+def test_the_margin_and_its_gradient_by_a_double_loop():
+    """Cross-entropy of the own dictionary over shifts and samples, in float64, through the unrolled codes."""
+    bank = DictionaryBank(3, 6, 8, CodingSpec(0.05, 1.0, 30), torch.Generator().manual_seed(0)).double()
+    s = torch.randn(3, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    spec = replace(WEIGHTS, loss_dict_margin=2.0, loss_dict_margin_temperature=0.3)
+    step = dictionary_step(bank, s, spec)
+    assert set(step.losses) - set(dictionary_step(bank, s, WEIGHTS).losses) == {"sr_margin"}
+    (gradient,) = torch.autograd.grad(step.losses["sr_margin"], bank.dictionary)
+    twin = bank.dictionary.detach().clone().requires_grad_()
+    total = torch.zeros((), dtype=torch.float64)
+    for k in range(3):
+        for n in range(4):
+            weights = []
+            for j in range(3):
+                a = admm_lasso(twin[j : j + 1], s[k, :, n][None, :, None], lam=0.05, steps=30).codes[0, :, 0]
+                cost = 0.5 * (s[k, :, n] - twin[j] @ a).square().sum() + 0.05 * a.abs().sum()
+                weights.append(cost ** (-1 / 0.3))
+            total = total - (weights[k] / sum(weights)).log()
+    torch.testing.assert_close(step.losses["sr_margin"], 2.0 * total)
+    (expected,) = torch.autograd.grad(2.0 * total, twin)
+    torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-7)
+
+
+def test_descending_the_margin_makes_dictionaries_tell_shifts_apart():
+    bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 30), torch.Generator().manual_seed(0))
+    g = torch.Generator().manual_seed(1)
+    centres = torch.randn(2, 6, 1, generator=g)
+    s = centres + 0.5 * torch.randn(2, 6, 40, generator=g)
+    optimizer = torch.optim.Adam(bank.parameters(), 0.01)
+
+    def right() -> float:
+        cross = cross_objectives(bank, s.permute(2, 0, 1), bank.system()).detach()
+        return (cross.argmin(2) == torch.arange(2)).float().mean().item()
+
+    before = right()
+    for _ in range(40):
+        optimizer.zero_grad()
+        dictionary_step(bank, s, replace(WEIGHTS, loss_dict_margin=1.0)).losses["sr_margin"].backward()
+        optimizer.step()
+    assert before < 0.9 < right()
