@@ -12,10 +12,11 @@ from torch import Tensor
 
 from benchmarks.compare import Part
 from benchmarks.dictionary import bank_of, code_in_every, own_masks
-from evals.coding import Outputs, code_outputs, reconstruction_error
+from evals.coding import Outputs, code_outputs, cross_objectives, reconstruction_error
 from evals.extract import add_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
+from models.sparse.prox import lasso_objective
 
 _STEPS, _TRAINING, _BATCH = 40, 100, 50
 
@@ -134,3 +135,28 @@ def part(device: torch.device, size: Size = Size()) -> Part:  # noqa: B008
         lambda: published(given),
         check,
     )
+
+
+def cross_part(device: torch.device, size: Size = Size(draws=1)) -> Part:  # noqa: B008
+    """Every view coded in every dictionary, for sparse-representation classification: objectives (N, K, K)."""
+    given = size.given(device)
+    bank = bank_of(given.D_KFM, _STEPS).requires_grad_(False)
+    s_NKF = given.s_TNKF[0]
+
+    def ours() -> Tensor:
+        return cross_objectives(bank, s_NKF, bank.system())
+
+    def published() -> Tensor:
+        parts = []
+        for s_BKF in s_NKF.split(_BATCH):
+            s_FV = s_BKF.flatten(0, 1).T
+            codes_KMV = code_in_every(given.D_KFM, s_FV, _STEPS)
+            cost_KV = lasso_objective(given.D_KFM, s_FV, codes_KMV, bank.coding.lam)
+            parts.append(cost_KV.unflatten(1, s_BKF.shape[:2]).permute(1, 2, 0))
+        return torch.cat(parts)
+
+    def check(found: Tensor, theirs: Tensor) -> str:
+        torch.testing.assert_close(found, theirs, atol=1e-4, rtol=1e-4)
+        return f"objectives equal to {float((found - theirs).abs().max() / theirs.abs().max()):.0e}, float32"
+
+    return Part("every view in every dictionary", f"{size}, {_STEPS} steps", ours, published, check)
