@@ -63,8 +63,7 @@ def named(flags: Flags, modes: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]
     if name is None:
         return flags, {}
     own = [mode for mode in NAMED[name] if mode in modes]
-    if not flags.given("mode"):
-        flags = flags.filled({"mode": own[0]})
+    flags = flags.filled({"mode": own[0]})
     if flags.mode not in own:
         raise UserError(f"--recipe {name}: it has --mode {', '.join(own)}; leave it out for --mode {flags.mode}")
     return flags, NAMED[name][flags.mode]

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from scripts.recipes import KINDS, RECIPES, Recipe, steps_of
+from scripts.recipes import KINDS, METHODS, RECIPES, Recipe, steps_of
 from tests.conftest import ROOT
 
 FAMILIES = ["cifar10", "cifar100", "imagenet", "digits", "short", "short_multi"]
@@ -58,11 +58,36 @@ def test_no_script_repeats_a_flag_of_the_recipes():
         assert not flags.intersection(words), name
 
 
-@pytest.mark.parametrize("family", RECIPES)
+# `minutes` has stages of its own.
+@pytest.mark.parametrize("family", [family for family in RECIPES if family != "minutes"])
 def test_rows_of_run_names_follow_from_the_flags(family, tmp_path):
-    options = argparse.Namespace(data_path="x", epochs=1, more=1, flags=[])
+    options = argparse.Namespace(data_path="x", epochs=1, more=1, times=1.0, flags=[])
     recipe = RECIPES[family]
     steps = {step.kind: step for step in steps_of(recipe, ["ADMM-SRNet"], 2, 0, tmp_path, options)}
     for row, suffix in (("csi", "suffix"), ("cocsr", "stage2_suffix")):
         parts = [*recipe.words("dataset"), *recipe.words("model"), "unsup", *recipe.words(f"{row}_run"), "one_class_2"]
         assert steps[row].folder.name == "_".join([*parts, *recipe.words(suffix)])
+
+
+def test_every_method_of_minutes_has_epochs_of_its_own(tmp_path):
+    options = argparse.Namespace(data_path="x", epochs=1000, more=300, times=1.0, flags=[])
+    steps = {step.kind: step for step in steps_of(RECIPES["minutes"], list(METHODS), 2, 0, tmp_path, options)}
+    trained = {kind: step for kind, step in steps.items() if step.arguments[0] != "eval.py"}
+    epochs = {kind: step.flags.as_dict()["epochs"] for kind, step in trained.items() if kind != "levels"}
+    assert epochs == {
+        "simclr": 25,
+        "rot_trans": 13,
+        "csi": 6,
+        "mixed_csi": 4,
+        "cocsr": 5,
+        "short_rot_trans": 11,
+        "short_csi": 6,
+        "uniclr": 6,
+    }
+    assert not trained["levels"].flags.given("epochs")
+    assert len({step.folder for step in trained.values()}) == len(trained)
+    assert [step.kind for step in steps["of cocsr"].needs] == ["mixed_csi", "cocsr"]
+    assert steps["of csi"].flags.as_dict()["shift_trans_type"] == "rotation"
+    options.times = 2.0
+    longer = {step.kind: step for step in steps_of(RECIPES["minutes"], list(METHODS), 2, 0, tmp_path, options)}
+    assert {kind: longer[kind].flags.as_dict()["epochs"] for kind in epochs} == {k: 2 * n for k, n in epochs.items()}

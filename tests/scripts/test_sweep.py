@@ -57,10 +57,10 @@ def test_recipes_are_the_published_commands(family, wrapper, tmp_path, capsys):
 def test_jobs_share_what_columns_have_in_common_and_flags_reach_every_command(tmp_path, capsys):
     words = ["digits", "--seeds", 0, 1, "--classes", "2,4-5", "--methods", *METHODS, "--out", tmp_path]
     commands = dry_run(capsys, *words, "--epochs", 3, "--more", 2)
-    assert len(commands) == 6 * 9
-    assert [c[0] for c in commands[:9]].count("train.py") == 3  # CSI is trained once for four columns
+    assert len(commands) == 6 * 16
+    assert [c[0] for c in commands[:16]].count("train.py") == 6  # CSI is trained once for four columns
     assert ["CSI", "knn", "ocsvm"] in [options(c).get("--ood_score") for c in commands]
-    places = [(options(c)["--one_class_idx"], options(c)["--seed"]) for c in commands[::9]]
+    places = [(options(c)["--one_class_idx"], options(c)["--seed"]) for c in commands[::16]]
     assert places == [([c], [s]) for s in "01" for c in "245"]
     assert not list(tmp_path.iterdir())
     assert main(["digits", "--out", str(tmp_path), "--dry_run", "--", "--suffix", "x", "--model", "resnet18"]) == 0

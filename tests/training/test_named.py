@@ -18,7 +18,7 @@ TWO = Script("train_cocsr.py", STAGE2, "cocsr_dict", "last.cocsr_model", "last.c
 
 
 def flags_of(*words: str) -> dict:
-    return read_job(["--dry_run", *words], TWO if "cocsr" in words[0] else ONE, SPECS).flags.as_dict()
+    return read_job(["--dry_run", *words], TWO if "level_dict" in words else ONE, SPECS).flags.as_dict()
 
 
 def test_a_recipe_sets_mode_and_flags_and_what_is_given_comes_before_it():
@@ -44,6 +44,13 @@ def test_the_first_mode_of_a_script_is_the_default():
     }
     job = read_job(["--dry_run", "--recipe", "short", "--resume_path", "x"], TWO, SPECS)
     assert job.flags.mode == "level_dict" and job.flags.as_dict()["sr_dict_size"] == 256
+
+
+def test_a_recipe_comes_before_the_defaults_of_a_mode(monkeypatch):
+    monkeypatch.setitem(NAMED["short"], "level_dict", {"sr_dict_size": 7})
+    assert flags_of("--recipe", "short", "--mode", "level_dict", "--resume_path", "x")["sr_dict_size"] == 7
+    given = ["--sr_dict_size", "9", "--resume_path", "x"]
+    assert flags_of("--recipe", "short", "--mode", "level_dict", *given)["sr_dict_size"] == 9
 
 
 def test_a_mode_that_the_recipe_does_not_have_is_refused(capsys):

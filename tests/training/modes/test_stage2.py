@@ -90,6 +90,18 @@ def test_without_k_means_the_dictionary_is_drawn_and_stays_as_it_is_drawn(start)
     assert torch.equal(before, recipe.model.sr_nets.dictionary)
 
 
+def test_lambda_is_a_share_of_the_median_lambda_max_and_codes_follow(start, monkeypatch):
+    s_KNF, _, recipe = started(start, monkeypatch, "--sr_lambda_rel", "0.3")
+    bank = recipe.model.sr_nets
+    largest = (bank.dictionary.detach().mT @ s_KNF.mT).abs().amax(1)
+    assert bank.coding.lam == pytest.approx(0.3 * largest.median().item(), rel=1e-6) == float(bank.lambdaV)
+    assert bank.code(s_KNF.mT).codes.ne(0).any()
+    # A run that goes on has the file's lambda and not that of the flags.
+    again = recipe_of("cocsr_dict", start, "--sr_lambda_rel", "0.3")
+    again.model.load_state_dict(recipe.model.state_dict())
+    assert again.model.sr_nets.coding.lam == pytest.approx(bank.coding.lam, rel=1e-6)
+
+
 def test_the_gap_is_reported_in_units_of_lambda_as_a_mean_over_samples():
     bank = DictionaryBank(2, 6, 8, CodingSpec(0.05, 1.0, 3), torch.Generator().manual_seed(0))
     s = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
