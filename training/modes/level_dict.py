@@ -145,18 +145,18 @@ def turn(images: Tensor, index: Tensor) -> Tensor:
 def calibrate(model: LevelNet, upright: Reading, turned: Reading, views: Transformations) -> Iterator[str]:
     """Units and weights of the terms, by images that were held out, and these turned as stand-ins for anomalies.
 
-    Every term is standardised. One that does not tell turned images from upright ones (AUROC at most 0.5) has no
-    weight, any other has 1, but for the transformations: theirs is 1 / l^2, where l is the mean log-loss of upright
-    images in bits. A classifier that is unsure of normal images says little of others. Yields a line on each term.
+    Every term is standardised. Its weight is 2 A - 1, where A is the AUROC by which it tells turned images from upright
+    ones, or 0 where that is negative; but for the transformations: theirs is 1 / l^2, where l is the mean log-loss of
+    upright images in bits. A classifier that is unsure of normal images says little of others. Yields a line on each.
     """
     with torch.no_grad():
         normal, others = model.values(upright, views), model.values(turned, views)
     for n, name in enumerate(model.terms):
         values = normal[name].double()
         area = auroc(values.cpu().numpy(), others[name].cpu().numpy())
-        deviation, weight = values.std(correction=0).item(), float(area > 0.5)
-        if name == TRANSFORMATIONS:
-            weight /= max(-values.mean().item() / math.log(2), _SURE) ** 2
+        deviation, weight = values.std(correction=0).item(), max(2 * area - 1, 0.0)
+        if name == TRANSFORMATIONS and weight:
+            weight = 1 / max(-values.mean().item() / math.log(2), _SURE) ** 2
         weight = weight if deviation else 0.0
         model.means[n], model.deviations[n], model.weights[n] = values.mean(), deviation or 1.0, weight
         yield f"term {name}: weight {weight:.3g}; it tells turned images from upright ones by {100 * area:.1f} % AUROC"
