@@ -461,7 +461,7 @@ class NoOptions(Spec):
 class ScoreRow:
     """One row. fit: (outputs of the normal training images, options) -> scorer. options: the flags that it reads.
 
-    fitted: whether it looks at training images at all. trained_by: the only training modes that make a head it reads.
+    fitted: whether it looks at training images at all. trained_by: the only training modes whose networks it is for.
     """
 
     scorer: type[Scorer]
@@ -504,7 +504,12 @@ SCORES: dict[str, ScoreRow] = {
     "simclr_sr": _csi_sr(first_shift_only=True),
     "CSI_sr": _csi_sr(first_shift_only=False),
     "CSI_src": _csi_sr(first_shift_only=False, scorer=CsiObjectiveScore),
-    "CSI_srm": ScoreRow(CrossScore, lambda train, o: fit_cross(train, o.srm_rule), CrossSpec),
+    "CSI_srm": ScoreRow(
+        CrossScore,
+        lambda train, o: fit_cross(train, o.srm_rule),
+        CrossSpec,
+        trained_by=(*_SHIFTED, "sup_simclr_CSI", "sup_CSI_linear"),
+    ),
     "knn": ScoreRow(NearestScore, lambda train, o: NearestScore.of(_unit_features(train), o.knn_k), KnnSpec),
     "ocsvm": ScoreRow(OneClassSvmScore, lambda train, o: OneClassSvmScore.of(_unit_features(train))),
     "knn_cosine": ScoreRow(

@@ -234,8 +234,8 @@ def dictionary_step(
     unrolled steps, unless the codes are detached. Deep supervision adds the fit and l1 terms of earlier steps.
     micro_batch: samples of each shift that are coded at a time. shard: whose images s is of, where other ranks have
     the others of the batch.
-    Watched: mean optimality gap relative to lambda, mean norm of the atoms, share of zero codes, share of atoms that no
-    sample of the batch uses.
+    Watched: lambda as a share of the mean lambda_max, mean optimality gap relative to lambda, mean norm of the atoms,
+    share of zero codes, share of atoms that no sample of the batch uses.
     """
     shard = shard or Shard(s_KFB.shape[2])
     batch, idle = shard.batch, shard.num_real == 0
@@ -247,10 +247,12 @@ def dictionary_step(
         system = bank.system()
         parts = [checkpointed(sample_terms, bank, s, spec, system) for s in s_KFB.split(micro_batch, 2)]
         fit, l1, margin, gap, used = (torch.stack(x).sum(0) for x in zip(*parts, strict=True))
+    largest = lambda_max(bank.dictionary.detach(), s_KFB.detach()).sum()
     if shard.world.size > 1:
-        sums = torch.cat([torch.stack([fit, l1, margin, gap]), used.flatten()])
+        sums = torch.cat([torch.stack([fit, l1, margin, gap, largest]), used.flatten()])
         sums = shard.all_reduce(sums * 0 if idle else sums)
-        fit, l1, margin, gap, used = *sums[:3], sums[3].detach(), sums[4:].detach().view_as(used)
+        fit, l1, margin, *rest = sums[:5]
+        (gap, largest), used = (x.detach() for x in rest), sums[5:].detach().view_as(used)
     constraint = shard.count_once(atom_norm(bank.dictionary, spec.loss_dict_constr_mode, spec.loss_dict_constr_value))
     losses = {
         "sr": spec.loss_lambda_sr * fit,
@@ -261,7 +263,7 @@ def dictionary_step(
         losses["sr_margin"] = spec.loss_dict_margin * margin
     watch = {
         "sr/gap": gap / (len(s_KFB) * batch) / bank.coding.lam,
-        "sr/lambda_share": bank.coding.lam / lambda_max(bank.dictionary.detach(), s_KFB.detach()).mean(),
+        "sr/lambda_share": bank.coding.lam * len(s_KFB) * batch / largest,
         "sr/atom_norm": bank.dictionary.detach().norm(dim=1).mean(),
         "sr/sparsity": 1 - used.mean() / batch,
         "sr/dead_atoms": (used == 0).float().mean(),
