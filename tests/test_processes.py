@@ -11,6 +11,8 @@ import time
 import pytest
 import torch
 
+import train
+import train_cocsr
 from common.dist import Shard, World
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
@@ -171,13 +173,13 @@ def test_the_same_steps_by_another_number_of_processes_go_on_others_are_refused(
     assert done.returncode == 2 and "--batch_size was 2 x 16 (processes x images), is 1 x 16" in done.stderr
 
 
-def test_dictionaries_at_several_depths_are_those_of_one_process(tmp_path, shell):
-    held = ["--mode", "rot_trans", "--epochs", "1", "--held_out", "21", "--log_root", tmp_path / "start"]
-    assert shell("train.py", *TINY, *held, "--device", "cpu").returncode == 0
+def test_dictionaries_at_several_depths_are_those_of_one_process(tmp_path):
+    held = ["--mode", "rot_trans", "--epochs", "1", "--held_out", "21", "--log_root", str(tmp_path / "start")]
+    assert train.main([*TINY, *held, "--device", "cpu"]) == 0
     (start,) = (tmp_path / "start").iterdir()
-    own = ["--mode", "level_dict", "--resume_path", start, "--sr_dict_size", "16", "--ood_batch_size", "30"]
+    own = ["--mode", "level_dict", "--resume_path", str(start), "--sr_dict_size", "16", "--ood_batch_size", "30"]
     own = [*own, "--device", "cpu", "--log_root"]
-    assert shell("train_cocsr.py", *own, tmp_path / "one").returncode == 0
+    assert train_cocsr.main([*own, str(tmp_path / "one")]) == 0
     done = two("train_cocsr.py", *own, tmp_path / "two")
     assert done.returncode == 0 and done.stdout.count("term neighbours") == 1, done.stderr
     one, other = (load_tensors(next((tmp_path / n).glob("*/last.cocsr_model")), flag="x") for n in ("one", "two"))
