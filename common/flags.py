@@ -275,6 +275,10 @@ class Flags:
         """Whether the user wrote the flag, whatever its value."""
         return name in self._given
 
+    def inheritable(self, name: str) -> bool:
+        """Whether weights decide the flag where the user does not."""
+        return name in self._infos and self._infos[name].origin in ("fixed", "network", "data", "place")
+
     def unread(self) -> list[str]:
         """Flags that were given and that nothing has read so far: they have no effect."""
         return sorted(self._given - self._read)

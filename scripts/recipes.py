@@ -170,8 +170,9 @@ class Step:
         flags = self.flags.as_dict()
         weights = result["weights"] if "weights" in result else Path(result["checkpoint"]).stem
         facts = {name: result[name] for name in ("dataset", "one_class_idx", "seed")} | result.get("settings", {})
-        # A flag without a value is filled in by the mode.
-        asked = {name: flags[name] for name in facts if flags.get(name) is not None}
+        # A flag without a value is filled in by the mode; some that are not given are for the weights to say.
+        told = [name for name in facts if self.flags.given(name) or not self.flags.inheritable(name)]
+        asked = {name: flags[name] for name in told if flags.get(name) is not None}
         return (result["score"], weights) == (score, "last") and all(facts[name] == asked[name] for name in asked)
 
 

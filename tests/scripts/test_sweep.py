@@ -124,6 +124,16 @@ def test_an_evaluation_is_found_by_what_it_records(tmp_path):
     assert result["mean"] == 0.9 and scores == step.folder / "scores_x.csv"
 
 
+def test_what_weights_decide_may_differ_from_a_default(tmp_path):
+    """--held_out of the weights, which the command does not give; what it gives has to agree."""
+    step, write = evaluation(tmp_path, "--sr_rho", "2")
+    write("ood_pre_refmix_CSI", 0.7, settings={"held_out": "auto", "sr_rho": 3.0})
+    with pytest.raises(FileNotFoundError):
+        step.result("CSI")
+    write("ood_pre_refmix_CSI", 0.8, settings={"held_out": "auto", "sr_rho": 2.0})
+    assert step.result("CSI")[0]["mean"] == 0.8
+
+
 def test_the_result_of_an_older_version_is_found_by_its_name(tmp_path):
     step, write = evaluation(tmp_path)
     write("ood_pre_refmix_CSI", 0.8)
