@@ -176,6 +176,12 @@ def _rotate_and_translate_all(x: Tensor, other: Tensor, *, quarters: int, vertic
     return rotate_and_translate(x, index + vertical, index + horizontal, quarters=quarters)
 
 
+def rotation_and_translation_labels() -> dict[str, Tensor]:
+    """The classes of the 36 transformations of Rot+Trans, (36,) each, by head."""
+    k = torch.arange(36)
+    return {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
+
+
 def rotations_and_translations() -> list[Shift]:
     """The 36 transformations of Rot+Trans (Hendrycks et al. 2019), rotation * 9 + vertical * 3 + horizontal."""
     return [

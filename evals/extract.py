@@ -530,15 +530,8 @@ ROT_TRANS = Extractor(
     net_outputs,
     plain=True,
 )
-LEVELS = Extractor(
-    ("last.cocsr_model",),
-    # The network makes its own views of an image.
-    lambda flags, needs: ShiftSpec("none").functions(),
-    _load_levels,
-    _itself,
-    _read_levels,
-    plain=True,
-)
+# The network makes its own views of an image.
+LEVELS = replace(CLASSIFIER, files=("last.cocsr_model",), load=_load_levels, read=_read_levels)
 PLAIN_ROT_TRANS = replace(ROT_TRANS, shifts=lambda flags, needs: ShiftSpec("none").functions(), read=feature_outputs)
 AUTOENCODER = Extractor(
     ("last.model",),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from datasets import ShiftSpec
-from datasets.shifts import rotations_and_translations
+from datasets.shifts import rotation_and_translation_labels, rotations_and_translations
 from models.feature_net import FeatureNet, RotTransNet
 from models.level_net import SCORE, LevelNet, Transformations
 
@@ -22,8 +22,7 @@ def transformations_of(net: FeatureNet | RotTransNet, shifts: ShiftSpec) -> Tran
     Raises: UserError for a network of other shifts.
     """
     if isinstance(net, RotTransNet):
-        k = torch.arange(36)
-        truth = {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
+        truth = rotation_and_translation_labels()
         found, rotations = rotations_and_translations(), range(_UPRIGHT, 36, 9)
     elif shifts.shift_trans_type in ("none", "rotation"):
         found = shifts.functions()

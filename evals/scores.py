@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.flags import Flags, Spec
+from datasets.shifts import rotation_and_translation_labels
 from evals.coding import CROSS, Outputs
 from evals.specs import CrossSpec, KnnSpec, PartsSpec, ScoreSpec
 from models.level_net import LEVELS, NEIGHBOURS, SCORE, TRANSFORMATIONS, cosine_neighbours
@@ -324,19 +325,16 @@ class TransformationScore(Scorer):
     def __call__(self, outputs: Outputs) -> Tensor:
         """rotation (N, 36, 4), vertical and horizontal (N, 36, 3) logits."""
         k = torch.arange(36)
-        parts = [outputs[name].softmax(2)[:, k, index] for name, index in self._truth().items()]
+        parts = [outputs[name].softmax(2)[:, k, index] for name, index in rotation_and_translation_labels().items()]
         return torch.stack(parts).sum((0, 2))
 
     def smooth(self, outputs: Outputs) -> Tensor:
         """The sum of the log-odds of these probabilities."""
-        parts = [_log_odds(outputs[name], index.to(outputs[name].device)) for name, index in self._truth().items()]
+        parts = [
+            _log_odds(outputs[name], index.to(outputs[name].device))
+            for name, index in rotation_and_translation_labels().items()
+        ]
         return torch.stack(parts).sum((0, 2))
-
-    @staticmethod
-    def _truth() -> dict[str, Tensor]:
-        """The class of each view, (36,), by head."""
-        k = torch.arange(36)
-        return {"rotation": k // 9, "vertical": k // 3 % 3, "horizontal": k % 3}
 
 
 @dataclass(frozen=True)

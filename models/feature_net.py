@@ -89,6 +89,10 @@ class FeatureNet(BackboneNet):
             full_precision(h), full_precision(self.simclr_layer(h)), full_precision(self.shift_cls_layer(h))
         )
 
+    def transformation_logits(self, h: Tensor) -> dict[str, Tensor]:
+        """Logits of the shift of features h (N, F), by head: (N, K)."""
+        return {"shift": full_precision(self.shift_cls_layer(h))}
+
 
 class Heads(NamedTuple):
     """Class logits (N, C), float32 or float64: of the last head, and of those before it, in order."""
@@ -140,10 +144,17 @@ class RotTransNet(BackboneNet):
 
     def forward(self, images: Tensor) -> Transformation:
         """Images (N, in_channels, H, W) in [0, 1]."""
-        h = self.features(images)
+        return self.heads(self.features(images))
+
+    def heads(self, h: Tensor) -> Transformation:
+        """Of features h (N, F)."""
         return Transformation(
             full_precision(self.rotation(h)), full_precision(self.vertical(h)), full_precision(self.horizontal(h))
         )
+
+    def transformation_logits(self, h: Tensor) -> dict[str, Tensor]:
+        """Logits of the transformation of features h (N, F), by head: (N, 4), (N, 3), (N, 3)."""
+        return self.heads(h)._asdict()
 
 
 def _drop_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

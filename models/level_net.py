@@ -72,8 +72,8 @@ class Reading(NamedTuple):
         return cls(_joined(logits), torch.cat(h), _joined(levels))
 
     def to(self, device: torch.device | str) -> "Reading":
-        moved = ({name: x.to(device) for name, x in values.items()} for values in (self.logits, self.levels))
-        logits, levels = moved
+        logits = {name: x.to(device) for name, x in self.logits.items()}
+        levels = {name: x.to(device) for name, x in self.levels.items()}
         return Reading(logits, self.h.to(device), levels)
 
 
@@ -176,8 +176,8 @@ class LevelNet(nn.Module):
         return read_levels(self.feature_net, images, views, list(self.levels))
 
     def values(self, reading: Reading, views: Transformations) -> dict[str, Tensor]:
-        """The terms of each image by name, not standardised, and the mean gap of its codes: (N,) each, larger for more
-        normal ones. Differentiable."""
+        """The terms of each image by name, not standardised, larger for more normal ones, and the mean over levels of
+        the optimality gap of its codes relative to lambda: (N,) each. Differentiable."""
         found = {
             TRANSFORMATIONS: own_log_probability(reading.logits, views.truth),
             NEIGHBOURS: cosine_neighbours(self.known, reading.h, _NEAREST),
@@ -200,20 +200,11 @@ def read_levels(
 ) -> Reading:
     """Images (N, 3, H, W) in [0, 1]. Raises: ValueError for the level `stages` of a backbone without stages."""
     features = [net.features(function(images)) for function in views.functions]
-    logits = [transformation_logits(net, h) for h in features]
+    logits = [net.transformation_logits(h) for h in features]
     h = full_precision(torch.stack([features[k] for k in views.rotations], 1))
     upright = views.functions[views.rotations[0]](images)
     by_head = {name: torch.stack([of[name] for of in logits], 1) for name in views.truth}
     return Reading(by_head, h, {name: _level(net, upright, h, name) for name in levels})
-
-
-def transformation_logits(net: FeatureNet | RotTransNet, h: Tensor) -> dict[str, Tensor]:
-    """Logits of the transformation, of features (N, F), by head: float32 or float64."""
-    if isinstance(net, RotTransNet):
-        found = {"rotation": net.rotation(h), "vertical": net.vertical(h), "horizontal": net.horizontal(h)}
-    else:
-        found = {"shift": net.shift_cls_layer(h)}
-    return {name: full_precision(value) for name, value in found.items()}
 
 
 def _level(net: FeatureNet | RotTransNet, images: Tensor, h: Tensor, name: str) -> Tensor:
@@ -251,7 +242,10 @@ def own_log_probability(logits: Mapping[str, Tensor], truth: Mapping[str, Tensor
 
 
 def cosine_neighbours(known_KNF: Tensor, h_NKF: Tensor, nearest: int) -> Tensor:
-    """The mean over K views of the mean cosine to the `nearest` of the features `known`, of unit norm, (N,)."""
+    """The mean over K views of the mean cosine to the nearest features of the same view, (N,).
+
+    known (K, n, F), of unit norm. h (N, K, F). nearest: how many count, all there are at most.
+    """
     h_KNF = F.normalize(h_NKF, dim=2).transpose(0, 1)
     rows = max(1, _BLOCK // known_KNF.shape[:2].numel())
     nearest = min(nearest, known_KNF.shape[1])

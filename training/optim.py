@@ -8,12 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.adam import adam
 
 from common.errors import UserError
 from common.flags import Spec, flag
 
 
-class Lars(Optimizer):
+class _Grouped(Optimizer):
+    """An optimiser that changes all tensors of a group that have a gradient at once, by `_update`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            if weights:
+                self._update(weights, [p.grad for p in weights], group)
+        return loss
+
+    def _update(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Lars(_Grouped):
     """SGD with momentum under layer-wise adaptive rates.
 
     For each tensor, biases and batch-norm included, with w, g its value and gradient and wd the weight decay:
@@ -32,18 +52,6 @@ class Lars(Optimizer):
     ):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust, "eps": eps}
         super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if weights:
-                self._update(weights, [p.grad for p in weights], group)
-        return loss
 
     def _update(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
         # Lists of tensors in few launches, but for the scales, one for each; the norms stay on the device.
@@ -64,7 +72,7 @@ class Lars(Optimizer):
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
 
 
-class Muon(Optimizer):
+class Muon(_Grouped):
     """Orthogonalised momentum for convolution filters, Adam for every other tensor.
 
     The filters of a convolution are a matrix, outputs x (inputs x height x width). Its step is lr |w| o / |o|, where o
@@ -90,39 +98,43 @@ class Muon(Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "ratio": ratio}
         super().__init__([group for group in groups if group["params"]], {**defaults, "betas": betas, "eps": eps})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    (self._turn if group["filters"] else self._adam)(p, p.grad, group)
-        return loss
+    def _update(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        (self._turn if group["filters"] else self._adam)(weights, grads, group)
 
-    def _turn(self, w: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[w]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(w)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-        turn = orthogonalised(gradient.lerp(buffer, group["momentum"]).flatten(1)).view_as(w)
-        norm = w.norm()
-        w.sub_(turn.mul_(group["lr"] * norm / turn.norm().clamp_min(group["eps"])))
-        w.mul_(norm / w.norm().clamp_min(group["eps"]))
+    def _turn(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        for w, gradient in zip(weights, grads, strict=True):
+            state = self.state[w]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(w)
+            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            turn = orthogonalised(gradient.lerp(buffer, group["momentum"]).flatten(1)).view_as(w)
+            norm = w.norm()
+            w.sub_(turn.mul_(group["lr"] * norm / turn.norm().clamp_min(group["eps"])))
+            w.mul_(norm / w.norm().clamp_min(group["eps"]))
 
-    def _adam(self, w: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[w]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(w), square=torch.zeros_like(w))
-        state["step"] += 1
-        first, second = group["betas"]
-        gradient = gradient.add(w, alpha=group["weight_decay"])
-        mean = state["mean"].lerp_(gradient, 1 - first)
-        square = state["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        scale = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-        w.addcdiv_(mean, scale, value=-group["ratio"] * group["lr"] / (1 - first ** state["step"]))
+    def _adam(self, weights: list[Tensor], grads: list[Tensor], group: dict[str, Any]) -> None:
+        for w in weights:
+            if not self.state[w]:
+                # As torch has it: the count stays on the host, under this name.
+                zeros = {name: torch.zeros_like(w) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[w].update(step=torch.zeros(()), **zeros)
+        means, squares, steps = ([self.state[w][n] for w in weights] for n in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        adam(
+            weights,
+            grads,
+            means,
+            squares,
+            [],
+            steps,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["ratio"] * group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
 
 # Coefficients of one step of the quintic Newton-Schulz iteration, which lead singular values near 1 fast, and how many.

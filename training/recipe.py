@@ -43,6 +43,11 @@ class Step(NamedTuple):
     watch: dict[str, Tensor]
 
 
+def no_step(batch: Batch) -> Step:
+    """The `losses` of modes that train nothing."""
+    return Step({}, {})
+
+
 class EpochEnd(NamedTuple):
     """values: further ones to record, by tag. converged: there is nothing left to train. select: the tag of a value;
     the weights of the epoch where it is largest, the first of equals, are kept as `best.model`."""

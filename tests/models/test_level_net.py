@@ -151,7 +151,7 @@ def test_terms_of_a_network_one_by_one():
         codes = level.bank.code(x[None]).codes
         cost = lasso_objective(level.bank.dictionary, x[None], codes, level.bank.coding.lam)[0]
         torch.testing.assert_close(values["stages"], -cost)
-    assert not model.training or not model.feature_net.training
+    assert model.train().training and not model.feature_net.training  # it stays frozen
 
 
 def test_a_known_image_is_its_own_neighbour_and_an_odd_one_costs_more():

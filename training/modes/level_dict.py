@@ -32,7 +32,7 @@ from models.level_net import LEVELS, SCALED, TOLERANCE, TRANSFORMATIONS, LevelNe
 from models.sparse.dictionary import SparseSpec
 from training.modes.setup import own_device, precision
 from training.optim import LengthSpec
-from training.recipe import Batch, Recipe, Step
+from training.recipe import Recipe, no_step
 
 # Training images that dictionaries are fitted to, and neighbours are sought among, at most.
 _IMAGES = 10_000
@@ -114,7 +114,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         for level in model.dictionaries.values():
             level.bank.set_lambda(float(level.bank.lambdaV))
 
-    return Recipe(model, data, _nothing, begin=begin, first_epoch=first_epoch)
+    return Recipe(model, data, no_step, begin=begin, first_epoch=first_epoch)
 
 
 def fit_levels(model: LevelNet, train: Reading, share: float, generator: Generator) -> Iterator[str]:
@@ -187,8 +187,3 @@ def _at_most(data: ImageSet | PictureSet, images: int, seed: int) -> ImageSet | 
     chosen = torch.zeros(len(data), dtype=torch.bool)
     chosen[torch.randperm(len(data), generator=generator(seed, "known images"))[:images]] = True
     return data.where(chosen)
-
-
-def _nothing(batch: Batch) -> Step:
-    """There is no step."""
-    return Step({}, {})

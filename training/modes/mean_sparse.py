@@ -32,7 +32,7 @@ from models.mean_sparse import (
 from models.placements import PLACEMENTS
 from training.modes.setup import own_device
 from training.optim import LengthSpec
-from training.recipe import Batch, Recipe, Step
+from training.recipe import Recipe, no_step
 from training.specs import StepSpec
 
 T = TypeVar("T")
@@ -120,7 +120,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     return Recipe(
         net,
         data,
-        _nothing,
+        no_step,
         begin=begin,
         first_epoch=epoch_of(file, flag="load_path") or 0,
         recorded={"mode": _ASSUMED[kind], **_origin(recorded_flags(file))},
@@ -139,11 +139,6 @@ def _views(data: ImageSet | PictureSet, spec: DrawSpec, world: World) -> Iterato
     own = len(world.shard_list(batches_of(data, spec)))
     found = draw_views(data, spec, 0, world=world)
     return (views for _, views in progress(found, total=own, label="statistics"))
-
-
-def _nothing(batch: Batch) -> Step:
-    """There is no step."""
-    return Step({}, {})
 
 
 def _origin(recorded: Mapping[str, Any]) -> dict[str, Any]:
