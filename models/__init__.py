@@ -62,6 +62,7 @@ class ModelSpec(Spec, group="network and device"):
     )
     pretrained_path: str | None = path_flag(None, "local file of weights to start the backbone from")
     simclr_dim: int = flag(128, "outputs of the projector", above=0, origin="fixed")
+    projector_layers: int = flag(2, "linear layers of the projector", at_least=2, origin="fixed")
 
 
 _WIDTHS = (64, 128, 256, 512)

@@ -5,6 +5,7 @@ A file's state dict fixes the sizes of its network; flags that differ from them 
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,14 +72,20 @@ class NetKind:
         return self.sizes(state)
 
 
-def _build_feature(model: str, *, n_classes: int, simclr_dim: int, n_shifts: int) -> FeatureNet:
-    backbone = backbone_spec(model).make()
-    return FeatureNet(backbone, n_classes=n_classes, simclr_dim=simclr_dim, n_shifts=n_shifts)
+def _build_feature(model: str, **sizes: Any) -> FeatureNet:
+    return FeatureNet(backbone_spec(model).make(), **sizes)
 
 
 def _feature_sizes(state: State) -> dict[str, Any]:
-    keys = {"n_classes": "linear.weight", "simclr_dim": "simclr_layer.2.weight", "n_shifts": "shift_cls_layer.weight"}
-    return {size: len(state[key]) for size, key in keys.items()}
+    # Linear layers alternate with activations.
+    last = max(int(found[1]) for key in state if (found := re.fullmatch(r"simclr_layer\.(\d+)\.weight", key)))
+    return {
+        "n_classes": len(state["linear.weight"]),
+        "simclr_dim": len(state[f"simclr_layer.{last}.weight"]),
+        "n_shifts": len(state["shift_cls_layer.weight"]),
+        "projector_layers": last // 2 + 1,
+        "stage_heads": any(key.startswith("stage_layers.") for key in state),
+    }
 
 
 def _build_classifier(model: str, *, n_classes: int) -> Classifier:

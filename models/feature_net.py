@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.flags import Spec, flag
+from models.resnet import StagedNet
 from models.sparse.dictionary import DictionaryBank
 
 
@@ -67,24 +68,55 @@ class BackboneNet(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
 
+class DeepFeatures(NamedTuple):
+    """Features, and z of earlier stages: stages (N, S - 1, P), of the first to the last but one."""
+
+    h: Tensor
+    z: Tensor
+    shift: Tensor
+    stages: Tensor
+
+
 class FeatureNet(BackboneNet):
     """The stage-1 network: class, projection, shift and joint (class and rotation) heads on the features.
 
     The joint head has 4 C outputs, and like the class head is applied by its callers, not in `forward`.
+    projector_layers: linear layers of the projection head, the published one has 2.
+    stage_heads: whether the stages before the last, where the backbone has any, have projection heads for training.
     """
 
-    def __init__(self, backbone: nn.Module, *, n_classes: int, simclr_dim: int, n_shifts: int):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        n_classes: int,
+        simclr_dim: int,
+        n_shifts: int,
+        projector_layers: int = 2,
+        stage_heads: bool = False,
+    ):
         super().__init__(backbone)
         f = self.feature_dim
         self.projection_dim = simclr_dim
         self.linear = nn.Linear(f, n_classes)
-        self.simclr_layer = nn.Sequential(nn.Linear(f, f), nn.ReLU(), nn.Linear(f, simclr_dim))
+        self.simclr_layer = projector(f, simclr_dim, projector_layers)
         self.shift_cls_layer = nn.Linear(f, n_shifts)
         self.joint_distribution_layer = nn.Linear(f, 4 * n_classes)
+        widths = stage_widths(backbone) if stage_heads else []
+        self.stage_layers = nn.ModuleList(projector(width, simclr_dim) for width in widths)
 
-    def forward(self, images: Tensor) -> Features:
-        """Images (N, in_channels, H, W) in [0, 1]."""
-        h = self.features(images)
+    def forward(self, images: Tensor) -> Features | DeepFeatures:
+        """Images (N, in_channels, H, W) in [0, 1]. `DeepFeatures` in training mode, where earlier stages have heads."""
+        if not (self.training and self.stage_layers):
+            return self.head_outputs(self.features(images))
+        assert isinstance(self.backbone, StagedNet)  # Others have no such heads.
+        *earlier, last = self.backbone.maps(self.normalise(images))
+        pooled = (x.mean((2, 3)) for x in earlier)
+        z = [full_precision(head(x)) for head, x in zip(self.stage_layers, pooled, strict=True)]
+        return DeepFeatures(*self.head_outputs(self.backbone.features(last)), torch.stack(z, 1))
+
+    def head_outputs(self, h: Tensor) -> Features:
+        """Of features h (N, F)."""
         return Features(
             full_precision(h), full_precision(self.simclr_layer(h)), full_precision(self.shift_cls_layer(h))
         )
@@ -92,6 +124,17 @@ class FeatureNet(BackboneNet):
     def transformation_logits(self, h: Tensor) -> dict[str, Tensor]:
         """Logits of the shift of features h (N, F), by head: (N, K)."""
         return {"shift": full_precision(self.shift_cls_layer(h))}
+
+
+def projector(inputs: int, outputs: int, layers: int = 2) -> nn.Sequential:
+    """Linear layers with ReLU between them; all but the last keep the width."""
+    hidden = [module for _ in range(layers - 1) for module in (nn.Linear(inputs, inputs), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(inputs, outputs))
+
+
+def stage_widths(backbone: nn.Module) -> list[int]:
+    """Channels of the map of each stage but the last; none where the backbone is not made of stages."""
+    return backbone.stage_channels[:-1] if isinstance(backbone, StagedNet) else []
 
 
 class Heads(NamedTuple):

@@ -6,6 +6,7 @@ rotations, T terms of the score.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -216,11 +217,8 @@ def _level(net: FeatureNet | RotTransNet, images: Tensor, h: Tensor, name: str) 
     backbone = net.backbone
     if not isinstance(backbone, StagedNet):
         raise ValueError("the backbone is not made of stages")
-    x, maps = backbone.stem(net.normalise(images)), []
-    for layer in backbone.layers()[:-1]:
-        x = layer(x)
-        maps.append(full_precision(shrunk(x, _GRID)).flatten(1))
-    return torch.cat(maps, 1)
+    earlier = islice(backbone.maps(net.normalise(images)), backbone.stages - 1)
+    return torch.cat([full_precision(shrunk(x, _GRID)).flatten(1) for x in earlier], 1)
 
 
 def shrunk(x: Tensor, side: int) -> Tensor:

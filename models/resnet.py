@@ -4,7 +4,7 @@ Every activation is a module of its own, used once per forward pass, so that `mo
 each.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -105,6 +105,8 @@ class StagedNet(nn.Module):
     """
 
     feature_dim: int
+    # Channels of the map of each stage.
+    stage_channels: list[int]
 
     def __init__(
         self,
@@ -125,13 +127,14 @@ class StagedNet(nn.Module):
 
         The first stage keeps the resolution, each later one halves it.
         """
-        self.stages = len(widths)
+        self.stages, self.stage_channels = len(widths), []
         for stage, (count, width) in enumerate(zip(blocks, widths, strict=True), 1):
             layers = []
             for n in range(count):
                 layers.append(make(channels, width, 2 if stage > 1 and n == 0 else 1))
                 channels = width * getattr(layers[-1], "expansion", 1)
             self.add_module(f"layer{stage}", nn.Sequential(*layers))
+            self.stage_channels.append(channels)
         self.feature_dim = channels * self.grid**2
 
     def layers(self) -> list[nn.Sequential]:
@@ -155,12 +158,23 @@ class StagedNet(nn.Module):
             raise ValueError(f"a map of {H} x {W} has no grid of {self.grid} x {self.grid}; give larger images")
         return H // self.grid, W // self.grid
 
+    def maps(self, x: Tensor) -> Iterator[Tensor]:
+        """What each stage makes of x, in order."""
+        x = self.stem(x)
+        for layer in self.layers():
+            x = layer(x)
+            yield x
+
+    def features(self, last: Tensor) -> Tensor:
+        """Features (N, feature_dim) of the map of the last stage."""
+        x = self.tail(last)
+        return average_pool(x, self.window(x))
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for layer in self.layers():
             x = layer(x)
-        x = self.tail(x)
-        return average_pool(x, self.window(x))
+        return self.features(x)
 
 
 def average_pool(x: Tensor, window: tuple[int, int]) -> Tensor:

@@ -71,7 +71,7 @@ class Curve:
 
     def observer(self, job: Job, recipe: Recipe, split: Split, world: World) -> Observer:
         """What training calls."""
-        trained = Trained.of(recipe.model, self._inherited(job.flags), split, world)
+        trained = Trained.of(recipe.result, self._inherited(job.flags), split, world)
         self._began = time.monotonic()
 
         def measure(epoch: int) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.dist import World
 from common.flags import build_parser, parse
@@ -60,7 +61,10 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
     )
     recipe = mode.build(flags, split, world)
     # Normalisation by running statistics: those of a batch are its part's, where several CPUs share it.
-    recipe.model.double().eval()
+    recipe.model.double()
+    for module in recipe.model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
     recipe.begin(_Nowhere())
     steps = itertools.islice(batches(recipe.data, BATCH, loading=recipe.loading, seed=0, epoch=1, world=world), STEPS)
     found: dict[str, Any] = {}

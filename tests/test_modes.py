@@ -254,7 +254,7 @@ def test_labelled_modes_have_a_temperature_of_their_own(given, expected, picture
 
     seen = []
     real = simclr.sup_nt_xent
-    monkeypatch.setattr(simclr, "sup_nt_xent", lambda *args: (seen.append(args[-1]), real(*args))[1])
+    monkeypatch.setattr(simclr, "sup_nt_xent", lambda *args: (seen.append(args[2]), real(*args))[1])
     args = [*SMALL, "--data_path", str(pictures), "--mode", "sup_simclr", "--epochs", "1", "--log_root", str(tmp_path)]
     assert train.main([*args, *given]) == 0 and set(seen) == {expected}
 

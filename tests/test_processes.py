@@ -35,6 +35,7 @@ def found(stage1, tmp_path_factory):
     cases = {
         "simclr_CSI": [*tiny, *SHIFT, "--mode", "simclr_CSI"],
         "uniclr": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--sim_loss", "uniclr", "--soft_temperature", "0.5"],
+        "deep": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--copies", "3", "--deep_supervision", "0.5"],
         "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
@@ -58,6 +59,7 @@ def found(stage1, tmp_path_factory):
     [
         "simclr_CSI",
         "uniclr",
+        "deep",
         "in pieces",
         "sup_simclr_CSI",
         "sup_CSI_linear",

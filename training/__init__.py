@@ -58,7 +58,8 @@ class Mode:
     """One row.
 
     build: (flags, split, world) -> what `fit` trains. specs: whose flags it reads. name: its part of the run's name.
-    shifts: of each image (K); views: how many random views of an image a step loads. Both are for --dry_run and logs.
+    shifts: of each image (K); views: flags -> how many random views of an image a step loads. Both are for --dry_run
+    and logs.
     defaults: flags that have another default in this mode. start: weights it starts from, where there are any.
     extensible: whether --resume_path trains a finished run of it for longer. length: flags -> --epochs, where other
     flags decide it. backbone: whether the network has that of --model, which decides the size of images and is part of
@@ -69,7 +70,7 @@ class Mode:
     specs: tuple[type[Spec], ...]
     name: Callable[[Flags], Sequence[str]]
     shifts: Callable[[Flags], ShiftSpec] = no_shifts
-    views: int = 1
+    views: Callable[[Flags], int] = lambda flags: 1
     defaults: Mapping[str, Any] = field(default_factory=dict)
     start: Start | None = None
     extensible: bool = False
@@ -129,7 +130,7 @@ def _contrastive(
         (*COMMON, *_VIEWS, OptimSpec, CSCSpec, ContrastiveSpec, ProbeSpec, TestBatchSpec),
         name,
         shifts,
-        views=simclr.LOADING.views,
+        views=lambda flags: flags.of(ContrastiveSpec, only=["copies"]).copies,
         defaults=defaults,
         start=Start("resume_path", ("last.resume", "last.model")),
         extensible=True,

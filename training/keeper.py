@@ -152,7 +152,7 @@ class RunKeeper:
         if end.select is None or (self._best and end.values[end.select] <= self._best[0]):
             return
         self._best = end.values[end.select], epoch
-        self._run.keep(BEST, self._recipe.model.state_dict(), epoch)
+        self._run.keep(BEST, self._recipe.result.state_dict(), epoch)
 
     def _finish(self) -> None:
         if self._world.is_main:
@@ -190,14 +190,16 @@ def _state(recipe: Recipe, epoch: int, step: int, meter: Meter | None, converged
 
     step: how many steps of the epoch after `epoch` are done, whose values `meter` has.
     """
-    weights = recipe.model.state_dict()
+    weights = recipe.result.state_dict()
     state: dict[str, Any] = {
         "epoch": epoch,
         "step": step,
         "meter": meter.state() if meter is not None else None,
-        "model": weights,
+        "model": recipe.model.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in recipe.optimizers],
     }
+    if recipe.average is not None:
+        state["average"] = recipe.average.state_dict()
     return weights, state | ({"converged": True} if converged else {})
 
 
@@ -206,6 +208,8 @@ def _restore(recipe: Recipe, state: dict) -> None:
         recipe.model.load_state_dict(state["model"])
         for optimizer, saved in zip(recipe.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if recipe.average is not None:
+            recipe.average.load_state_dict(state["average"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(

@@ -101,7 +101,7 @@ def dry_run(job: Job) -> bool:
         return False
     if World.of(os.environ).is_main:
         shifts = job.mode.shifts(job.flags).count
-        views = job.mode.views * shifts * job.flags.of(StepSpec).batch_size
+        views = job.mode.views(job.flags) * shifts * job.flags.of(StepSpec).batch_size
         print_dry_run(job.flags, script=job.script.name, run_dir=job.folder, shifts=shifts, views_per_step=views)
     return True
 
@@ -150,7 +150,8 @@ def build_recipe(job: Job, split: Split, world: World) -> Recipe:
     """What is trained, with the same weights on all ranks."""
     with world.raise_together(), memory_errors(_remedy(job)), loading_errors():
         recipe = job.mode.build(job.flags, split, world)
-    world.broadcast(recipe.model.state_dict().values())
+    for net in {id(net): net for net in (recipe.model, recipe.result)}.values():
+        world.broadcast(net.state_dict().values())
     return recipe
 
 

@@ -109,6 +109,8 @@ def fit(
                 torch.manual_seed(seed_of(seed, "layers", epoch, batch.step) + world.rank)
                 meter.add(descend(recipe, batch, world))
                 recipe.after_step()
+                if recipe.average is not None:
+                    recipe.average.update(recipe.model)
                 keeper.after_step(epoch, batch.step, meter)
         values = keeper.read(epoch, meter)
         seconds = time.monotonic() - begun

@@ -12,6 +12,8 @@ from torch.optim.adam import adam
 
 from common.errors import UserError
 from common.flags import Spec, flag
+from models.csc import csc_layers
+from training.average import MovingAverage
 
 
 class _Grouped(Optimizer):
@@ -191,6 +193,9 @@ class OptimSpec(RateSpec, LengthSpec):
     """Optimiser and schedule of stage 1; field names are flag names. epochs is the cosine's length."""
 
     optimizer: str = flag("lars", "stage 1", choices=lambda: OPTIMIZERS)
+    ema_decay: float | None = flag(
+        None, "stage 1: keep a moving average of the weights over steps, of this decay", type=float, above=0, at_most=1
+    )
     lr_scheduler: str = flag(
         "cosine",
         "stage 1; cosine_to_zero: zero at the last epoch, where cosine (as published) ends --warmup epochs short of it",
@@ -212,6 +217,17 @@ class OptimSpec(RateSpec, LengthSpec):
 
     def build(self, params: list[nn.Parameter]) -> Optimizer:
         return OPTIMIZERS[self.optimizer](params, self.lr_init, self.weight_decay)
+
+    def average(self, net: nn.Module) -> MovingAverage | None:
+        """The moving average of a network that --ema_decay asks for.
+
+        Raises: UserError for a network with sparse coding layers: their atoms have unit norm, and a mean has not.
+        """
+        if self.ema_decay is None:
+            return None
+        if csc_layers(net):
+            raise UserError("--ema_decay: not for networks with sparse coding layers; leave it out")
+        return MovingAverage(net, self.ema_decay)
 
     @property
     def warmup_epochs(self) -> float:

@@ -12,6 +12,7 @@ from common.dist import Shard
 from common.run import Run
 from datasets import ImageSet, Loading, PictureSet
 from datasets.table import Table
+from training.average import MovingAverage
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ class Recipe:
     checks: signs of a collapse, looked for after every epoch.
     finish: once, after the last epoch and before it is saved: an error it raises leaves the run unfinished. Main rank.
     first_epoch: epochs that came before, in the run this one starts from.
+    average: a moving average of `model`, which takes part in every step, and whose weights are what the run makes.
     recorded: flags that the weights say they were trained with in place of the run's own, where another run has.
     """
 
@@ -123,3 +125,9 @@ class Recipe:
     finish: Callable[[Run], None] = do_nothing
     first_epoch: int = 0
     recorded: Mapping[str, Any] = field(default_factory=dict)
+    average: MovingAverage | None = None
+
+    @property
+    def result(self) -> nn.Module:
+        """The network whose weights are kept: the moving average where there is one."""
+        return self.model if self.average is None else self.average.net

@@ -40,6 +40,12 @@ class ContrastiveSpec(Spec, group="training"):
         "without labels: nt_xent, a positive is the other copy of a view; uniclr, all unshifted views are positives",
         choices=lambda: SIM_LOSSES,
     )
+    copies: int = flag(2, "random views of each image under each shift", at_least=2)
+    deep_supervision: float = flag(
+        0.0,
+        "without labels: weight of the same loss at each earlier stage, by a head of its own that training alone has",
+        at_least=0,
+    )
     soft_temperature: float | None = flag(
         None, "uniclr: weigh positives by a softmax of their similarity at this temperature", type=float, above=0
     )

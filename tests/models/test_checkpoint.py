@@ -14,7 +14,7 @@ from models.feature_net import BackboneNet, FeatureNet, FeatureTransform
 from models.insert import insert_before_activations
 from tests.conftest import HEAVY
 
-SIZES = {"n_classes": 3, "simclr_dim": 8, "n_shifts": 2}
+SIZES = {"n_classes": 3, "simclr_dim": 8, "n_shifts": 2, "projector_layers": 3, "stage_heads": True}
 SPARSE = {"sr_dict_size": 7, "sr_lambda": 0.02, "sr_rho": 3.0}
 SETTINGS = {"transform": FeatureTransform(), "steps": 5, "tol": 0.1}
 ROWS = {"rows": 4, "features": 12, "shape": (3, 2, 2)}
@@ -178,7 +178,7 @@ def test_without_strict_dictionaries_must_still_be_whole(capsys):
     kept = {key: value for key, value in state.items() if key != "feature_net.conv1.weight"}
     found = load_net("cocsr", kept, strict=False, **FILE, **SETTINGS).state_dict()
     assert all(torch.equal(found[key], value) for key, value in kept.items())
-    assert capsys.readouterr().out == "--no_strict: loaded 63 of 64 tensors; fresh: conv1.weight\n"
+    assert capsys.readouterr().out == "--no_strict: loaded 73 of 74 tensors; fresh: conv1.weight\n"
     short = {**state, "sr_nets.dictionary": state["sr_nets.dictionary"][:, :60]}
     with pytest.raises(UserError) as error:
         load_net("cocsr", short, strict=False, **FILE, **SETTINGS)

@@ -35,6 +35,35 @@ def test_every_backbone_gives_features_of_the_stated_shapes(model):
         assert n.linear(h).shape == (2, 10) and n.joint_distribution_layer(h).shape == (2, 40)
 
 
+def test_a_projector_has_as_many_linear_layers_as_asked_for():
+    n = net(projector_layers=4, simclr_dim=16).eval()
+    linear = [module for module in n.simclr_layer if isinstance(module, torch.nn.Linear)]
+    assert [module.out_features for module in linear] == [64, 64, 64, 16]
+    h = torch.randn(5, 64)
+    by_hand = h
+    for module in linear[:-1]:
+        by_hand = module(by_hand).relu()
+    torch.testing.assert_close(n.head_outputs(h).z, linear[-1](by_hand))
+
+
+@pytest.mark.parametrize("model, stages", [("resnet8", 2), ("resnet18", 3), ("wrn16_1", 2), ("preact18_64", 3)])
+def test_earlier_stages_have_heads_in_training_and_all_else_is_as_without(model, stages):
+    n = net(model, stage_heads=True)
+    images = torch.rand(3, 3, 32, 32)
+    maps = []
+    for layer in n.backbone.layers():
+        layer.register_forward_hook(lambda module, inputs, output: maps.append(output.clone()))
+    found = n.train()(images)
+    assert found.stages.shape == (3, stages, 128) and len(maps) == stages + 1
+    for k, (head, x) in enumerate(zip(n.stage_layers, maps, strict=False)):
+        torch.testing.assert_close(found.stages[:, k], head(x.mean((2, 3))))
+    assert isinstance(n.eval()(images), Features)
+    plain = net(model).train()
+    plain.load_state_dict({k: v for k, v in net(model, stage_heads=True).state_dict().items() if "stage" not in k})
+    for own, expected in zip(found, plain(images), strict=False):
+        torch.testing.assert_close(own, expected)
+
+
 def test_resnet8_is_the_classic_6n_plus_2_network():
     n = net()
     assert n.feature_dim == 64

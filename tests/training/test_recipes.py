@@ -57,7 +57,7 @@ def recipe_of(mode: str, start: Path, *more: str) -> Recipe:
 def batch_of(mode: str, epoch: int = 1, step: int = 0) -> Batch:
     """The same six pictures, whatever epoch and step."""
     g = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (MODES[mode].views, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
+    images = torch.randint(0, 256, (2 if "simclr" in mode else 1, 6, 3, 8, 8), dtype=torch.uint8, generator=g)
     return Batch(images, torch.tensor([0, 1, 2, 3, 4, 0]), torch.arange(6), epoch, step, Shard(6))
 
 
@@ -122,12 +122,30 @@ def test_every_step_of_every_epoch_has_draws_of_its_own(mode, start):
         ("simclr", ["--sim_loss", "uniclr"], "its negatives are shifted views"),
         ("sup_simclr_CSI", ["--sim_loss", "uniclr"], "supervised NT-Xent"),
         ("simclr", ["--shift_lambda", "0"], "no classifier of the shift"),
+        ("sup_simclr", ["--deep_supervision", "1"], "--deep_supervision: not for"),
+        ("simclr_CSI", ["--deep_supervision", "1", "--resume_path", "START"], "trained without"),
+        ("simclr", ["--ema_decay", "0.9", "--model", "sdnet8"], "sparse coding layers"),
         ("sup_simclr_CSI", ["--shift_lambda", "2"], "no classifier of the shift"),
     ],
 )
 def test_parts_of_the_loss_that_a_mode_lacks_are_refused(mode, flags, told, start):
     with pytest.raises(UserError, match=told):
-        recipe_of(mode, start, *flags)
+        recipe_of(mode, start, *[str(start) if flag == "START" else flag for flag in flags])
+
+
+@pytest.mark.parametrize("mode", ["simclr_CSI", "sup_simclr", "rot_trans"])
+def test_a_moving_average_is_kept_where_one_is_asked_for(mode, start):
+    recipe = recipe_of(mode, start, "--ema_decay", "0.9")
+    assert recipe.result is recipe.average.net is not recipe.model
+    plain = recipe_of(mode, start)
+    assert plain.average is None and plain.result is plain.model
+    for (name, own), given in zip(recipe.result.state_dict().items(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(own, given), name
+
+
+def test_as_many_views_are_loaded_as_there_are_copies(start):
+    assert recipe_of("simclr", start, "--copies", "5").loading.views == 5
+    assert recipe_of("simclr", start).loading.views == 2
 
 
 @pytest.mark.parametrize("mode", SIMCLR)
@@ -138,12 +156,12 @@ def test_the_contrastive_term_has_its_weight_and_its_temperature(mode, start):
     batch = batch_of(mode, 2, 5)
     views = train_views(batch.images, shifts, AlignedSpec(), generator(0, "augment", 2, 5))
     with torch.no_grad():
-        z0, z1 = recipe.model(views).z.chunk(2)
+        z = recipe.model(views).z
     if mode.startswith("sup_"):
         joint = torch.cat([batch.labels + 10 * k for k in range(len(shifts))])
-        expected = sup_nt_xent(z0, z1, joint, 0.2)
+        expected = sup_nt_xent(z, joint, 0.2)
     else:
-        expected = nt_xent(z0, z1, 0.2)
+        expected = nt_xent(z, 0.2)
     found = losses(recipe, batch)
     assert found["sim"] == pytest.approx(3 * float(expected), rel=1e-5)
     plain = losses(recipe_of(mode, start, "--temperature", "0.2"), batch)

@@ -119,7 +119,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         path=file,
         flag="resume_path",
         strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
-        simclr_dim=asked_projection(flags),
+        **asked_projection(flags),
     )
     split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     first_epoch, epochs = start_epoch(file), flags.of(LengthSpec).epochs

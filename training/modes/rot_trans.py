@@ -106,6 +106,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE, attacked: Attacked 
     optimizer = optim.build(list(net.parameters()))
     amp = precision(flags, world)
     micro_batch = micro_batch_size(flags)
+    average = optim.average(net)
     if flags.of(CompileSpec).compile:
         net.compile()
 
@@ -119,7 +120,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE, attacked: Attacked 
             logits = forward_in_micro_batches(net, views, batch.shard.size, micro_batch)
         return Step(transformation_losses(Transformation(*map(batch.shard.all_gather, logits)), labels), {})
 
-    return Recipe(net, data, losses, (optimizer,), optim.lr, after_step=after_step)
+    return Recipe(net, data, losses, (optimizer,), optim.lr, after_step=after_step, average=average)
 
 
 def transformed(images: Tensor, generator: Generator, shard: Shard | None = None) -> tuple[Tensor, Tensor]:

@@ -42,9 +42,13 @@ def precision(flags: Flags, world: World) -> Amp:
     return autocast(flags.of(DeviceSpec, only=["amp"]).amp, own_device(flags, world))
 
 
-def asked_projection(flags: Flags) -> int | None:
-    """--simclr_dim, where it was given."""
-    return flags.of(ModelSpec, only=["simclr_dim"]).simclr_dim if flags.given("simclr_dim") else None
+def asked_projection(flags: Flags) -> dict[str, int]:
+    """--simclr_dim and --projector_layers, those that were given."""
+    return {
+        name: getattr(flags.of(ModelSpec, only=[name]), name)
+        for name in ("simclr_dim", "projector_layers")
+        if flags.given(name)
+    }
 
 
 def with_shared_statistics(net: Net, world: World) -> Net:
@@ -146,15 +150,20 @@ def same_classes(net: FeatureNet, split: Split, file: Path, *, flag: str) -> Non
         raise UserError(f"--{flag}: {file} was made for {there} classes, the data set has {split.n_classes}")
 
 
-def fresh_net(flags: Flags, split: Split, n_shifts: int) -> FeatureNet:
-    """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given."""
-    network = flags.of(ModelSpec, only=["model", "simclr_dim"])
+def fresh_net(flags: Flags, split: Split, n_shifts: int, *, stage_heads: bool = False) -> FeatureNet:
+    """A network with weights that follow from the seed, the backbone's from --pretrained_path where that is given.
+
+    stage_heads: whether earlier stages have projection heads, where the backbone has stages.
+    """
+    network = flags.of(ModelSpec, only=["model", "simclr_dim", "projector_layers"])
     net: FeatureNet = build_net(
         "feature",
         network.model,
         n_classes=split.n_classes,
         simclr_dim=network.simclr_dim,
         n_shifts=n_shifts,
+        projector_layers=network.projector_layers,
+        stage_heads=stage_heads,
         seed=seed_of(flags.seed, "weights"),
     )
     coding_settings(flags, net)

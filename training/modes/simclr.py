@@ -1,6 +1,6 @@
 """Stage 1: contrastive training, plain (SimCLR) or with shifting transformations (CSI), without labels or with.
 
-Letters: B images, C classes, K shifts, V = K B views of one copy.
+Letters: B images, C classes, K shifts, V = K B views of one copy, P projection size.
 """
 
 from collections.abc import Callable
@@ -59,9 +59,6 @@ _COLLAPSE = Check(
 )
 
 
-LOADING = Loading(views=2)
-
-
 def build(
     flags: Flags,
     split: Split,
@@ -82,6 +79,8 @@ def build(
     optim, contrast = flags.of(OptimSpec), flags.of(ContrastiveSpec)
     if labelled and contrast.sim_loss != "nt_xent":
         raise UserError(f"--sim_loss {contrast.sim_loss}: --mode {flags.mode} has the supervised NT-Xent; leave it out")
+    if labelled and contrast.deep_supervision:
+        raise UserError(f"--deep_supervision: not for --mode {flags.mode}; leave it out")
     shift_spec = shifts(flags)
     data, aligned = training_images(split, shift_spec, flags.of(AlignedSpec), device)
     shift_functions = shift_spec.functions(aligned)
@@ -104,18 +103,22 @@ def build(
             path=file,
             flag="resume_path",
             strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
-            simclr_dim=asked_projection(flags),
+            **asked_projection(flags),
         )
         same_classes(net, split, file, flag="resume_path")
         split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     else:
-        net = fresh_net(flags, split, n_shifts)
+        net = fresh_net(flags, split, n_shifts, stage_heads=contrast.deep_supervision > 0)
+    if contrast.deep_supervision and not net.stage_layers:
+        why = "its weights were trained without" if resume_path else "the backbone has no stages"
+        raise UserError(f"--deep_supervision: {why}; leave it out")
     net = with_shared_statistics(net.to(device), world).train()
     after_step = keep_atoms(net, data.size)
     probe = list(net.linear.parameters())
     others = [p for name, p in net.named_parameters() if not name.startswith("linear.")]
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if resume_path else 0
+    average = optim.average(net)
     seed = flags.seed
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.of(CompileSpec).compile:
@@ -153,12 +156,13 @@ def build(
         losses,
         optimizers,
         optim.lr,
-        LOADING,
+        Loading(views=contrast.copies),
         after_step=after_step,
         end_epoch=end_epoch,
         show=show,
         checks=(_COLLAPSE,),
         first_epoch=first_epoch,
+        average=average,
     )
 
 
@@ -174,11 +178,11 @@ def contrastive_step(
     micro_batch: int | None = None,
     shard: Shard | None = None,
 ) -> Step:
-    """The losses of one batch. views (2 K B, 3, H, W) in the order of `train_views`; labels (B,).
+    """The losses of one batch. views (copies * K B, 3, H, W) in the order of `train_views`; labels (B,).
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
-    so that another shift of the same image is a negative; or UniCLR. `shift`: cross-entropy of the shift, absent for
-    K = 1 and a weight of 0.
+    so that another shift of the same image is a negative; or UniCLR. `deep`: the same of the heads of earlier stages,
+    added up, absent for a weight of 0. `shift`: cross-entropy of the shift, absent for K = 1 and a weight of 0.
     With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
     `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. shard: whose
     images the views are, where other ranks have the others of the batch.
@@ -187,27 +191,30 @@ def contrastive_step(
     shard = shard or Shard(len(labels))
     with amp():
         features = forward_in_micro_batches(net, views, shard.size, micro_batch)
-    z = shard.all_gather(features.z)
-    z0, z1 = z.chunk(2)
+    copies, z = contrast.copies, shard.all_gather(features.z)
     shift = shift_labels(n_shifts, len(labels), 1, views.device)
     if n_classes is not None:
         joint = labels.repeat(n_shifts) + n_classes * shift
-        terms = {"sim": contrast.sim_lambda * sup_nt_xent(z0, z1, joint, contrast.temperature)}
+        terms = {"sim": contrast.sim_lambda * sup_nt_xent(z, joint, contrast.temperature, copies)}
     else:
-        terms = {"sim": contrast.sim_lambda * unlabelled_loss(z0, z1, shift, contrast)}
+        terms = {"sim": contrast.sim_lambda * unlabelled_loss(z, shift, contrast)}
+        if contrast.deep_supervision:
+            earlier = shard.all_gather(features.stages).unbind(1)
+            deep = torch.stack([unlabelled_loss(z, shift, contrast) for z in earlier]).sum()
+            terms["deep"] = contrast.deep_supervision * deep
         if n_shifts > 1 and contrast.shift_lambda:
             logits = shard.all_gather(features.shift)
-            terms["shift"] = contrast.shift_lambda * F.cross_entropy(logits, shift.repeat(2))
-    unshifted = torch.cat([h[: shard.size] for h in features.h.detach().chunk(2)])
-    terms["cls"] = F.cross_entropy(shard.all_gather(net.linear(unshifted)), labels.repeat(2))
+            terms["shift"] = contrast.shift_lambda * F.cross_entropy(logits, shift.repeat(copies))
+    unshifted = torch.cat([h[: shard.size] for h in features.h.detach().chunk(copies)])
+    terms["cls"] = F.cross_entropy(shard.all_gather(net.linear(unshifted)), labels.repeat(copies))
     return Step(terms, {"train/z_spread": spread(z)})
 
 
-def unlabelled_loss(z0: Tensor, z1: Tensor, shift: Tensor, contrast: ContrastiveSpec) -> Tensor:
-    """--sim_loss of projections (V, P) of two copies; shift (V,)."""
+def unlabelled_loss(z: Tensor, shift: Tensor, contrast: ContrastiveSpec) -> Tensor:
+    """--sim_loss of projections (copies * V, P); shift (V,)."""
     if contrast.sim_loss == "uniclr":
-        return uniclr(z0, z1, shift == 0, contrast.temperature, contrast.soft_temperature)
-    return nt_xent(z0, z1, contrast.temperature)
+        return uniclr(z, shift == 0, contrast.temperature, contrast.soft_temperature, contrast.copies)
+    return nt_xent(z, contrast.temperature, contrast.copies)
 
 
 def spread(z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def test_step_adds_contrastive_shift_and_probe_terms():
         net, views, labels, n_shifts=2, contrast=ContrastiveSpec(temperature=0.3, sim_lambda=2.0)
     ).losses
     features = net(views)
-    expected = 2 * nt_xent(features.z[:6], features.z[6:], 0.3)
+    expected = 2 * nt_xent(features.z, 0.3)
     torch.testing.assert_close(terms["sim"], expected)
     shift = F.cross_entropy(features.shift, torch.tensor([0, 0, 0, 1, 1, 1] * 2))
     torch.testing.assert_close(terms["shift"], shift)
@@ -31,12 +31,30 @@ def test_step_with_uniclr_and_without_the_shift_classifier():
     views = torch.rand(12, 3, 8, 8)
     contrast = ContrastiveSpec(temperature=0.2, sim_loss="uniclr", shift_lambda=0.0, soft_temperature=0.5)
     step = contrastive_step(net, views, torch.zeros(3).long(), n_shifts=2, contrast=contrast)
-    z0, z1 = net(views).z.chunk(2)
     normal = torch.tensor([True] * 3 + [False] * 3)
-    torch.testing.assert_close(step.losses["sim"], uniclr(z0, z1, normal, 0.2, 0.5))
+    torch.testing.assert_close(step.losses["sim"], uniclr(net(views).z, normal, 0.2, 0.5))
     assert set(step.losses) == {"sim", "cls"}
     with pytest.raises(UserError, match="--soft_temperature"):
         ContrastiveSpec(soft_temperature=0.5)
+
+
+def test_step_of_three_copies_with_heads_of_earlier_stages():
+    sizes = {"n_classes": 2, "simclr_dim": 8, "n_shifts": 2, "stage_heads": True}
+    net = build_net("feature", "resnet8", seed=0, **sizes).train()
+    views, labels = torch.rand(18, 3, 8, 8), torch.tensor([0, 1, 1])  # 3 copies, 2 shifts, 3 images
+    contrast = ContrastiveSpec(temperature=0.3, copies=3, deep_supervision=0.4)
+    losses = contrastive_step(net, views, labels, n_shifts=2, contrast=contrast).losses
+    features = net(views)
+    torch.testing.assert_close(losses["sim"], nt_xent(features.z, 0.3, 3))
+    first, second = features.stages.unbind(1)
+    torch.testing.assert_close(losses["deep"], 0.4 * (nt_xent(first, 0.3, 3) + nt_xent(second, 0.3, 3)))
+    shift = F.cross_entropy(features.shift, torch.tensor([0, 0, 0, 1, 1, 1] * 3))
+    torch.testing.assert_close(losses["shift"], shift)
+    rows = [0, 1, 2, 6, 7, 8, 12, 13, 14]  # shift 0 of all copies
+    torch.testing.assert_close(losses["cls"], F.cross_entropy(net.linear(features.h[rows]), labels.repeat(3)))
+    losses["deep"].backward()
+    assert net.stage_layers[0][0].weight.grad.norm() > 0 and net.backbone.conv1.weight.grad.norm() > 0
+    assert net.simclr_layer[0].weight.grad is None and net.backbone.layer3[0].conv1.weight.grad is None
 
 
 def test_the_shift_classifier_has_its_weight():
@@ -63,8 +81,7 @@ def test_labelled_step_takes_the_joint_label_of_class_and_rotation():
         net, views, labels, n_shifts=4, n_classes=4, contrast=ContrastiveSpec(temperature=0.07, sim_lambda=2.0)
     )
     joint = torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15])
-    z0, z1 = net(views).z.chunk(2)
-    torch.testing.assert_close(step.losses["sim"], 2 * sup_nt_xent(z0, z1, joint, 0.07))
+    torch.testing.assert_close(step.losses["sim"], 2 * sup_nt_xent(net(views).z, joint, 0.07))
     assert set(step.losses) == {"sim", "cls"}
 
 
