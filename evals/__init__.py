@@ -130,7 +130,7 @@ _ADVERSARIAL = ("adv_pgd", "adv_trades", "adv_mart", "adv_fgsm_rs", "adv_nfgsm")
 # Of a network that was trained to classify.
 _CLASSIFIERS = ("supervised", *_ADVERSARIAL)
 _ROT_TRANS = ("rot_trans", "adv_rot_trans")
-_CSI = ("CSI", "simclr", "knn", "knn_cosine", "ocsvm", "shift_logit", "shift_logsoftmax")
+_CSI = ("CSI", "simclr", "knn", "knn_cosine", "ocsvm", "feature_norm", "shift_logit", "shift_logsoftmax")
 _CSI_SR = ("CSI_sr", "simclr_sr", "CSI_src", "CSI_srm")
 
 

@@ -32,9 +32,11 @@ _BLOCK = 2**22
 
 
 def code_outputs(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> Outputs:
-    """Features s (N, K, F) coded, each in the dictionary of its own shift: s, codes (N, K, M), gap (N, K, 1)."""
-    code = bank.code(s.permute(1, 2, 0), system=system)
-    return {"s": s, "codes": code.codes.permute(2, 0, 1), "gap": code.gap.T[..., None]}
+    """Features s (N, K, F), each coded in the dictionary of its shift: s, codes (N, K, M), `CODE_FACTS` (N, K, 1)."""
+    s_KFN = s.permute(1, 2, 0)
+    code = bank.code(s_KFN, system=system)
+    facts = {name: value.T[..., None] for name, value in bank.facts(s_KFN, code).items()}
+    return {"s": s, "codes": code.codes.permute(2, 0, 1), **facts}
 
 
 def reconstruction_error(D_KFM: Tensor, s: Tensor, codes: Tensor) -> Tensor:
@@ -134,18 +136,20 @@ class FittedDictionaries(Coder):
         """
         s_KFN = sparse_features(outputs, transform).permute(1, 2, 0)
         shifts, features, images = s_KFN.shape
-        atoms, lam, rho = spec.sr_dict_size, spec.sr_lambda, spec.sr_rho
+        atoms, lam = spec.sr_dict_size, spec.sr_lambda
         if spec.sr_lambda_rel is not None:
             D = starting_dictionary(s_KFN, atoms, generator(seed, "multi_sr"))
             lam = spec.sr_lambda_rel * lambda_max(D, s_KFN).cpu().median().item()
         print(f"fitting {atoms} atoms for each of {shifts} shifts to {images} images", flush=True)
-        coding = CodingSpec(lam, rho, _FITTED_STEPS, tol=_FITTED_TOL)
+        coding = CodingSpec(lam, spec.sr_rho, _FITTED_STEPS, tol=_FITTED_TOL)
         bank = DictionaryBank(shifts, features, atoms, coding).requires_grad_(False).to(s_KFN.device)
         if world.is_main:
             gen = generator(seed, "multi_sr")
-            D = learn_dictionary(s_KFN, atoms, lam=lam, rho=rho, steps=rounds, generator=gen)
+            D = learn_dictionary(s_KFN, atoms, lam=lam, rho=spec.sr_rho, steps=rounds, generator=gen)
             bank.dictionary.copy_(D)
         world.broadcast(bank.parameters())
+        if spec.sr_rho_auto:
+            print(bank.choose_rho(s_KFN), flush=True)
         return cls(bank, transform)
 
     @classmethod
@@ -166,7 +170,7 @@ class FittedDictionaries(Coder):
         return self.bank.system()
 
     def __call__(self, outputs: Outputs) -> Outputs:
-        """h (N, K, F), z (N, K, P), shift (N, K, K) -> s, codes, gap, error, objective, and shift as it is."""
+        """h (N, K, F), z (N, K, P), shift (N, K, K) -> s, codes, `CODE_FACTS`, error, objective, and shift as it is."""
         blocks = sparse_features(outputs, self.transform).split(_TOGETHER)
         parts = [code_outputs(self.bank, block, self._system) for block in blocks]
         coded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -16,7 +16,7 @@ from datasets.noise import CORRUPTIONS, NONE, SEVERITIES, TestNoiseSpec
 from datasets.one_class import TEST
 from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
 from evals.attacked import Attacked, Attacker, Chosen, Plan, attack_detector
-from evals.coding import Coder, Outputs
+from evals.coding import Outputs
 from evals.extract import Extraction, Extractor, reference_pool
 from evals.metrics import auroc, detection_metrics
 from evals.result import Result
@@ -24,9 +24,7 @@ from evals.scores import SCORES, Scorer, chosen_scores
 from evals.specs import ALL, CorruptionsSpec, ReferenceSpec
 from evals.trained import Trained, identity, settings_of
 from models.mean_sparse import alpha_of
-
-# Of the outputs, the optimality gap of codes.
-_GAP = "gap"
+from models.sparse.dictionary import CODE_FACTS
 
 
 def detect(
@@ -44,7 +42,7 @@ def detect(
     with trained.world.raise_together():
         names = chosen_scores(flags, scores)
         options: dict[str, Any] = {name: flags.of(SCORES[name].options) for name in names}
-        needs = frozenset[str]().union(*(SCORES[name].scorer.needs for name in names), {_GAP})
+        needs = frozenset[str]().union(*(SCORES[name].scorer.needs for name in names), CODE_FACTS)
         extraction = Extraction.of(extractor, trained, needs)
         references = flags.of(ReferenceSpec).refmix_batch_size if partner == "reference" else 0
         loaded = _loaded_sets(trained)
@@ -68,7 +66,7 @@ def detect(
         scorers = {name: SCORES[name].fit(known, options[name]) for name in names}
         del known
         found = {title: _score(fitted, scorers, images, title, pool) for title, images in tests.items()}
-        gap = _relative_gap(fitted.coder, found)
+        codes = _of_codes(found)
         under = {}
         for kind, severity in corrupted:
             noise = TestNoiseSpec(kind, severity=severity, seed=flags.seed)
@@ -84,7 +82,7 @@ def detect(
             foreign = frozenset(chain.from_iterable(flags_of.values())) - flags_of[name]
             facts = {"data": data, "settings": settings_of(flags, foreign)}
             scores = {title: columns[name] for title, columns in found.items()}
-            result = _result(trained, name, tests, scores, gap, facts)
+            result = _result(trained, name, tests, scores, codes, facts)
             if corrupted:
                 result = _with_corruptions(result, {at: auroc_of[name] for at, auroc_of in under.items()})
             if plan:
@@ -118,24 +116,26 @@ def _with_attack(result: Result, attacked: Attacked) -> Result:
 def _score(
     extraction: Extraction, scorers: dict[str, Scorer], images: ImageSet, title: str, references: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """Each score of all images (N,), and the mean optimality gaps of their codes where they have any.
+    """Each score of all images (N,), and `CODE_FACTS` of their codes where they have any.
 
     Batch by batch: of an image nothing stays but its scores, which all ranks get.
     """
     own: list[dict[str, np.ndarray]] = []
     for outputs in extraction.blocks(images, f"{title} test images", references):
         own.append({name: scorer(outputs).numpy() for name, scorer in scorers.items()})
-        if _GAP in outputs:
-            own[-1][_GAP] = outputs[_GAP].mean((1, 2)).numpy()
+        own[-1] |= {name: outputs[name].mean((1, 2)).numpy() for name in CODE_FACTS if name in outputs}
     parts = list(chain.from_iterable(extraction.world.all_gather_object(own)))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _relative_gap(coder: Coder, found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
-    """The mean optimality gap of codes relative to their lambda, where there are any."""
-    if coder.lam is None:
-        return {}
-    return {_GAP: float(np.concatenate([columns[_GAP] for columns in found.values()]).mean()) / coder.lam}
+def _of_codes(found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    """The median of `CODE_FACTS` over images, that of the gap the mean, where there are codes."""
+    told = {
+        name: np.concatenate([columns[name] for columns in found.values()])
+        for name in CODE_FACTS
+        if all(name in columns for columns in found.values())
+    }
+    return {name: float(values.mean() if name == "gap" else np.median(values)) for name, values in told.items()}
 
 
 def _result(
@@ -143,7 +143,7 @@ def _result(
     name: str,
     tests: dict[str, ImageSet],
     scores: dict[str, np.ndarray],
-    gap: dict[str, float],
+    codes: dict[str, float],
     facts: dict[str, Any],
 ) -> Result:
     """The result of one score, whose values are `scores`, by set."""
@@ -158,7 +158,7 @@ def _result(
     n_out = sum(map(len, classes.values())) or sum(len(scores[title]) for title in others)
     class_names = {own: trained.split.class_names}
     per_image = {title: _columns(tests[title], values, class_names.get(title, [])) for title, values in scores.items()}
-    return Result(name, metrics | gap, per_image, {**facts, "n_in": int(normal.sum()), "n_out": n_out})
+    return Result(name, metrics | codes, per_image, {**facts, "n_in": int(normal.sum()), "n_out": n_out})
 
 
 def _mean(trained: Trained, tests: dict[str, ImageSet], scores: dict[str, np.ndarray]) -> float:

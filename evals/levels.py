@@ -41,7 +41,7 @@ def _alone(combine: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def level_outputs(net: LevelNet, views: Transformations) -> Callable[[Tensor], dict[str, Tensor]]:
-    """Of images (b, 1, 3, H, W): the terms of the score, the score itself and the gap of the codes, (b, 1, 1) each, and
+    """Of images (b, 1, 3, H, W): the terms of the score, the score itself and `CODE_FACTS`, (b, 1, 1) each, and
     h (b, 1, F), features of the image as it is."""
 
     def outputs(images: Tensor) -> dict[str, Tensor]:

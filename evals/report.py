@@ -23,6 +23,9 @@ from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained
 from evals.writing import place_for, read_json, set_name
 
+# Mean optimality gap relative to lambda, above which codes are said to need more steps.
+_GAP = 0.01
+
 # Writes one result: (result, the network it is of, `time.monotonic()` at the start).
 Write = Callable[[Result, Trained, float], None]
 
@@ -150,7 +153,12 @@ def _show(result: Result, trained: Trained) -> None:
     """The table of a detection."""
     names, metrics, facts = trained.split.class_names, result.metrics, result.facts
     if "gap" in metrics:
-        print(f"codes: mean optimality gap {metrics['gap']:.3g} lambda (more ADMM steps lower it)")
+        share, zeros, gap = metrics["lambda_share"], 100 * metrics["zeros"], metrics["gap"]
+        advice = " (more ADMM steps lower it)" if gap > _GAP else ""
+        print(
+            f"codes: lambda {share:.2g} of lambda_max, {zeros:.0f} % zeros (medians), mean optimality gap {gap:.3g}"
+            f" lambda{advice}"
+        )
     of = trained.split.normal_title
     print(f"AUROC of {result.name}, {trained.split.dataset}, {of} normal, {facts['n_in']} against {facts['n_out']}:")
     for name, value in family(metrics, "auroc").items():

@@ -243,6 +243,17 @@ class ShiftScore(Scorer):
 
 
 @dataclass(frozen=True)
+class FeatureNormScore(Scorer):
+    """The length of the features: the mean over shifts of |h|, which coding at unit norm leaves out."""
+
+    needs = frozenset({"h"})
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        """h (N, K, F)."""
+        return outputs["h"].norm(dim=2).mean(1)
+
+
+@dataclass(frozen=True)
 class ShiftProbabilityScore(Scorer):
     """The mean over shifts k of the log-probability of k, of the view that bears it."""
 
@@ -513,6 +524,7 @@ SCORES: dict[str, ScoreRow] = {
     "knn_cosine": ScoreRow(
         CosineNeighboursScore, lambda train, o: CosineNeighboursScore.of(train["h"], o.knn_k), KnnSpec
     ),
+    "feature_norm": _given(FeatureNormScore),
     "shift_logit": _given(ShiftScore, _SHIFTED),
     "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED),
     "baseline": _given(LabelScore),

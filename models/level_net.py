@@ -15,14 +15,14 @@ from torch import Generator, Tensor, nn
 
 from models.feature_net import FeatureNet, RotTransNet, full_precision
 from models.resnet import StagedNet
-from models.sparse.dictionary import CodingSpec, DictionaryBank
+from models.sparse.dictionary import CODE_FACTS, CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from models.sparse.prox import lambda_max, lasso_objective
 
 # What a level's features are made of, by its name: pixels; maps of all stages but the last; h under all rotations.
 LEVELS = ("pixels", "stages", "penultimate")
 # Terms that need no dictionary: the log-probability of the transformations, and nearest training images.
-TRANSFORMATIONS, NEIGHBOURS, SCORE, GAP = "transformations", "neighbours", "score", "gap"
+TRANSFORMATIONS, NEIGHBOURS, SCORE = "transformations", "neighbours", "score"
 # Of the training images, how many nearest ones count.
 _NEAREST = 5
 # Pixels on a side of what `pixels` codes, and of each map of `stages`, at most.
@@ -115,18 +115,15 @@ class LevelDictionary(nn.Module):
     def normalised(self, x_NF: Tensor) -> Tensor:
         return (x_NF - self.centre) / self.scale
 
-    def costs(self, x_NF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The lasso objective of each image, the optimality gap relative to lambda, and the share of zeros, (N,) each.
-
-        Differentiable in x.
-        """
-        parts = []
+    def costs(self, x_NF: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The lasso objective of each image, and `CODE_FACTS` of its code, (N,) each. Differentiable in x."""
+        values, facts = [], []
         for x in self.normalised(x_NF).split(_TOGETHER):
-            code = self.bank.code(x.mT[None])
-            value = lasso_objective(self.bank.dictionary, x.mT[None], code.codes, self.bank.coding.lam)[0]
-            parts.append((value, code.gap[0] / self.bank.coding.lam, (code.codes[0] == 0).float().mean(0)))
-        value, gap, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-        return value, gap, zeros
+            x_1FN = x.mT[None]
+            code = self.bank.code(x_1FN)
+            values.append(lasso_objective(self.bank.dictionary, x_1FN, code.codes, self.bank.coding.lam)[0])
+            facts.append({name: value[0] for name, value in self.bank.facts(x_1FN, code).items()})
+        return torch.cat(values), _joined(facts)
 
 
 class LevelNet(nn.Module):
@@ -177,18 +174,18 @@ class LevelNet(nn.Module):
         return read_levels(self.feature_net, images, views, list(self.levels))
 
     def values(self, reading: Reading, views: Transformations) -> dict[str, Tensor]:
-        """The terms of each image by name, not standardised, larger for more normal ones, and the mean over levels of
-        the optimality gap of its codes relative to lambda: (N,) each. Differentiable."""
+        """The terms of each image by name, not standardised, larger for more normal ones, and the means over levels of
+        `CODE_FACTS`: (N,) each. Differentiable."""
         found = {
             TRANSFORMATIONS: own_log_probability(reading.logits, views.truth),
             NEIGHBOURS: cosine_neighbours(self.known, reading.h, _NEAREST),
         }
-        gaps = []
+        facts = []
         for name, level in self.dictionaries.items():
-            cost, gap, _ = level.costs(reading.levels[name])
+            cost, of_codes = level.costs(reading.levels[name])
             found[name] = -cost
-            gaps.append(gap)
-        return {**found, GAP: torch.stack(gaps).mean(0)}
+            facts.append(of_codes)
+        return {**found, **{name: torch.stack([of[name] for of in facts]).mean(0) for name in CODE_FACTS}}
 
     def score(self, values: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of standardised terms, (N,)."""

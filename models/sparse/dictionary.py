@@ -14,6 +14,12 @@ from torch import Tensor, nn
 
 from common.flags import Spec, flag
 from models.sparse.admm import RidgeSystem, SparseCode, admm_lasso
+from models.sparse.prox import lambda_max
+
+# What is told of codes: the optimality gap relative to lambda, the share of zeros, lambda as a share of lambda_max.
+CODE_FACTS = ("gap", "zeros", "lambda_share")
+# Multiples of rho among which `choose_rho` chooses; samples of each dictionary that it codes, and steps, at most.
+_MULTIPLES, _SAMPLES, _STEPS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 500, 100
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class SparseSpec(Spec, group="stage 2: dictionaries"):
         at_most=1,
     )
     sr_rho: float = flag(1.0, "ADMM penalty", above=0, origin="network")
+    sr_rho_auto: bool = flag(
+        False, "choose the penalty, among multiples of --sr_rho, by the gap of codes of training features"
+    )
     sr_admm_stage: int = flag(40, "unrolled ADMM steps", above=0, origin="network")
 
     @property
@@ -102,10 +111,39 @@ class DictionaryBank(nn.Module):
         """The system of the current dictionaries, for coding several batches."""
         return RidgeSystem.of(self.dictionary, self.coding.rho)
 
+    def facts(self, s: Tensor, code: SparseCode) -> dict[str, Tensor]:
+        """`CODE_FACTS` of codes of samples s (K, F, N), (K, N) each."""
+        largest = lambda_max(self.dictionary, s).clamp_min(torch.finfo(s.dtype).tiny)
+        lam = self.coding.lam
+        values = code.gap / lam, (code.codes == 0).to(code.gap).mean(1), lam / largest
+        return dict(zip(CODE_FACTS, values, strict=True))
+
     def set_lambda(self, lam: float) -> None:
         """Code with another l1 weight from now on."""
         self.coding = replace(self.coding, lam=lam)
         self.lambdaV.fill_(lam)
+
+    @torch.no_grad()
+    def choose_rho(self, s_KFN: Tensor) -> str:
+        """Code from now on with the multiple of rho by which codes of samples s come nearest to optimal, in as many
+        steps as they have, or 100. Returns a line on it.
+        """
+        before, s_KFN, gaps = self.coding, s_KFN[:, :, :_SAMPLES], {}
+        for multiple in _MULTIPLES:
+            self.coding = replace(before, rho=multiple * before.rho, steps=min(before.steps, _STEPS), tol=None)
+            gaps[multiple * before.rho] = (self.code(s_KFN).gap.mean() / before.lam).item()
+        rho = min(gaps, key=gaps.__getitem__)
+        self.coding = replace(before, rho=rho)
+        self.rho.fill_(rho)
+        now, was = gaps[rho], gaps[before.rho]
+        return f"rho {rho:.3g}: mean optimality gap {now:.2g} lambda, where {before.rho:.3g} gives {was:.2g}"
+
+    def follow_buffers(self) -> None:
+        """Code with the lambda and rho of the buffers; what a float32 has rounded stays as it was."""
+        coding, lam, rho = self.coding, float(self.lambdaV), float(self.rho)
+        lam = coding.lam if isclose(lam, coding.lam, rel_tol=1e-6) else lam
+        rho = coding.rho if isclose(rho, coding.rho, rel_tol=1e-6) else rho
+        self.coding = replace(coding, lam=lam, rho=rho)
 
     @torch.no_grad()
     def set_atoms(self, atoms_KFM: Tensor, norm: float) -> None:
@@ -117,8 +155,5 @@ class DictionaryBank(nn.Module):
 
 
 def _take_settings(bank: DictionaryBank, keys: Any) -> None:
-    """Code with the lambda and rho of a state dict that was loaded; what a float32 has rounded stays as it was."""
-    coding, lam, rho = bank.coding, float(bank.lambdaV), float(bank.rho)
-    lam = coding.lam if isclose(lam, coding.lam, rel_tol=1e-6) else lam
-    rho = coding.rho if isclose(rho, coding.rho, rel_tol=1e-6) else rho
-    bank.coding = replace(coding, lam=lam, rho=rho)
+    """Code with the settings of a state dict that was loaded."""
+    bank.follow_buffers()

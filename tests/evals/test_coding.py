@@ -36,7 +36,7 @@ def test_fitted_dictionaries_code_averaged_features_to_the_stated_gap():
     out, h = coder(test), test["h"]
     torch.testing.assert_close(out["s"], h / h.square().sum(2, keepdim=True))
     assert out["codes"].shape == (9, 2, 20) and torch.equal(out["shift"], test["shift"])
-    assert out["gap"].max() <= 1e-3 * 1e-3 and coder.lam == 1e-3
+    assert out["gap"].max() <= 1e-3 and coder.lam == 1e-3
     D = coder.bank.dictionary
     assert D.shape == (2, 64, 20) and D.norm(dim=1).max() <= 1 + 1e-5
     s, codes = out["s"].permute(1, 2, 0), out["codes"].permute(1, 2, 0)

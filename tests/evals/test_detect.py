@@ -60,9 +60,12 @@ def test_a_result_file_holds_the_metrics_and_a_table_the_images(stage2, tmp_path
     assert {name: found[name] for name in nested(result.metrics)} == nested(result.metrics)
     assert set(found["auroc_interval"]) == {"low", "high"} and len(found["fpr_at_95_recall"]) == 9 + 2
     trained = trained_of(stage2, "--invert_sr_feature_norm", mode="ood_pre_cocsr")
-    gap = Extraction.of(SPARSE, trained, {"gap"}).outputs(trained.split.test(), "test")["gap"]
-    assert found["gap"] == pytest.approx(float(gap.mean()) / trained.net.sr_nets.coding.lam, rel=1e-5) and gap.max() > 0
+    out = Extraction.of(SPARSE, trained, {"gap", "zeros", "lambda_share"}).outputs(trained.split.test(), "test")
+    assert found["gap"] == pytest.approx(float(out["gap"].mean()), rel=1e-5) and out["gap"].max() > 0
+    for name in ("zeros", "lambda_share"):
+        assert found[name] == pytest.approx(float(np.median(out[name].mean((1, 2)))), rel=1e-4)
     assert f"mean optimality gap {found['gap']:.3g} lambda" in told
+    assert f"codes: lambda {found['lambda_share']:.2g} of lambda_max, {100 * found['zeros']:.0f} % zeros" in told
     low, high = (100 * found["auroc_interval"][end] for end in ("low", "high"))
     assert f"{100 * found['mean']:5.1f}  95 % interval {low:.1f} to {high:.1f}" in told
     assert f"FPR at 95 % recall {100 * found['fpr_at_95_recall']['pooled']:.1f}" in told

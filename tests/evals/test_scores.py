@@ -245,6 +245,13 @@ def test_the_shift_classifier_alone_by_loops():
             SCORES[name].scorer()({"shift": logits[:, :1, :1]})
 
 
+def test_the_length_of_features_by_a_loop():
+    h = torch.from_numpy(arrays(3, N)["z"]).mean(1)
+    found = SCORES["feature_norm"].scorer()({"h": h})
+    for n in range(N):
+        assert found[n].item() == pytest.approx(sum(math.sqrt(float((h[n, k] ** 2).sum())) for k in range(K)) / K)
+
+
 @pytest.mark.parametrize("k, block", [(1, 2**22), (3, 40), (50, 2**22)])
 def test_cosines_to_neighbours_under_the_same_shift_by_loops(k, block, monkeypatch):
     monkeypatch.setattr(scores, "_BLOCK", block)

@@ -80,7 +80,9 @@ def test_codes_are_zero_from_lambda_max_on_and_the_objective_is_scikit_learns():
         centred = x - x.mean(0)
         torch.testing.assert_close(largest, (centred @ D).abs().amax(1))
         assert lam == pytest.approx(share * largest.median().item())
-        cost, gap, zeros = level.costs(x)
+        cost, facts = level.costs(x)
+        gap, zeros = facts["gap"], facts["zeros"]
+        torch.testing.assert_close(facts["lambda_share"], lam / largest)
         for n in range(5):
             lasso = Lasso(lam / 9, fit_intercept=False, tol=1e-12, max_iter=100_000).fit(D.numpy(), centred[n].numpy())
             a = torch.from_numpy(lasso.coef_)

@@ -70,6 +70,11 @@ _CHECKS = (
         "hardly an atom is in use. Try a lower --sr_lambda, a smaller --sr_dict_size, or --ini_sr_dict_train",
         above=0.99,
     ),
+    Check(
+        "sr/gap",
+        "codes are far from those of the lasso. Try --sr_rho_auto, or more --sr_admm_stage",
+        above=1.0,
+    ),
 )
 
 
@@ -157,7 +162,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     # A pass over the set as evaluation makes it: of whole pictures, cropped here.
     draws = (
         DrawSpec(shift_spec.functions(spec), spec, seed, "k-means draw", flags.of(PassSpec).ood_batch_size)
-        if learning.ini_sr_dict_train or sparse.sr_lambda_rel is not None
+        if learning.ini_sr_dict_train or sparse.sr_lambda_rel is not None or sparse.sr_rho_auto
         else None
     )
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
@@ -181,6 +186,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             run.say(
                 f"lambda {bank.coding.lam:.4g}, {share:.2g} of the median lambda_max of features in their dictionaries"
             )
+            if sparse.sr_rho_auto:
+                run.say(bank.choose_rho(s_KNF.mT))
         run.keep(START, model.state_dict(), first_epoch)
 
     def losses(batch: Batch) -> Step:

@@ -65,7 +65,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             " there are none; train stage 1 with --held_out auto"
         )
     data, held_out = data.to(device), held_out.to(device)
-    sparse = flags.of(SparseSpec, only=["sr_dict_size", "sr_lambda_rel", "sr_rho"])
+    sparse = flags.of(SparseSpec, only=["sr_dict_size", "sr_lambda_rel", "sr_rho", "sr_rho_auto"])
     share = sparse.sr_lambda_rel
     assert share is not None  # The mode has a default.
     names, batch = flags.of(FeatureTransform, only=["sr_layer"]).sr_layer, flags.of(PassSpec).ood_batch_size
@@ -106,19 +106,22 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         upright = read(held_out, views, "held-out images")
         turned = read(held_out, views, "held-out images, turned", turn)
         if world.is_main:
-            for line in fit_levels(model, train, share, generator(seed, "k-means")):
+            for line in fit_levels(model, train, share, generator(seed, "k-means"), choose_rho=sparse.sr_rho_auto):
                 run.say(line)
             for line in calibrate(model, upright, turned, views):
                 run.say(line)
         world.broadcast(model.state_dict().values())
         for level in model.dictionaries.values():
-            level.bank.set_lambda(float(level.bank.lambdaV))
+            level.bank.follow_buffers()
 
     return Recipe(model, data, no_step, begin=begin, first_epoch=first_epoch)
 
 
-def fit_levels(model: LevelNet, train: Reading, share: float, generator: Generator) -> Iterator[str]:
+def fit_levels(
+    model: LevelNet, train: Reading, share: float, generator: Generator, *, choose_rho: bool = False
+) -> Iterator[str]:
     """Fit dictionaries and neighbours to training images. share: lambda as a share of the median lambda_max.
+    choose_rho: by the optimality gap of codes.
 
     Yields a line on each level, and a warning where its codes are not optimal.
     """
@@ -126,7 +129,10 @@ def fit_levels(model: LevelNet, train: Reading, share: float, generator: Generat
     for name, level in model.dictionaries.items():
         x = train.levels[name]
         largest = level.fit(x, share=share, scaled=name in SCALED, generator=generator)
-        _, gap, zeros = level.costs(x)
+        if choose_rho:
+            yield f"{name}: {level.bank.choose_rho(level.normalised(x).mT[None])}"
+        _, of_codes = level.costs(x)
+        gap, zeros = of_codes["gap"], of_codes["zeros"]
         low, median, high = (f"{largest.quantile(q).item():.4g}" for q in (0.1, 0.5, 0.9))
         atoms, lam = level.bank.dictionary.shape[2], level.bank.coding.lam
         yield (
@@ -134,7 +140,7 @@ def fit_levels(model: LevelNet, train: Reading, share: float, generator: Generat
             f" {100 * zeros.mean().item():.0f} % zeros, gap {gap.mean().item():.2g} lambda"
         )
         if gap.mean() > 10 * TOLERANCE:
-            yield f"warning: the codes of {name} are not optimal; try another --sr_rho, or a smaller --sr_dict_size"
+            yield f"warning: the codes of {name} are not optimal; try --sr_rho_auto, or a smaller --sr_dict_size"
 
 
 def turn(images: Tensor, index: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from models.sparse.admm import admm_lasso
@@ -47,3 +48,34 @@ def test_a_bank_codes_by_all_of_its_settings():
         for system in (None, b.system()):
             torch.testing.assert_close(b.code(s, system=system).codes, code.codes, atol=1e-6, rtol=0)
     assert (b.code(s).codes - admm_lasso(b.dictionary, s, lam=0.1, steps=2000).codes).abs().max() > 1e-4
+
+
+def test_facts_of_codes_are_those_of_a_loop():
+    b, s = bank(), torch.rand(2, 6, 5)
+    code = b.code(s)
+    facts = b.facts(s, code)
+    for k in range(2):
+        for n in range(5):
+            d, a = b.dictionary[k].detach(), code.codes[k, :, n]
+            largest = max(abs(float(d[:, m] @ s[k, :, n])) for m in range(9))
+            assert facts["lambda_share"][k, n].item() == pytest.approx(0.1 / largest, rel=1e-5)
+            assert facts["zeros"][k, n].item() == pytest.approx(sum(float(x) == 0 for x in a) / 9)
+    torch.testing.assert_close(facts["gap"], code.gap / 0.1)
+
+
+def test_the_chosen_rho_has_the_smallest_gap_and_is_kept_in_the_state():
+    """Features of a hundredth of the size want a rho that is smaller; lambda and steps stay."""
+    g = torch.Generator().manual_seed(0)
+    b = DictionaryBank(2, 6, 9, CodingSpec(1e-3, 30.0, 12, tol=0.5), g)
+    s = 0.01 * torch.rand(2, 6, 40, generator=g)
+    multiples = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+    gaps = {
+        30.0 * m: admm_lasso(b.dictionary.detach(), s, lam=1e-3, rho=30.0 * m, steps=12).gap.mean() for m in multiples
+    }
+    line = b.choose_rho(s)
+    best = min(gaps, key=gaps.__getitem__)
+    assert b.coding == CodingSpec(1e-3, best, 12, tol=0.5) and best < 30 and b.rho.item() == pytest.approx(best)
+    assert line.startswith(f"rho {best:.3g}: mean optimality gap {float(gaps[best]) / 1e-3:.2g} lambda, where 30 gives")
+    other = DictionaryBank(2, 6, 9, CodingSpec(1e-3, 30.0, 12))
+    other.load_state_dict(b.state_dict())
+    assert other.coding.rho == pytest.approx(best)

@@ -9,6 +9,7 @@ import torch
 import eval as evaluate
 import train
 import train_cocsr
+from common.files import load_tensors
 from models.level_net import NEIGHBOURS, TRANSFORMATIONS
 from tests.conftest import TINY
 from training.modes.level_dict import calibrate, turn
@@ -33,7 +34,18 @@ def test_each_level_and_each_term_is_told(run, tmp_path, capsys):
     assert stage2(run, tmp_path) == 0
     told = capsys.readouterr().out
     assert "pixels: 8 atoms of 192 features, lambda " in told and "lambda_max" in told and "% zeros, gap" in told
-    assert "term transformations: weight" in told and "stages: 8 atoms" in told
+    assert "term transformations: weight" in told and "stages: 8 atoms" in told and "rho" not in told
+
+
+def test_the_penalty_is_chosen_by_the_gap_and_recorded(run, tmp_path, capsys):
+    assert stage2(run, tmp_path, "--sr_rho_auto", "--sr_rho", "30", "--sr_layer", "pixels") == 0
+    told = capsys.readouterr().out
+    (rho,) = (float(line.split()[2].rstrip(":")) for line in told.splitlines() if line.startswith("pixels: rho"))
+    (second,) = tmp_path.iterdir()
+    kept = load_tensors(second / "last.cocsr_model", flag="load_path")["levels.pixels.bank.rho"].item()
+    assert rho < 30 and kept == pytest.approx(rho, rel=1e-2)
+    assert evaluate.main(["--load_path", str(second)]) == 0
+    assert "of lambda_max, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
