@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[[torch.device], Part]] = {
     "kmeans": kmeans.part,
     "coding": coding.part,
     "cross": coding.cross_part,
+    "cross_draws": coding.cross_draws_part,
     "augmentation": augmentation.part,
     "augmentation_compiled": partial(augmentation.part, compiled=True),
     "stage1_resnet8": partial(stage1.part, model="resnet8"),

@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
         lambda: dictionary.part(CPU, dictionary.Size(2, 8, 20, 6, 8)),
         lambda: coding.part(CPU, coding.Size(120, 2, 3, 12, 10)),
         lambda: coding.cross_part(CPU, coding.Size(120, 1, 3, 12, 10)),
+        lambda: coding.cross_draws_part(CPU, coding.Size(120, 3, 3, 12, 10)),
         lambda: augmentation.part(CPU),
         lambda: stage1.part(CPU, "resnet8", images=8),
     ],
