@@ -104,6 +104,23 @@ def summarise(entries: Iterable[Entry], times: int) -> Summary:
     return Summary(samples, cells, means)
 
 
+def behind(summary: Summary, method: str, best: str) -> Cell | None:
+    """By how much the AUROC of `method` is behind that of `best`: the mean over the classes and seeds that both have.
+
+    The interval is that of differences on the same samples of test images. None without anything in common.
+    """
+    runs = {(entry.one_class_idx, entry.seed, entry.method): entry for entry in summary.samples}
+    pairs = [
+        (runs[idx, seed, best], entry)
+        for (idx, seed, of), entry in runs.items()
+        if of == method and (idx, seed, best) in runs
+    ]
+    if not pairs:
+        return None
+    samples = np.mean([summary.samples[a] - summary.samples[b] for a, b in pairs], 0)
+    return Cell.of([float(np.mean([a.mean - b.mean for a, b in pairs]))], samples)
+
+
 def _bootstrap(entries: Sequence[Entry], times: int) -> dict[Entry, np.ndarray]:
     """Samples (times,) of the mean AUROC of each entry."""
     found: dict[Entry, np.ndarray] = {}
@@ -170,6 +187,10 @@ def write_tables(
         return cell.text(len(seeds)) + (f" ({count} of {len(classes)} classes)" if count < len(classes) else "")
 
     rows = [row(f"class {idx}", of_class(idx)) for idx in classes] + [row(f"mean of {len(classes)}", mean)]
+    best = methods[-1]
+    differences = {method: cell for method in methods[:-1] if (cell := behind(summary, method, best)) is not None}
+    if differences:
+        rows.append(row(f"behind {best}", lambda method: differences[method].text(1) if method in differences else ""))
     if known:
         rows.append(row("published mean", lambda method: str(known.get(method, ""))))
     rows.append(row(unit, lambda method: f"{hours[method]:.2f}"))
@@ -191,8 +212,9 @@ def write_tables(
     ]
     cells = [{"one_class_idx": idx, "method": m, **vars(cell)} for (idx, m), cell in sorted(summary.cells.items())]
     means = [{"method": m, "classes": count, **vars(cell)} for m, (cell, count) in summary.means.items()]
+    gaps = [{"method": m, "best": best, **vars(cell)} for m, cell in differences.items()]
     facts = {"dataset": dataset, "seeds": list(seeds), "classes": list(classes), **notes}
-    found = {"each": each, "cells": cells, "means": means, "published": known, "hours": hours}
+    found = {"each": each, "cells": cells, "means": means, "behind": gaps, "published": known, "hours": hours}
     write_json(out / "table.json", {**facts, **found})
     return text
 

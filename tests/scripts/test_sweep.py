@@ -18,7 +18,7 @@ from scripts import jobs
 from scripts.jobs import Job, Record, work
 from scripts.recipes import METHODS, RECIPES, steps_of
 from scripts.sweep import _same_images, main
-from scripts.tables import Entry, summarise
+from scripts.tables import Entry, behind, summarise
 from tests.conftest import ROOT
 from tests.scripts.test_sweeps import options
 from tests.scripts.test_sweeps import sweep as published_sweep
@@ -185,6 +185,26 @@ def test_intervals_of_means_resample_all_seeds_and_classes_alike(tmp_path):
     assert [mean.low, mean.high] == pytest.approx(
         np.percentile(np.mean([samples[i] for i in (0, 1, 3, 4)], 0), (2.5, 97.5))
     )
+
+
+def test_a_difference_is_of_the_runs_that_both_have_on_the_same_samples(tmp_path):
+    labels = np.arange(300) % 3
+    entries = []
+    for method, idx, seed in (("a", 0, 0), ("a", 1, 0), ("a", 1, 1), ("b", 0, 0), ("b", 1, 1), ("b", 2, 0)):
+        rng = np.random.default_rng([idx, seed])  # The same noise for both: their difference is sure.
+        scores = rng.normal(size=300) + (1.2 if method == "b" else 1.0) * (labels == idx)
+        path = tmp_path / f"{method}_{idx}_{seed}.csv"
+        path.write_text("index,label,score\n" + "".join(f"{i},{labels[i]},{float(scores[i])!r}\n" for i in range(300)))
+        mean = float(mean_aurocs(scores, labels, idx, np.ones((1, 300)))[0])
+        entries.append(Entry(method, "CSI", idx, seed, mean, path, "cpu"))
+    summary = summarise(entries, 400)
+    found = behind(summary, "a", "b")
+    (a0, _, a1, b0, b1, _), samples = entries, summary.samples
+    assert found.mean == pytest.approx((b0.mean - a0.mean + b1.mean - a1.mean) / 2) and found.mean > 0.02
+    paired = (samples[b0] - samples[a0] + samples[b1] - samples[a1]) / 2
+    assert [found.low, found.high] == pytest.approx(np.percentile(paired, (2.5, 97.5)).tolist())
+    assert found.high - found.low < 0.5 * (summary.cells[0, "a"].high - summary.cells[0, "a"].low)
+    assert behind(summary, "a", "c") is None
 
 
 def test_where_no_seed_has_all_classes_the_mean_is_of_what_there_is_and_says_so(tmp_path):
