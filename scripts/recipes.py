@@ -55,6 +55,12 @@ class Recipe:
         return int(*self.words("epochs"))
 
     @property
+    def minutes(self) -> float | None:
+        """Of one core, that every method of a family at equal cost trains a class."""
+        found = self.own("minutes")
+        return float(*found) if found else None
+
+    @property
     def more(self) -> int:
         """Epochs that stage 2 adds."""
         return int(*self.words("more"))
