@@ -275,6 +275,11 @@ class Flags:
         """Whether the user wrote the flag, whatever its value."""
         return name in self._given
 
+    def default(self, name: str) -> Any:
+        """The program's default of a flag, as it is recorded; None where no spec has it."""
+        value = self._infos[name].default if name in self._infos else None
+        return list(value) if isinstance(value, tuple) else value
+
     def inheritable(self, name: str) -> bool:
         """Whether weights decide the flag where the user does not."""
         return name in self._infos and self._infos[name].origin in ("fixed", "network", "data", "place")

@@ -107,6 +107,9 @@ class Run:
                 self._replace = True
                 return
             before = {name: written["flags"][name] for name in written["used"]}
+            # Flags that an older version did not have.
+            new = [name for name in self.flags.as_dict() if self.flags.given(name) and name not in written["flags"]]
+            before |= {name: self.flags.default(name) for name in new}
             processes = written.get("processes", 1)
             self._data = written.get("data")
         except (OSError, ValueError, KeyError, TypeError):

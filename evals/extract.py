@@ -402,7 +402,7 @@ def _asked(flags: Flags, spec: type[Spec], *names: str) -> dict[str, Any]:
 def _load_stage1(flags: Flags, state: State, path: Path, shifts: int | None) -> nn.Module:
     # A stage-2 file holds the whole stage-1 network.
     inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
-    asked = _asked(flags, ModelSpec, "simclr_dim")
+    asked = _asked(flags, ModelSpec, "simclr_dim", "projector_layers")
     return load_net("feature", inner, n_shifts=shifts, **asked, **_common(flags, path))
 
 
@@ -423,16 +423,21 @@ def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Modu
     """The dictionaries are coded with the file's lambda and rho, or with those that were given."""
     transform, tol = flags.of(FeatureTransform), flags.of(ToleranceSpec).sr_tol
     steps = flags.of(SparseSpec, only=["sr_admm_stage"]).sr_admm_stage
-    asked = _asked(flags, ModelSpec, "simclr_dim") | _asked(flags, SparseSpec, "sr_dict_size")
+    asked = _asked(flags, ModelSpec, "simclr_dim", "projector_layers") | _asked(flags, SparseSpec, "sr_dict_size")
     net: CocsrNet = load_net(
         "cocsr", state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **asked, **_common(flags, path)
     )
     coding = net.sr_nets.coding
     given = _asked(flags, SparseSpec, "sr_lambda", "sr_rho")
     # A file has them as float32: the same number, rounded, is not another one.
+    names = {"lam": "--sr_lambda", "rho": "--sr_rho"}
     own = {"lam": (given.get("sr_lambda"), coding.lam), "rho": (given.get("sr_rho"), coding.rho)}
     other = {n: x for n, (x, there) in own.items() if x is not None and not isclose(x, there, rel_tol=1e-6)}
     net.sr_nets.coding = replace(coding, **other)
+    if other:
+        was, now = ({n: getattr(c, n) for n in other} for c in (coding, net.sr_nets.coding))
+        text = ", ".join(f"{names[n]} {now[n]:.4g} in place of {was[n]:.4g}" for n in other)
+        print(f"note: codes have {text}, which {path} was trained with")
     return net
 
 
@@ -465,7 +470,7 @@ def _load_autoencoder(flags: Flags, state: State, path: Path, shifts: int) -> nn
 
 
 def _fit_dictionaries(flags: Flags) -> FitCoder:
-    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_lambda_rel", "sr_rho"))
+    sparse = flags.of(SparseSpec, only=("sr_dict_size", "sr_lambda", "sr_lambda_rel", "sr_rho", "sr_rho_auto"))
     transform, rounds = flags.of(FeatureTransform), flags.of(FittedSpec).sr_fit_steps
     fit = partial(
         FittedDictionaries.fit,

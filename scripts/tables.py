@@ -104,8 +104,9 @@ def summarise(entries: Iterable[Entry], times: int) -> Summary:
     return Summary(samples, cells, means)
 
 
-def behind(summary: Summary, method: str, best: str) -> Cell | None:
-    """By how much the AUROC of `method` is behind that of `best`: the mean over the classes and seeds that both have.
+def behind(summary: Summary, method: str, best: str) -> tuple[Cell, int] | None:
+    """By how much the AUROC of `method` is behind that of `best`, the mean over the runs (class and seed) that both
+    have, and how many these are.
 
     The interval is that of differences on the same samples of test images. None without anything in common.
     """
@@ -118,7 +119,7 @@ def behind(summary: Summary, method: str, best: str) -> Cell | None:
     if not pairs:
         return None
     samples = np.mean([summary.samples[a] - summary.samples[b] for a, b in pairs], 0)
-    return Cell.of([float(np.mean([a.mean - b.mean for a, b in pairs]))], samples)
+    return Cell.of([float(np.mean([a.mean - b.mean for a, b in pairs]))], samples), len(pairs)
 
 
 def _bootstrap(entries: Sequence[Entry], times: int) -> dict[Entry, np.ndarray]:
@@ -187,10 +188,17 @@ def write_tables(
         return cell.text(len(seeds)) + (f" ({count} of {len(classes)} classes)" if count < len(classes) else "")
 
     rows = [row(f"class {idx}", of_class(idx)) for idx in classes] + [row(f"mean of {len(classes)}", mean)]
-    best = methods[-1]
-    differences = {method: cell for method in methods[:-1] if (cell := behind(summary, method, best)) is not None}
+    best, runs = methods[-1], len(classes) * len(seeds)
+    differences = {method: gap for method in methods[:-1] if (gap := behind(summary, method, best)) is not None}
+
+    def difference(method: str) -> str:
+        if method not in differences:
+            return ""
+        cell, count = differences[method]
+        return cell.text(1) + (f" ({count} of {runs} runs)" if count < runs else "")
+
     if differences:
-        rows.append(row(f"behind {best}", lambda method: differences[method].text(1) if method in differences else ""))
+        rows.append(row(f"behind {best}", difference))
     if known:
         rows.append(row("published mean", lambda method: str(known.get(method, ""))))
     rows.append(row(unit, lambda method: f"{hours[method]:.2f}"))
@@ -201,7 +209,8 @@ def write_tables(
         + "\n"
     )
     write_text(out / "table.md", text)
-    numbers = [("published mean", {m: v / 100 for m, v in known.items()}), (unit, hours)]
+    numbers = [(f"behind {best}", {m: cell.mean for m, (cell, _) in differences.items()})] if differences else []
+    numbers += [("published mean", {m: v / 100 for m, v in known.items()}), (unit, hours)]
     write_text(out / "table.csv", comma_separated(*_columns(summary, classes, methods, dict(numbers))))
     each = [
         {
@@ -212,7 +221,10 @@ def write_tables(
     ]
     cells = [{"one_class_idx": idx, "method": m, **vars(cell)} for (idx, m), cell in sorted(summary.cells.items())]
     means = [{"method": m, "classes": count, **vars(cell)} for m, (cell, count) in summary.means.items()]
-    gaps = [{"method": m, "best": best, **vars(cell)} for m, cell in differences.items()]
+    gaps = [
+        {"method": m, "best": best, "runs": count, "mean": cell.mean, "low": cell.low, "high": cell.high}
+        for m, (cell, count) in differences.items()
+    ]
     facts = {"dataset": dataset, "seeds": list(seeds), "classes": list(classes), **notes}
     found = {"each": each, "cells": cells, "means": means, "behind": gaps, "published": known, "hours": hours}
     write_json(out / "table.json", {**facts, **found})

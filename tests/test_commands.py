@@ -260,6 +260,39 @@ def test_a_run_goes_on_from_another_with_the_flags_of_its_own(stage1, tmp_path, 
     assert train.main([*args, "--resume_path", str(stage1 / "last.model"), "--epochs", "3", "--suffix", "c"]) == 0
 
 
+def test_a_run_that_goes_on_takes_its_moving_average_along(tmp_path):
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--ema_decay", "0.9", "--log_root", str(tmp_path)]
+    assert train.main([*args, "--epochs", "1"]) == 0
+    (first,) = tmp_path.iterdir()
+    assert train.main([*args, "--epochs", "2", "--resume_path", str(first), "--suffix", "more"]) == 0
+    (second,) = set(tmp_path.iterdir()) - {first}
+    steps = [torch.load(run / "last.resume", weights_only=True)["average"]["steps"] for run in (first, second)]
+    assert steps[1] == 2 * steps[0] > 0
+
+
+def test_the_penalty_by_the_gap_goes_with_the_weights(stage1, tmp_path, capsys):
+    """Chosen in training, kept by the file whatever an interruption rounds, and told where evaluation has another."""
+    args = [*TINY, *SHIFT, *SPARSE, "--resume_path", str(stage1), "--sr_dict_size", "12", "--log_root", str(tmp_path)]
+    assert train_cocsr.main([*map(str, args), "--epochs", "3", "--sr_rho_auto", "--sr_rho", "30"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("rho "))
+    (run,) = tmp_path.iterdir()
+    state = torch.load(run / "last.cocsr_model", weights_only=True)
+    rho = float(state["sr_nets.rho"])
+    assert rho < 30 and f"rho {rho:.3g}: " in line
+    evaluated = ["--mode", "ood_pre_cocsr", "--load_path", run, *SPARSE]
+    assert run_eval(*evaluated) == 0
+    assert "in place of" not in capsys.readouterr().out
+    assert run_eval(*evaluated, "--sr_rho", "30") == 0
+    assert f"note: codes have --sr_rho 30 in place of {rho:.4g}" in capsys.readouterr().out
+
+
+def test_fitted_dictionaries_choose_their_penalty_by_the_gap(stage1, capsys):
+    args = ["--mode", "ood_pre_multi_sr", "--load_path", stage1, *SPARSE, "--sr_dict_size", 12, "--sr_fit_steps", 2]
+    assert run_eval(*args, "--sr_rho_auto") == 0
+    told = capsys.readouterr().out
+    assert "\nrho " in told and "--sr_rho_auto has no effect" not in told
+
+
 def test_two_checkpoints_of_one_folder_keep_their_results_apart(stage2):
     for name in ("last", "start"):
         args = ["--mode", "ood_pre_cocsr", "--load_path", stage2 / f"{name}.cocsr_model", *SPARSE]

@@ -19,7 +19,7 @@ class MovingAverage:
     """
 
     def __init__(self, net: nn.Module, decay: float):
-        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net: Any = copy.deepcopy(net).requires_grad_(False).eval()
         self._decay, self._steps = decay, 0
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class ContrastiveSpec(Spec, group="training"):
     copies: int = flag(2, "random views of each image under each shift", at_least=2)
     deep_supervision: float = flag(
         0.0,
-        "without labels: weight of the same loss at each earlier stage, by a head of its own that training alone has",
+        "without labels: weight of the same loss at each earlier stage, by heads that training alone uses",
         at_least=0,
     )
     soft_temperature: float | None = flag(

@@ -112,29 +112,33 @@ class DictionaryBank(nn.Module):
         return RidgeSystem.of(self.dictionary, self.coding.rho)
 
     def facts(self, s: Tensor, code: SparseCode) -> dict[str, Tensor]:
-        """`CODE_FACTS` of codes of samples s (K, F, N), (K, N) each."""
-        largest = lambda_max(self.dictionary, s).clamp_min(torch.finfo(s.dtype).tiny)
+        """`CODE_FACTS` of codes of samples s (K, F, N), (K, N) each. lambda is at most 1 / eps of lambda_max."""
         lam = self.coding.lam
+        with torch.autocast(s.device.type, enabled=False):
+            largest = lambda_max(self.dictionary, s.to(self.dictionary)).clamp_min(
+                lam * torch.finfo(code.gap.dtype).eps
+            )
         values = code.gap / lam, (code.codes == 0).to(code.gap).mean(1), lam / largest
         return dict(zip(CODE_FACTS, values, strict=True))
 
     def set_lambda(self, lam: float) -> None:
         """Code with another l1 weight from now on."""
-        self.coding = replace(self.coding, lam=lam)
         self.lambdaV.fill_(lam)
+        self.follow_buffers()
 
     @torch.no_grad()
     def choose_rho(self, s_KFN: Tensor) -> str:
         """Code from now on with the multiple of rho by which codes of samples s come nearest to optimal, in as many
         steps as they have, or 100. Returns a line on it.
         """
-        before, s_KFN, gaps = self.coding, s_KFN[:, :, :_SAMPLES], {}
+        before, s_KFN, gaps = self.coding, s_KFN[:, :, :: -(-s_KFN.shape[2] // _SAMPLES)], {}
         for multiple in _MULTIPLES:
             self.coding = replace(before, rho=multiple * before.rho, steps=min(before.steps, _STEPS), tol=None)
             gaps[multiple * before.rho] = (self.code(s_KFN).gap.mean() / before.lam).item()
         rho = min(gaps, key=gaps.__getitem__)
-        self.coding = replace(before, rho=rho)
+        self.coding = before
         self.rho.fill_(rho)
+        self.follow_buffers()
         now, was = gaps[rho], gaps[before.rho]
         return f"rho {rho:.3g}: mean optimality gap {now:.2g} lambda, where {before.rho:.3g} gives {was:.2g}"
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.flags import Flags
+from common.flags import FlagInfo, Flags
 from common.run import Run, launch_id, start_epoch
 
 VALUES = {"mode": "simclr", "dataset": "digits", "data_path": "a", "epochs": 4, "lr_init": 0.1, "save_step": 10}
@@ -50,6 +50,17 @@ def test_another_configuration_is_refused_and_overwrite_replaces_it(half_done):
     new.open()
     assert not (half_done / "last.model").exists()
     assert json.loads((half_done / "args.json").read_text())["flags"]["lr_init"] == 0.2
+
+
+def test_a_flag_that_an_older_version_did_not_have_counts_as_its_default(half_done):
+    def with_new(value):
+        flags = Flags({**VALUES, "copies": value}, given=["copies"], infos={"copies": FlagInfo(2, "", int)})
+        flags.read((*USED, "copies"))
+        return Run(half_done, flags, weights="last.model", resume="last.resume")
+
+    with pytest.raises(UserError, match="--copies was 2, is 3"):
+        with_new(3)
+    assert with_new(2).state == {"epoch": 2}
 
 
 def test_overwrite_has_its_effect_once_however_often_the_launcher_starts_the_run_again(tmp_path, monkeypatch, capsys):

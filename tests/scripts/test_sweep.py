@@ -198,7 +198,8 @@ def test_a_difference_is_of_the_runs_that_both_have_on_the_same_samples(tmp_path
         mean = float(mean_aurocs(scores, labels, idx, np.ones((1, 300)))[0])
         entries.append(Entry(method, "CSI", idx, seed, mean, path, "cpu"))
     summary = summarise(entries, 400)
-    found = behind(summary, "a", "b")
+    found, runs = behind(summary, "a", "b")
+    assert runs == 2
     (a0, _, a1, b0, b1, _), samples = entries, summary.samples
     assert found.mean == pytest.approx((b0.mean - a0.mean + b1.mean - a1.mean) / 2) and found.mean > 0.02
     paired = (samples[b0] - samples[a0] + samples[b1] - samples[a1]) / 2

@@ -188,6 +188,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
             )
             if sparse.sr_rho_auto:
                 run.say(bank.choose_rho(s_KNF.mT))
+            world.broadcast(bank.buffers())
+            bank.follow_buffers()
         run.keep(START, model.state_dict(), first_epoch)
 
     def losses(batch: Batch) -> Step:

@@ -119,6 +119,8 @@ def build(
     optimizers = (optim.build(others), torch.optim.Adam(probe, _PROBE_LR, fused=True))
     first_epoch = _resume(file, state, optimizers, epochs=optim.epochs) if resume_path else 0
     average = optim.average(net)
+    if average is not None and state is not None and "average" in state:
+        average.load_state_dict(state["average"])
     seed = flags.seed
     render, micro_batch = view_renderer(flags), micro_batch_size(flags)
     if flags.of(CompileSpec).compile:
@@ -145,7 +147,8 @@ def build(
 
     def end_epoch(epoch: int) -> EpochEnd:
         due = test is not None and (epoch % every == 0 or epoch == optim.epochs)
-        return EpochEnd({"test/probe_error": probe_error(net, test, batch_size)} if due and test is not None else {})
+        kept = net if average is None else average.net
+        return EpochEnd({"test/probe_error": probe_error(kept, test, batch_size)} if due and test is not None else {})
 
     def show(epoch: int) -> Shown:
         return Shown({"views/shifts": sheet(few_views(data, shift_functions, aligned, seed, epoch))}, {})
