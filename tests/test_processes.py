@@ -35,7 +35,6 @@ def found(stage1, tmp_path_factory):
     cases = {
         "simclr_CSI": [*tiny, *SHIFT, "--mode", "simclr_CSI"],
         "uniclr": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--sim_loss", "uniclr", "--soft_temperature", "0.5"],
-        "deep": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--copies", "3", "--deep_supervision", "0.5"],
         "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
         "rot_trans": [*tiny, "--mode", "rot_trans"],
@@ -50,6 +49,7 @@ def found(stage1, tmp_path_factory):
     cases["sup_CSI_linear"] = [*every, "--mode", "sup_CSI_linear", "--load_path", str(heads)]
     cases["cocsr_dict"] += "--sr_dict_size 24 --sr_lambda 1e-3 --invert_sr_feature_norm --ini_sr_dict_train".split()
     cases["cocsr_dict"] += "--loss_dict_margin 0.5".split()
+    cases["uniclr"] += "--copies 3 --deep_supervision 0.5".split()
     return {size: found_by(size, tmp_path_factory.mktemp("found"), cases) for size in (1, 2, 3)}
 
 
@@ -59,7 +59,6 @@ def found(stage1, tmp_path_factory):
     [
         "simclr_CSI",
         "uniclr",
-        "deep",
         "in pieces",
         "sup_simclr_CSI",
         "sup_CSI_linear",
