@@ -275,6 +275,13 @@ class Flags:
         """Whether the user wrote the flag, whatever its value."""
         return name in self._given
 
+    def asked(self, spec: type[Spec], *names: str) -> dict[str, Any]:
+        """Those of a spec's flags `names` that the user wrote, by name; others are for weights to say. Counts as
+        reading them. Raises: UserError as the spec."""
+        given = [name for name in names if self.given(name)]
+        found = self.of(spec, only=given)
+        return {name: getattr(found, name) for name in given}
+
     def default(self, name: str) -> Any:
         """The program's default of a flag, as it is recorded; None where no spec has it."""
         value = self._infos[name].default if name in self._infos else None

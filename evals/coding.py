@@ -147,9 +147,10 @@ class FittedDictionaries(Coder):
             gen = generator(seed, "multi_sr")
             D = learn_dictionary(s_KFN, atoms, lam=lam, rho=spec.sr_rho, steps=rounds, generator=gen)
             bank.dictionary.copy_(D)
-        world.broadcast(bank.parameters())
-        if spec.sr_rho_auto:
-            print(bank.choose_rho(s_KFN), flush=True)
+            if spec.sr_rho_auto:
+                print(bank.choose_rho(s_KFN), flush=True)
+        world.broadcast(bank.state_dict().values())
+        bank.follow_buffers()
         return cls(bank, transform)
 
     @classmethod

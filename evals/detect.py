@@ -129,7 +129,7 @@ def _score(
 
 
 def _of_codes(found: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
-    """The median of `CODE_FACTS` over images, that of the gap the mean, where there are codes."""
+    """`CODE_FACTS` over all images, where there are codes: the mean of the gap, the medians of the others."""
     told = {
         name: np.concatenate([columns[name] for columns in found.values()])
         for name in CODE_FACTS

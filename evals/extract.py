@@ -19,6 +19,7 @@ from common.dist import SINGLE, World
 from common.errors import UserError
 from common.flags import DeviceSpec, Flags, Spec, WeightsSpec
 from common.progress import progress
+from common.run import recorded_flags
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
@@ -392,17 +393,10 @@ def _common(flags: Flags, path: Path) -> dict[str, Any]:
     return {"model": model, "path": path, "flag": "load_path", "strict": strict}
 
 
-def _asked(flags: Flags, spec: type[Spec], *names: str) -> dict[str, Any]:
-    """The flags of `names` that were given; the others are the file's to say."""
-    given = [name for name in names if flags.given(name)]
-    found = flags.of(spec, only=given)
-    return {name: getattr(found, name) for name in given}
-
-
 def _load_stage1(flags: Flags, state: State, path: Path, shifts: int | None) -> nn.Module:
     # A stage-2 file holds the whole stage-1 network.
     inner = {k.removeprefix("feature_net."): v for k, v in state.items() if not k.startswith("sr_nets.")}
-    asked = _asked(flags, ModelSpec, "simclr_dim", "projector_layers")
+    asked = flags.asked(ModelSpec, "simclr_dim", "projector_layers")
     return load_net("feature", inner, n_shifts=shifts, **asked, **_common(flags, path))
 
 
@@ -423,21 +417,20 @@ def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Modu
     """The dictionaries are coded with the file's lambda and rho, or with those that were given."""
     transform, tol = flags.of(FeatureTransform), flags.of(ToleranceSpec).sr_tol
     steps = flags.of(SparseSpec, only=["sr_admm_stage"]).sr_admm_stage
-    asked = _asked(flags, ModelSpec, "simclr_dim", "projector_layers") | _asked(flags, SparseSpec, "sr_dict_size")
+    asked = flags.asked(ModelSpec, "simclr_dim", "projector_layers") | flags.asked(SparseSpec, "sr_dict_size")
     net: CocsrNet = load_net(
         "cocsr", state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **asked, **_common(flags, path)
     )
-    coding = net.sr_nets.coding
-    given = _asked(flags, SparseSpec, "sr_lambda", "sr_rho")
-    # A file has them as float32: the same number, rounded, is not another one.
-    names = {"lam": "--sr_lambda", "rho": "--sr_rho"}
-    own = {"lam": (given.get("sr_lambda"), coding.lam), "rho": (given.get("sr_rho"), coding.rho)}
-    other = {n: x for n, (x, there) in own.items() if x is not None and not isclose(x, there, rel_tol=1e-6)}
-    net.sr_nets.coding = replace(coding, **other)
-    if other:
-        was, now = ({n: getattr(c, n) for n in other} for c in (coding, net.sr_nets.coding))
-        text = ", ".join(f"{names[n]} {now[n]:.4g} in place of {was[n]:.4g}" for n in other)
-        print(f"note: codes have {text}, which {path} was trained with")
+    coding, given, recorded = net.sr_nets.coding, flags.asked(SparseSpec, "sr_lambda", "sr_rho"), recorded_flags(path)
+    for name, field in (("sr_lambda", "lam"), ("sr_rho", "rho")):
+        there, value = getattr(coding, field), given.get(name)
+        # A file has it as float32: the same number, rounded, is not another one.
+        if value is None or isclose(value, there, rel_tol=1e-6):
+            continue
+        coding = replace(coding, **{field: value})
+        if recorded.get(name) == value:  # Training chose another by itself, of which flags do not know.
+            print(f"note: {path} was trained with --{name} {there:.4g}, evaluated with {value:.4g}")
+    net.sr_nets.coding = coding
     return net
 
 

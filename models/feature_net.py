@@ -69,7 +69,7 @@ class BackboneNet(nn.Module):
 
 
 class DeepFeatures(NamedTuple):
-    """Features, and z of earlier stages: stages (N, S - 1, P), of the first to the last but one."""
+    """`Features` and, of a backbone of S stages, the projections of all but the last: stages (N, S - 1, P)."""
 
     h: Tensor
     z: Tensor

@@ -61,7 +61,7 @@ def points(tables: Sequence[Mapping[str, Any]], methods: Sequence[str] | None = 
 
 
 def draw(path: Path, found: Mapping[str, Sequence[Point]], title: str) -> None:
-    """A line for each method."""
+    """A line for each method, to the file `path` (PNG)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -69,7 +69,7 @@ def draw(path: Path, found: Mapping[str, Sequence[Point]], title: str) -> None:
     ticks = sorted({point.minutes for of_method in found.values() for point in of_method})
     for n, (method, of_method) in enumerate(found.items()):
         # Side by side, so that bars do not hide each other.
-        x = [point.minutes * 1.02 ** (n - len(found) / 2) for point in of_method]
+        x = [point.minutes * 1.01 ** (n - (len(found) - 1) / 2) for point in of_method]
         bars = [[p.mean - p.low for p in of_method], [p.high - p.mean for p in of_method]]
         axes.errorbar(x, [p.mean for p in of_method], bars, fmt="o-", capsize=3, label=method)
     axes.set_xscale("log")
@@ -78,7 +78,7 @@ def draw(path: Path, found: Mapping[str, Sequence[Point]], title: str) -> None:
     axes.set(xlabel="minutes of training of one CPU core, stage 2 included", ylabel="mean AUROC (%)")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 

@@ -268,9 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         first = jobs[0].steps[0].flags
         dataset = first.of(SplitSpec).dataset
         words = shlex.join(sys.argv[1:] if argv is None else argv)
-        length = {"epochs": f"{options.epochs} + {options.more}"}
-        if recipe.minutes is not None:
-            length = {"minutes": recipe.minutes * options.times}
+        equal = recipe.minutes is not None
+        length = (
+            {"minutes": recipe.minutes * options.times} if equal else {"epochs": f"{options.epochs} + {options.more}"}
+        )
         notes = {**length, "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]

@@ -104,17 +104,17 @@ def summarise(entries: Iterable[Entry], times: int) -> Summary:
     return Summary(samples, cells, means)
 
 
-def behind(summary: Summary, method: str, best: str) -> tuple[Cell, int] | None:
-    """By how much the AUROC of `method` is behind that of `best`, the mean over the runs (class and seed) that both
-    have, and how many these are.
+def behind(summary: Summary, method: str, reference: str) -> tuple[Cell, int] | None:
+    """By how much the AUROC of `method` is behind that of `reference`, the mean over the runs (class and seed) that
+    both have, and how many these are.
 
     The interval is that of differences on the same samples of test images. None without anything in common.
     """
     runs = {(entry.one_class_idx, entry.seed, entry.method): entry for entry in summary.samples}
     pairs = [
-        (runs[idx, seed, best], entry)
+        (runs[idx, seed, reference], entry)
         for (idx, seed, of), entry in runs.items()
-        if of == method and (idx, seed, best) in runs
+        if of == method and (idx, seed, reference) in runs
     ]
     if not pairs:
         return None
@@ -188,8 +188,8 @@ def write_tables(
         return cell.text(len(seeds)) + (f" ({count} of {len(classes)} classes)" if count < len(classes) else "")
 
     rows = [row(f"class {idx}", of_class(idx)) for idx in classes] + [row(f"mean of {len(classes)}", mean)]
-    best, runs = methods[-1], len(classes) * len(seeds)
-    differences = {method: gap for method in methods[:-1] if (gap := behind(summary, method, best)) is not None}
+    reference, runs = methods[-1], len(classes) * len(seeds)
+    differences = {method: gap for method in methods[:-1] if (gap := behind(summary, method, reference)) is not None}
 
     def difference(method: str) -> str:
         if method not in differences:
@@ -198,7 +198,7 @@ def write_tables(
         return cell.text(1) + (f" ({count} of {runs} runs)" if count < runs else "")
 
     if differences:
-        rows.append(row(f"behind {best}", difference))
+        rows.append(row(f"behind {reference}", difference))
     if known:
         rows.append(row("published mean", lambda method: str(known.get(method, ""))))
     rows.append(row(unit, lambda method: f"{hours[method]:.2f}"))
@@ -209,7 +209,7 @@ def write_tables(
         + "\n"
     )
     write_text(out / "table.md", text)
-    numbers = [(f"behind {best}", {m: cell.mean for m, (cell, _) in differences.items()})] if differences else []
+    numbers = [(f"behind {reference}", {m: cell.mean for m, (cell, _) in differences.items()})] if differences else []
     numbers += [("published mean", {m: v / 100 for m, v in known.items()}), (unit, hours)]
     write_text(out / "table.csv", comma_separated(*_columns(summary, classes, methods, dict(numbers))))
     each = [
@@ -222,7 +222,7 @@ def write_tables(
     cells = [{"one_class_idx": idx, "method": m, **vars(cell)} for (idx, m), cell in sorted(summary.cells.items())]
     means = [{"method": m, "classes": count, **vars(cell)} for m, (cell, count) in summary.means.items()]
     gaps = [
-        {"method": m, "best": best, "runs": count, "mean": cell.mean, "low": cell.low, "high": cell.high}
+        {"method": m, "reference": reference, "runs": count, "mean": cell.mean, "low": cell.low, "high": cell.high}
         for m, (cell, count) in differences.items()
     ]
     facts = {"dataset": dataset, "seeds": list(seeds), "classes": list(classes), **notes}

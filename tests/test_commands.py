@@ -281,9 +281,12 @@ def test_the_penalty_by_the_gap_goes_with_the_weights(stage1, tmp_path, capsys):
     assert rho < 30 and f"rho {rho:.3g}: " in line
     evaluated = ["--mode", "ood_pre_cocsr", "--load_path", run, *SPARSE]
     assert run_eval(*evaluated) == 0
-    assert "in place of" not in capsys.readouterr().out
+    assert "evaluated with" not in capsys.readouterr().out
     assert run_eval(*evaluated, "--sr_rho", "30") == 0
-    assert f"note: codes have --sr_rho 30 in place of {rho:.4g}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"was trained with --sr_rho {rho:.4g}, evaluated with 30" in told and told.count("evaluated with") == 1
+    assert run_eval(*evaluated, "--sr_rho", "7") == 0
+    assert capsys.readouterr().out.count("evaluated with") == 1
 
 
 def test_fitted_dictionaries_choose_their_penalty_by_the_gap(stage1, capsys):

@@ -150,8 +150,9 @@ def build_recipe(job: Job, split: Split, world: World) -> Recipe:
     """What is trained, with the same weights on all ranks."""
     with world.raise_together(), memory_errors(_remedy(job)), loading_errors():
         recipe = job.mode.build(job.flags, split, world)
-    for net in {id(net): net for net in (recipe.model, recipe.result)}.values():
-        world.broadcast(net.state_dict().values())
+    world.broadcast(recipe.model.state_dict().values())
+    if recipe.average is not None:
+        world.broadcast(recipe.result.state_dict().values())
     return recipe
 
 

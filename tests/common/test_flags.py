@@ -108,6 +108,12 @@ def test_a_spec_is_filled_by_its_fields_and_only_what_is_asked_for_is_read():
     assert f.of(Tolerance) == Tolerance(2.0, 3, mode="m") and f.unread() == []
 
 
+def test_of_the_flags_that_are_asked_about_those_that_were_given_are_told_and_read():
+    f = small("--warmup", "3", "--sr_rho", "2")
+    assert f.asked(Tolerance, "warmup", "mode") == {"warmup": 3} and f.unread() == ["sr_rho"]
+    assert small().asked(Tolerance, "warmup") == {}
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [

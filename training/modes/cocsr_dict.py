@@ -32,7 +32,6 @@ from training.losses.dictionary import atom_norm, code_terms, margin_terms
 from training.micro_batch import checkpointed, forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     any_shifts,
-    asked_projection,
     few_views,
     own_device,
     precision,
@@ -124,7 +123,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         path=file,
         flag="resume_path",
         strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
-        **asked_projection(flags),
+        **flags.asked(ModelSpec, "simclr_dim", "projector_layers"),
     )
     split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
     first_epoch, epochs = start_epoch(file), flags.of(LengthSpec).epochs

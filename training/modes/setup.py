@@ -42,15 +42,6 @@ def precision(flags: Flags, world: World) -> Amp:
     return autocast(flags.of(DeviceSpec, only=["amp"]).amp, own_device(flags, world))
 
 
-def asked_projection(flags: Flags) -> dict[str, int]:
-    """--simclr_dim and --projector_layers, those that were given."""
-    return {
-        name: getattr(flags.of(ModelSpec, only=[name]), name)
-        for name in ("simclr_dim", "projector_layers")
-        if flags.given(name)
-    }
-
-
 def with_shared_statistics(net: Net, world: World) -> Net:
     """A network whose batch normalisation sees the batch of all processes, on GPUs; on CPUs, that of its own part."""
     if world.size == 1 or next(net.parameters()).device.type != "cuda":

@@ -33,7 +33,6 @@ from training.losses.contrastive import nt_xent, sup_nt_xent, uniclr
 from training.micro_batch import forward_in_micro_batches, micro_batch_size
 from training.modes.setup import (
     all_classes,
-    asked_projection,
     few_views,
     fresh_net,
     keep_atoms,
@@ -103,7 +102,7 @@ def build(
             path=file,
             flag="resume_path",
             strict=not flags.of(WeightsSpec, only=["no_strict"]).no_strict,
-            **asked_projection(flags),
+            **flags.asked(ModelSpec, "simclr_dim", "projector_layers"),
         )
         same_classes(net, split, file, flag="resume_path")
         split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
