@@ -162,7 +162,8 @@ def stability(name: str, device: torch.device, steps: int) -> list[str]:
     """A row: times of a step in the second and the last tenth, and resident memory at the end of both.
 
     The second tenth is that of the same run started once more, which waits for the first one's last tenth and then
-    takes turns with it, an epoch each: whatever else the machine does meets both.
+    takes turns with it, an epoch each: whatever else the machine does meets both. steps: a multiple of
+    80, since a tenth is whole epochs.
     """
     tenth, context = steps // 10, get_context("spawn")
     with ProcessPoolExecutor(2, context, _meet, (context.Barrier(2),)) as pair:

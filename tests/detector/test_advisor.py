@@ -18,8 +18,8 @@ def pictures(kind, n=60, size=32):
 
 def test_pictures_with_an_upper_side_tell_rotations_apart_and_noise_does_not(monkeypatch):
     monkeypatch.setattr(advisor, "CANDIDATES", ("rotation",))
-    upright = {each.shift: each for each in advise(pictures("upright"), steps=60)}
-    noise = {each.shift: each for each in advise(pictures("noise"), steps=60)}
+    upright = {each.shift: each for each in advise(pictures("upright"), steps=30)}
+    noise = {each.shift: each for each in advise(pictures("noise"), steps=30)}
     assert upright["rotation"].means_something and upright["rotation"].accuracy > 0.9
     assert not noise["rotation"].means_something and "meaningless" in str(noise["rotation"])
     assert upright["rotation"].chance == 0.25
