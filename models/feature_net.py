@@ -233,7 +233,7 @@ class FeatureTransform(Spec, group="stage 2: dictionaries"):
 
     sr_layer: Sequence[str] = flag(
         ("penultimate",),
-        "features to code: penultimate or simclr; level_dict: several of pixels, stages and penultimate",
+        "features to code: penultimate or simclr; level_dict: several of these",
         nargs="+",
         choices=lambda: ("penultimate", "simclr", "pixels", "stages"),
         origin="network",

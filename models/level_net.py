@@ -19,8 +19,9 @@ from models.sparse.dictionary import CODE_FACTS, CodingSpec, DictionaryBank
 from models.sparse.kmeans import kmeans
 from models.sparse.prox import lambda_max, lasso_objective
 
-# What a level's features are made of, by its name: pixels; maps of all stages but the last; h under all rotations.
-LEVELS = ("pixels", "stages", "penultimate")
+# What a level's features are made of, by its name: pixels; maps of all stages but the last; h, and its projection z,
+# under all rotations.
+LEVELS = ("pixels", "stages", "penultimate", "simclr")
 # Terms that need no dictionary: the log-probability of the transformations, and nearest training images.
 TRANSFORMATIONS, NEIGHBOURS, SCORE = "transformations", "neighbours", "score"
 # Of the training images, how many nearest ones count.
@@ -30,7 +31,7 @@ _PIXELS, _GRID = 32, 4
 # ADMM steps of a code at most, and the gap relative to lambda that ends them sooner.
 _STEPS, TOLERANCE = 500, 1e-3
 # Levels whose features are of several kinds, and have units of their own.
-SCALED = ("stages", "penultimate")
+SCALED = ("stages", "penultimate", "simclr")
 # Samples that are coded at a time, and entries of a block of similarities.
 _TOGETHER, _BLOCK = 4096, 2**22
 # Standard deviations below this share of the largest are taken to be that share.
@@ -196,7 +197,7 @@ class LevelNet(nn.Module):
 def read_levels(
     net: FeatureNet | RotTransNet, images: Tensor, views: Transformations, levels: Sequence[str]
 ) -> Reading:
-    """Images (N, 3, H, W) in [0, 1]. Raises: ValueError for the level `stages` of a backbone without stages."""
+    """Images (N, 3, H, W) in [0, 1]. Raises: ValueError for a level that the network does not have."""
     features = [net.features(function(images)) for function in views.functions]
     logits = [net.transformation_logits(h) for h in features]
     h = full_precision(torch.stack([features[k] for k in views.rotations], 1))
@@ -211,9 +212,13 @@ def _level(net: FeatureNet | RotTransNet, images: Tensor, h: Tensor, name: str) 
         return shrunk(images, _PIXELS).flatten(1)
     if name == "penultimate":
         return h.flatten(1)
+    if name == "simclr":
+        if not isinstance(net, FeatureNet):
+            raise ValueError("simclr: the network has no projector, which --mode simclr_CSI trains")
+        return full_precision(net.simclr_layer(h)).flatten(1)
     backbone = net.backbone
     if not isinstance(backbone, StagedNet):
-        raise ValueError("the backbone is not made of stages")
+        raise ValueError("stages: the backbone is not made of stages")
     earlier = islice(backbone.maps(net.normalise(images)), backbone.stages - 1)
     return torch.cat([full_precision(shrunk(x, _GRID)).flatten(1) for x in earlier], 1)
 

@@ -29,7 +29,7 @@ SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
 # Modes that start from a run of another mode, and the flag that says so.
 STARTS = {
     "cocsr_dict": ("simclr_CSI", "--resume_path"),
-    "level_dict": ("rot_trans", "--resume_path"),
+    "level_dict": ("simclr", "--resume_path"),
     "sup_linear": ("sup_simclr", "--load_path"),
     "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
     "meansparse": ("supervised", "--load_path"),
@@ -39,7 +39,7 @@ AUTOENCODERS = ("rdae", "dae", "vae")
 LABELLED = ("sup", "meansparse", *METHODS)
 LENGTH = {"rdae": ["--rounds", "1", "--inner_epochs", "1"], "meansparse": ["--epochs", "0"]}
 EXTRA = {
-    "level_dict": "--held_out 8 --sr_dict_size 12 --sr_layer pixels stages penultimate".split(),
+    "level_dict": "--held_out 8 --sr_dict_size 12 --sr_layer pixels stages penultimate simclr".split(),
     "meansparse": ["--ms_alpha", "0.2"],
     "cocsr_dict": "--sr_dict_size 12 --ini_sr_dict_train --invert_sr_feature_norm --epochs 2".split(),
     **{mode: ["--layers", "8"] for mode in AUTOENCODERS},

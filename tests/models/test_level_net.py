@@ -9,6 +9,7 @@ from sklearn.neighbors import NearestNeighbors
 from common.seed import generator
 from models.checkpoint import Misfit, build_net, load_net
 from models.level_net import (
+    LEVELS,
     NEIGHBOURS,
     TRANSFORMATIONS,
     LevelDictionary,
@@ -28,7 +29,7 @@ def rotations() -> Transformations:
     return Transformations(functions, range(4), {"shift": torch.arange(4)})
 
 
-def level_net(levels=("pixels", "stages", "penultimate"), atoms: int = 6) -> LevelNet:
+def level_net(levels=LEVELS, atoms: int = 6) -> LevelNet:
     net = build_net("feature", "resnet8", seed=0, n_classes=2, simclr_dim=8, n_shifts=4).eval()
     images = torch.rand(12, 3, 8, 8, generator=generator(0, "test"))
     reading = read_levels(net, images, rotations(), levels)
@@ -153,6 +154,11 @@ def test_terms_of_a_network_one_by_one():
         codes = level.bank.code(x[None]).codes
         cost = lasso_objective(level.bank.dictionary, x[None], codes, level.bank.coding.lam)[0]
         torch.testing.assert_close(values["stages"], -cost)
+        of_turned = [model.feature_net(function(images)).z for function in views.functions]
+        level = model.dictionaries["simclr"]
+        x = ((torch.cat(of_turned, 1) - level.centre) / level.scale).mT
+        cost = lasso_objective(level.bank.dictionary, x[None], level.bank.code(x[None]).codes, level.bank.coding.lam)[0]
+        torch.testing.assert_close(values["simclr"], -cost, atol=1e-4, rtol=1e-4)
     assert model.train().training and not model.feature_net.training  # it stays frozen
 
 

@@ -28,7 +28,7 @@ from evals.metrics import auroc
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net, read_state
 from models.feature_net import FeatureNet, FeatureTransform, RotTransNet
-from models.level_net import LEVELS, SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
+from models.level_net import SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
 from models.sparse.dictionary import SparseSpec
 from training.modes.setup import own_device, precision
 from training.optim import LengthSpec
@@ -69,8 +69,6 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     share = sparse.sr_lambda_rel
     assert share is not None  # The mode has a default.
     names, batch = flags.of(FeatureTransform, only=["sr_layer"]).sr_layer, flags.of(PassSpec).ood_batch_size
-    if unknown := [name for name in names if name not in LEVELS]:
-        raise UserError(f"--sr_layer {' '.join(unknown)}: --mode {flags.mode} has {', '.join(LEVELS)}")
     net = net.to(device).eval()
 
     @torch.no_grad()
@@ -96,7 +94,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         with torch.no_grad():
             one = read_levels(net, chosen.batch(torch.zeros(1, dtype=torch.long)), views, names)
     except ValueError as error:
-        raise UserError(f"--sr_layer stages: {error}; leave it out") from None
+        raise UserError(f"--sr_layer {error}; leave it out") from None
     sizes = {name: x.shape[1] for name, x in one.levels.items()}
     known = (len(views.rotations), len(chosen), net.feature_dim)
     model = LevelNet(net, sizes, sparse.sr_dict_size, known, rho=sparse.sr_rho).to(device)

@@ -53,7 +53,7 @@ def test_the_penalty_is_chosen_by_the_gap_and_recorded(run, tmp_path, capsys):
     [
         (["--held_out", "0"], "--held_out: the terms of the score get units"),
         (["--epochs", "5"], "--epochs 5: --mode level_dict has no epochs of its own"),
-        (["--sr_layer", "simclr"], "--sr_layer simclr: --mode level_dict has pixels, stages, penultimate"),
+        (["--sr_layer", "pixels", "simclr"], "--sr_layer simclr: the network has no projector"),
     ],
 )
 def test_what_does_not_fit_is_refused(more, message, run, tmp_path, capsys):
@@ -73,10 +73,11 @@ def test_rotations_of_csi_are_a_stage_1_too(tmp_path):
     turned = ["--mode", "simclr_CSI", "--shift_trans_type", "rotation", "--epochs", "1", "--held_out", "12"]
     assert train.main([*TINY, *turned, "--log_root", str(tmp_path / "a")]) == 0
     (folder,) = (tmp_path / "a").iterdir()
-    assert stage2(folder, tmp_path / "b") == 0
+    assert stage2(folder, tmp_path / "b", "--sr_layer", "pixels", "simclr") == 0
     (second,) = (tmp_path / "b").iterdir()
-    assert evaluate.main(["--load_path", str(second), "--ood_score", "levels", "levels_neighbours"]) == 0
-    assert len(list(second.glob("result_ood_levels_*.json"))) == 2
+    scores = ["levels", "levels_neighbours", "levels_simclr"]
+    assert evaluate.main(["--load_path", str(second), "--ood_score", *scores]) == 0
+    assert len(list(second.glob("result_ood_levels_*.json"))) == 3
 
 
 def test_a_score_of_a_level_that_was_left_out_is_refused(run, tmp_path, capsys):
