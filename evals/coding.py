@@ -147,6 +147,8 @@ class FittedDictionaries(Coder):
             gen = generator(seed, "multi_sr")
             D = learn_dictionary(s_KFN, atoms, lam=lam, rho=spec.sr_rho, steps=rounds, generator=gen)
             bank.dictionary.copy_(D)
+            if spec.sr_lambda_rel is not None:  # Of these atoms; they were learned with that of the first ones.
+                bank.set_lambda(spec.sr_lambda_rel * lambda_max(D, s_KFN).cpu().median().item())
             if spec.sr_rho_auto:
                 print(bank.choose_rho(s_KFN), flush=True)
         world.broadcast(bank.state_dict().values())

@@ -154,7 +154,7 @@ def _show(result: Result, trained: Trained) -> None:
     names, metrics, facts = trained.split.class_names, result.metrics, result.facts
     if "gap" in metrics:
         share, zeros, gap = metrics["lambda_share"], 100 * metrics["zeros"], metrics["gap"]
-        advice = " (more ADMM steps lower it)" if gap > _GAP else ""
+        advice = " (far from optimal; training with --sr_rho_auto chooses a better penalty)" if gap > _GAP else ""
         print(
             f"codes: lambda {share:.2g} of lambda_max, {zeros:.0f} % zeros (medians), mean optimality gap {gap:.3g}"
             f" lambda{advice}"

@@ -420,8 +420,8 @@ def _unit_features(outputs: Outputs) -> Tensor:
 
 
 def _weights(mean_K: Tensor, *, on: bool) -> Tensor:
-    """1 / mean, or zeros for a part that is left out."""
-    return 1 / mean_K if on else torch.zeros_like(mean_K)
+    """1 / mean, or zeros for a part that is left out, and for a mean of 0, of a classifier that was not trained."""
+    return torch.where(mean_K == 0, 0.0, 1 / mean_K) if on else torch.zeros_like(mean_K)
 
 
 def _shift_weights(shift_train: Tensor, first_shift_only: bool, *, on: bool) -> Tensor:

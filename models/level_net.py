@@ -176,16 +176,17 @@ class LevelNet(nn.Module):
 
     def values(self, reading: Reading, views: Transformations) -> dict[str, Tensor]:
         """The terms of each image by name, not standardised, larger for more normal ones, and the means over levels of
-        `CODE_FACTS`: (N,) each. Differentiable."""
-        found = {
-            TRANSFORMATIONS: own_log_probability(reading.logits, views.truth),
-            NEIGHBOURS: cosine_neighbours(self.known, reading.h, _NEAREST),
-        }
+        `CODE_FACTS`: (N,) each. Differentiable; without autocast, since bf16 would tell few values apart."""
         facts = []
-        for name, level in self.dictionaries.items():
-            cost, of_codes = level.costs(reading.levels[name])
-            found[name] = -cost
-            facts.append(of_codes)
+        with torch.autocast(reading.h.device.type, enabled=False):
+            found = {
+                TRANSFORMATIONS: own_log_probability(reading.logits, views.truth),
+                NEIGHBOURS: cosine_neighbours(self.known, reading.h, _NEAREST),
+            }
+            for name, level in self.dictionaries.items():
+                cost, of_codes = level.costs(reading.levels[name])
+                found[name] = -cost
+                facts.append(of_codes)
         return {**found, **{name: torch.stack([of[name] for of in facts]).mean(0) for name in CODE_FACTS}}
 
     def score(self, values: Mapping[str, Tensor]) -> Tensor:

@@ -83,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             **describe_program(),
         }
         write_json(place_for(folder, f"result_pixels_{name}", ".json", result, read_json), result)
-        print(f"{name} on pixels: mean AUROC {100 * found['mean']:.1f}, pooled {100 * found['pooled']:.1f}", flush=True)
+        mean, low, high = (100 * found[key] for key in ("mean", "auroc_interval/low", "auroc_interval/high"))
+        print(
+            f"{name} on pixels: mean AUROC {mean:.1f} (95 % interval {low:.1f} to {high:.1f}),"
+            f" pooled {100 * found['pooled']:.1f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -89,9 +89,21 @@ class Kind:
         """The flags that say how long it trains. options: epochs, more, times."""
         if self.row in _WITHOUT_EPOCHS:
             return []
-        own = recipe.own(f"{self.row}_epochs")
-        usual = options.epochs + (options.more if self.after else 0)
-        return ["--epochs", str(max(1, round(options.times * int(own[0]))) if own else usual)]
+        if not recipe.own(f"{self.row}_epochs"):
+            return ["--epochs", str(options.epochs + (options.more if self.after else 0))]
+        earlier = self.before(recipe)
+        return ["--epochs", str(self.scaled(recipe, options.times, KINDS[earlier] if earlier else None))]
+
+    def scaled(self, recipe: Recipe, times: float, earlier: "Kind | None") -> int:
+        """The last epoch where all training takes `times` as long. earlier: the command that trained before.
+
+        What takes the same time always, such as fitting dictionaries, is in the row `fixed`, in epochs.
+        """
+        own, fixed = (sum(map(float, recipe.own(f"{self.row}_{name}"))) for name in ("epochs", "fixed"))
+        start, start_now = 0.0, 0
+        if earlier is not None:
+            start, start_now = float(*recipe.own(f"{earlier.row}_epochs")), earlier.scaled(recipe, times, None)
+        return start_now + max(1, round(times * (own - start + fixed) - fixed))
 
     def suffix(self, recipe: Recipe) -> list[str]:
         """The flags that tell its run from others of the same mode."""

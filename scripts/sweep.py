@@ -224,6 +224,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = RECIPES[options.recipe]
     out = (options.out or Path("logs") / f"sweep_{options.recipe}").expanduser().absolute()
     options.data_path = str(Path(options.data_path).expanduser().absolute())
+    for name in ("epochs", "more"):
+        if recipe.minutes is not None and getattr(options, name) is not None:
+            raise UserError(f"--{name}: {options.recipe} has epochs of its own for every command; give --times")
+    if recipe.minutes is None and options.times != 1:
+        raise UserError(f"--times: {options.recipe} is not at equal training time; give --epochs and --more")
     options.epochs = recipe.epochs if options.epochs is None else options.epochs
     options.more = recipe.more if options.more is None else options.more
     for name in ("jobs", "epochs", "more", "bootstrap"):
@@ -288,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             notes=notes,
             times=options.bootstrap,
             # They are means over all classes, of CIFAR-100 over the published groups.
-            published=PUBLISHED.get(dataset) if comparable else None,
+            published=PUBLISHED.get(dataset) if comparable and not equal else None,
         )
         print(f"\n{table}", end="")
         print(f"table.md, table.csv and table.json are in {out}", flush=True)

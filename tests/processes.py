@@ -72,10 +72,12 @@ def findings(args: list[str], world: World) -> dict[str, Any]:
         set_lr(recipe, batch.step / STEPS)
         values = descend(recipe, batch, world)
         recipe.after_step()
+        if recipe.average is not None:
+            recipe.average.update(recipe.model)
         if batch.step == 0:
             grads = {name: p.grad.clone() for name, p in recipe.model.named_parameters() if p.grad is not None}
             found |= {"values": {k: float(v) for k, v in values.items()}, "grads": grads}
-    return {**found, "weights": recipe.model.state_dict()}
+    return {**found, "weights": recipe.result.state_dict()}
 
 
 class _Nowhere:

@@ -35,9 +35,9 @@ def found(stage1, tmp_path_factory):
     cases = {
         "simclr_CSI": [*tiny, *SHIFT, "--mode", "simclr_CSI"],
         "uniclr": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--sim_loss", "uniclr", "--soft_temperature", "0.5"],
-        "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5"],
+        "in pieces": [*tiny, *SHIFT, "--mode", "simclr_CSI", "--micro_batch", "5", "--optimizer", "muon"],
         "sup_simclr_CSI": [*every, "--mode", "sup_simclr_CSI", "--optimizer", "sgd"],
-        "rot_trans": [*tiny, "--mode", "rot_trans"],
+        "rot_trans": [*tiny, "--mode", "rot_trans", "--ema_decay", "0.5"],
         "supervised": [*every, "--mode", "supervised", "--model", "sdnet8_all"],
         "adv_trades": [*every, "--mode", "adv_trades", "--ra", "--anc", "--strategy", "hard_adv", *ATTACK],
         "rdae": [*tiny, "--mode", "rdae", "--layers", "8"],

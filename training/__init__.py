@@ -92,9 +92,10 @@ def _shifted(flags: Flags) -> list[str]:
 
 def _coded(flags: Flags) -> list[str]:
     inverted = flags.of(FeatureTransform, only=["invert_sr_feature_norm"]).invert_sr_feature_norm
-    lam = flags.of(SparseSpec, only=["sr_lambda"]).sr_lambda
+    sparse = flags.of(SparseSpec, only=["sr_lambda", "sr_lambda_rel"])
+    lam = f"ld{sparse.sr_lambda}" if sparse.sr_lambda_rel is None else f"ldrel{sparse.sr_lambda_rel}"
     lr = flags.of(DictionaryTrainingSpec, only=["sr_lr"]).sr_lr
-    return [*_shifted(flags), "cocsr", f"ld{lam}", f"lr{lr}", *(["invf"] if inverted else [])]
+    return [*_shifted(flags), "cocsr", lam, f"lr{lr}", *(["invf"] if inverted else [])]
 
 
 def run_name(flags: Flags, mode: Mode) -> str:

@@ -29,7 +29,7 @@ from training.keeper import Observer
 from training.loop import fit
 from training.micro_batch import MicroBatchSpec
 from training.modes.setup import own_device
-from training.named import NAMED, NamedSpec, named, told
+from training.named import named, told
 from training.optim import LengthSpec
 from training.recipe import Recipe
 from training.specs import CompileSpec, StepSpec
@@ -177,8 +177,8 @@ def train(job: Job, run: Run, recipe: Recipe, split: Split, world: World, observ
         kinds += [f"{shifts} shifts"] if shifts > 1 else []
         kinds += [f"epochs up to {epochs}"] + ([f"{world.size} processes"] if world.size > 1 else [])
         run.say(f"{folder.name}: {', '.join(kinds)}")
-        if (name := flags.of(NamedSpec).recipe) is not None:
-            run.say(told(name, {flag: flags.as_dict()[flag] for flag in NAMED[name][flags.mode]}))
+        if (line := told(flags, job.mode.defaults)) is not None:
+            run.say(line)
         for name, (there, here) in flags.differences(job.recorded).items():
             run.say(f"note: the weights to start from were trained with --{name} {there}, this run has {here}")
         with memory_errors(_remedy(job)), loading_errors():

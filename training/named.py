@@ -1,6 +1,6 @@
 """`--recipe`: named sets of flags, a row each. What the user gives comes before them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,10 @@ NAMED: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+# A flag and another that sets the same thing: whoever gives one wants neither from a recipe.
+_OTHER_FORM = {"warmup_share": "warmup"}
+
+
 @dataclass(frozen=True)
 class NamedSpec(Spec, group="what to run"):
     """A named set of flags."""
@@ -55,7 +59,7 @@ class NamedSpec(Spec, group="what to run"):
 
 
 def named(flags: Flags, modes: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]]:
-    """The flags with the mode of --recipe where none is given, and the flags of the recipe.
+    """The flags with the mode of --recipe where none is given, and those of the recipe that are not given.
 
     modes: of the script. Raises: UserError for a mode that the recipe does not have.
     """
@@ -66,9 +70,29 @@ def named(flags: Flags, modes: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]
     flags = flags.filled({"mode": own[0]})
     if flags.mode not in own:
         raise UserError(f"--recipe {name}: it has --mode {', '.join(own)}; leave it out for --mode {flags.mode}")
-    return flags, NAMED[name][flags.mode]
+    return flags, {flag: value for flag, value in NAMED[name][flags.mode].items() if not _given(flags, flag)}
 
 
-def told(name: str, values: Mapping[str, Any]) -> str:
-    """A line that says what a recipe stands for."""
-    return f"recipe {name}: {' '.join(f'--{flag} {value}' for flag, value in values.items()) or 'the defaults'}"
+def told(flags: Flags, defaults: Mapping[str, Any]) -> str | None:
+    """A line that says what --recipe stands for, and what was given in its place; None without one.
+
+    defaults: of the mode, which belong to it.
+    """
+    name = flags.of(NamedSpec).recipe
+    if name is None:
+        return None
+    own = {**defaults, **NAMED[name][flags.mode]}
+    given = [other for flag in own for other in _given(flags, flag)]
+    line = f"recipe {name}: {_words(flags, [flag for flag in own if not _given(flags, flag)]) or 'the defaults'}"
+    return line + (f"; in place of its own: {_words(flags, given)}" if given else "")
+
+
+def _given(flags: Flags, flag: str) -> list[str]:
+    """Which of the forms of a flag the user gave."""
+    return [form for form in (flag, _OTHER_FORM.get(flag)) if form is not None and flags.given(form)]
+
+
+def _words(flags: Flags, names: Sequence[str]) -> str:
+    values = flags.as_dict()
+    told = {name: values[name] if isinstance(values[name], list | tuple) else [values[name]] for name in names}
+    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in told.items())

@@ -32,7 +32,7 @@ class ContrastiveSpec(Spec, group="training"):
     sim_lambda: float = flag(1.0, "weight of the contrastive loss")
     shift_lambda: float = flag(
         1.0,
-        "simclr_CSI: weight of the classifier of the shift; 0: without, then score with --disable_shi_score",
+        "simclr_CSI: weight of the classifier of the shift; 0: without, and scores have no shift term",
         at_least=0,
     )
     sim_loss: str = flag(

@@ -48,6 +48,10 @@ def test_aliases_of_the_readme_and_of_launchers():
             "cifar10_resnet18_unsup_cocsr_dict_shift_rot_bmix_cocsr_ld0.001_lr0.001_invf_one_class_0_f512_mix82_dm1_init",
         ),
         ("--mode cocsr_dict", "cifar10_resnet18_unsup_cocsr_dict_shift_none_cocsr_ld0.01_lr0.001"),
+        (
+            "--mode cocsr_dict --sr_lambda_rel 0.3",
+            "cifar10_resnet18_unsup_cocsr_dict_shift_none_cocsr_ldrel0.3_lr0.001",
+        ),
     ],
 )
 def test_run_names_are_the_published_ones(argv, name):

@@ -3,7 +3,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from common.seed import generator
 from evals.coding import (
     Coder,
     FittedDictionaries,
@@ -16,7 +15,7 @@ from evals.coding import (
 from models.feature_net import FeatureTransform
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank, SparseSpec
-from models.sparse.learn import objective, starting_dictionary
+from models.sparse.learn import objective
 
 INVERTED = FeatureTransform(invert_sr_feature_norm=True)
 SPEC = SparseSpec(sr_dict_size=20, sr_lambda=1e-3, sr_rho=1.0)
@@ -105,5 +104,5 @@ def test_fitted_dictionaries_take_lambda_as_a_share():
     spec = replace(SPEC, sr_lambda_rel=0.25)
     coder = FittedDictionaries.fit(outputs(50, 0), INVERTED, spec, rounds=5, seed=0)
     s = sparse_features(outputs(50, 0), INVERTED).permute(1, 2, 0)
-    D = starting_dictionary(s, SPEC.sr_dict_size, generator(0, "multi_sr"))
+    D = coder.bank.dictionary
     assert coder.lam == pytest.approx(0.25 * (D.mT @ s).abs().amax(1).median().item(), rel=1e-6)

@@ -117,6 +117,14 @@ def test_a_part_that_is_off_cannot_make_a_score_non_finite(data):
     assert fit_csi(dead, first_shift_only=True)(averaged(test)).isfinite().all()
 
 
+def test_a_classifier_of_the_shift_that_was_not_trained_is_left_out(data):
+    """Its head is zero."""
+    D, train, test = data
+    dead_train, dead_test = ({**averaged(x, D), "shift": torch.zeros(len(x["z"]), K, K)} for x in (train, test))
+    for fit in (fit_csi, fit_csi_sr):
+        assert torch.equal(fit(dead_train)(dead_test), fit(averaged(train, D), shift=False)(averaged(test, D)))
+
+
 def test_one_shift_has_no_shift_term(data):
     _, train, test = data
     train, test = ({"z": x["z"][:, :1], "shift": x["shift"][:, :1, :1]} for x in map(averaged, (train, test)))

@@ -162,6 +162,17 @@ def test_terms_of_a_network_one_by_one():
     assert model.train().training and not model.feature_net.training  # it stays frozen
 
 
+def test_terms_do_not_depend_on_autocast():
+    """Of cosines near 1, bf16 would tell hardly two apart."""
+    model, views = level_net(), rotations()
+    with torch.no_grad():
+        reading = model.read(torch.rand(30, 3, 8, 8, generator=generator(1, "test")), views)
+        expected = model.values(reading, views)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.values(reading, views)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_known_image_is_its_own_neighbour_and_an_odd_one_costs_more():
     model = level_net()
     views = rotations()

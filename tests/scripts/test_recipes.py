@@ -90,4 +90,16 @@ def test_every_method_of_minutes_has_epochs_of_its_own(tmp_path):
     assert steps["of csi"].flags.as_dict()["shift_trans_type"] == "rotation"
     options.times = 2.0
     longer = {step.kind: step for step in steps_of(RECIPES["minutes"], list(METHODS), 2, 0, tmp_path, options)}
-    assert {kind: longer[kind].flags.as_dict()["epochs"] for kind in epochs} == {k: 2 * n for k, n in epochs.items()}
+    twice = {kind: longer[kind].flags.as_dict()["epochs"] for kind in epochs}
+    # Dictionaries at several depths take as long as before, so that their stage 1 has more than twice the time.
+    assert twice == {k: 2 * n for k, n in epochs.items()} | {"short_rot_trans": 24}
+
+
+@pytest.mark.parametrize("times", [0.1, 0.5, 1.4, 3.0])
+def test_stage_2_has_an_epoch_of_its_own_however_short_all_is(times, tmp_path):
+    options = argparse.Namespace(data_path="x", epochs=1, more=1, times=times, flags=[])
+    steps = {step.kind: step for step in steps_of(RECIPES["minutes"], list(METHODS), 2, 0, tmp_path, options)}
+    epochs = {kind: steps[kind].flags.as_dict()["epochs"] for kind in ("mixed_csi", "cocsr", "short_rot_trans")}
+    assert epochs["mixed_csi"] == max(1, round(4 * times))
+    assert epochs["cocsr"] == epochs["mixed_csi"] + max(1, round(times))
+    assert epochs["short_rot_trans"] == max(1, round(13.3 * times - 2.3))

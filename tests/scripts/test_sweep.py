@@ -283,6 +283,18 @@ def test_what_a_sweep_cannot_do_is_reported(args, told, tmp_path, capsys):
     assert told in errors and errors.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["minutes", "--epochs", "3"], "--epochs: minutes has epochs of its own for every command; give --times"),
+        (["minutes", "--more", "3"], "--more: minutes has epochs"),
+        (["digits", "--times", "2"], "--times: digits is not at equal training time"),
+    ],
+)
+def test_a_length_that_a_family_does_not_have_is_refused(args, told, tmp_path, capsys):
+    assert main([*args, "--out", str(tmp_path / "out"), "--dry_run"]) == 2 and told in capsys.readouterr().err
+
+
 def test_a_sweep_outlives_a_killed_job_and_a_failing_class(tmp_path):
     assert "the table is right" in killed_and_failed(tmp_path / "out", "0-2", [4], failing=2)
 

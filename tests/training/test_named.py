@@ -12,6 +12,7 @@ from scripts.recipes import RECIPES
 from training import STAGE1, STAGE2
 from training.launch import Script, read_job
 from training.named import NAMED, told
+from training.optim import OptimSpec
 
 ONE = Script("train.py", STAGE1, "simclr", "last.model", "last.resume")
 TWO = Script("train_cocsr.py", STAGE2, "cocsr_dict", "last.cocsr_model", "last.cocsr_resume")
@@ -59,9 +60,30 @@ def test_a_mode_that_the_recipe_does_not_have_is_refused(capsys):
     assert train_cocsr.main(["--recipe", "nosuch"]) == 2
 
 
+def line_of(*words: str) -> str | None:
+    job = read_job(["--dry_run", *words], TWO if "level_dict" in words else ONE, SPECS)
+    return told(job.flags, job.mode.defaults)
+
+
 def test_what_a_recipe_stands_for_is_told():
-    assert told("x", {"optimizer": "adam", "epochs": 3}) == "recipe x: --optimizer adam --epochs 3"
-    assert told("x", {}) == "recipe x: the defaults"
+    assert line_of("--mode", "simclr") is None
+    assert line_of("--recipe", "published", "--mode", "simclr") == "recipe published: --simclr_dim 512"
+    assert line_of("--recipe", "published", "--mode", "rot_trans") == "recipe published: --shift_trans_type rotation"
+    line = line_of("--recipe", "short", "--epochs", "3", "--lr_init", "0.1")
+    assert line == (
+        "recipe short: --shift_trans_type rotation --model resnet8 --optimizer adam --batch_size 32 --lr_scheduler"
+        " cosine_to_zero --warmup_share 0.05 --held_out auto; in place of its own: --lr_init 0.1 --epochs 3"
+    )
+    line = line_of("--recipe", "short", "--mode", "level_dict", "--resume_path", "x")
+    assert line == "recipe short: --sr_layer pixels stages --sr_dict_size 256 --sr_lambda_rel 0.1"
+
+
+def test_a_warm_up_in_epochs_replaces_the_recipes_share():
+    words = ["--recipe", "short", "--warmup", "3"]
+    assert flags_of(*words)["warmup_share"] is None
+    assert read_job(["--dry_run", *words], ONE, SPECS).flags.of(OptimSpec).warmup_epochs == 3
+    assert line_of(*words).endswith("in place of its own: --warmup 3")
+    assert flags_of("--recipe", "short", "--warmup_share", "0.2")["warmup_share"] == 0.2
 
 
 @pytest.mark.parametrize("mode", NAMED["published"])

@@ -65,6 +65,14 @@ def losses(recipe: Recipe, batch: Batch) -> dict[str, float]:
     return {name: float(value.detach()) for name, value in recipe.losses(batch).losses.items()}
 
 
+def test_without_its_classifier_the_head_of_the_shift_is_zero_and_stays_so(start):
+    recipe = recipe_of("simclr_CSI", start, "--shift_lambda", "0")
+    descend(recipe, batch_of("simclr_CSI"), SINGLE)
+    head = recipe.model.shift_cls_layer
+    assert not head.weight.any() and not head.bias.any()
+    assert recipe_of("simclr_CSI", start).model.shift_cls_layer.weight.any()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_the_learning_rate_that_is_reported_is_the_one_that_is_set(mode, start):
     recipe = recipe_of(mode, start, "--lr_init", "0.03", "--warmup", "2", "--sr_lr", "0.02", "--optimizer", "sgd")

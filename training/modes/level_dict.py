@@ -62,7 +62,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     if held_out is None or len(held_out) < 2:
         raise UserError(
             "--held_out: the terms of the score get units and weights from training images that were set aside, and"
-            " there are none; train stage 1 with --held_out auto"
+            " there are fewer than two; train stage 1 with --held_out auto, or with a number"
         )
     data, held_out = data.to(device), held_out.to(device)
     sparse = flags.of(SparseSpec, only=["sr_dict_size", "sr_lambda_rel", "sr_rho", "sr_rho_auto"])
@@ -104,6 +104,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         upright = read(held_out, views, "held-out images")
         turned = read(held_out, views, "held-out images, turned", turn)
         if world.is_main:
+            for line in held_out_facts(upright, views):
+                run.say(line)
             for line in fit_levels(model, train, share, generator(seed, "k-means"), choose_rho=sparse.sr_rho_auto):
                 run.say(line)
             for line in calibrate(model, upright, turned, views):
@@ -146,12 +148,23 @@ def turn(images: Tensor, index: Tensor) -> Tensor:
     return torch.stack([torch.rot90(x, 1 + n % 3, (1, 2)) for x, n in zip(images, index.tolist(), strict=True)])
 
 
+def held_out_facts(upright: Reading, views: Transformations) -> Iterator[str]:
+    """How well stage 1 tells the transformations of held-out images: a line on each head that has several classes."""
+    for name, truth in views.truth.items():
+        logits_NKC, own = upright.logits[name], truth.to(upright.h.device).expand(len(upright.h), -1)
+        if logits_NKC.shape[2] > 1:
+            accuracy = (logits_NKC.argmax(2) == own).double().mean().item()
+            loss = F.cross_entropy(logits_NKC.flatten(0, 1), own.flatten()).item() / math.log(2)
+            yield f"held-out images, {name}: accuracy {100 * accuracy:.1f} %, log-loss {loss:.3g} bits"
+
+
 def calibrate(model: LevelNet, upright: Reading, turned: Reading, views: Transformations) -> Iterator[str]:
     """Units and weights of the terms, by images that were held out, and these turned as stand-ins for anomalies.
 
     Every term is standardised. Its weight is 2 A - 1, where A is the AUROC by which it tells turned images from upright
     ones, or 0 where that is negative; but for the transformations: theirs is 1 / l^2, where l is the mean log-loss of
-    upright images in bits. A classifier that is unsure of normal images says little of others. Yields a line on each.
+    upright images in bits. A classifier that is unsure of normal images says little of others. Where no term has a
+    weight, all but the transformations have 1. Yields a line on each.
     """
     with torch.no_grad():
         normal, others = model.values(upright, views), model.values(turned, views)
@@ -164,6 +177,10 @@ def calibrate(model: LevelNet, upright: Reading, turned: Reading, views: Transfo
         weight = weight if deviation else 0.0
         model.means[n], model.deviations[n], model.weights[n] = values.mean(), deviation or 1.0, weight
         yield f"term {name}: weight {weight:.3g}; it tells turned images from upright ones by {100 * area:.1f} % AUROC"
+    if not model.weights.any():
+        rest = torch.tensor([name != TRANSFORMATIONS for name in model.terms])
+        model.weights.copy_(rest)
+        yield "warning: no term tells turned images from upright ones; all but the transformations count alike"
 
 
 def _load_stage1(flags: Flags, file: Path, shifts: ShiftSpec) -> FeatureNet | RotTransNet:

@@ -5,12 +5,13 @@ Letters: B images, C classes, K shifts, V = K B views of one copy, P projection 
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.device import Amp
@@ -111,6 +112,10 @@ def build(
     if contrast.deep_supervision and not net.stage_layers:
         why = "its weights were trained without" if resume_path else "the backbone has no stages"
         raise UserError(f"--deep_supervision: {why}; leave it out")
+    if n_shifts > 1 and not labelled and not contrast.shift_lambda:
+        # What is not trained shall say nothing: scores leave a logit of 0 out.
+        nn.init.zeros_(net.shift_cls_layer.weight)
+        nn.init.zeros_(net.shift_cls_layer.bias)
     net = with_shared_statistics(net.to(device), world).train()
     after_step = keep_atoms(net, data.size)
     probe = list(net.linear.parameters())
@@ -184,10 +189,10 @@ def contrastive_step(
 
     Without labels (n_classes None), `sim` is NT-Xent over all views; positives are the same image under the same shift,
     so that another shift of the same image is a negative; or UniCLR. `deep`: the same of the heads of earlier stages,
-    added up, absent for a weight of 0. `shift`: cross-entropy of the shift, absent for K = 1 and a weight of 0.
-    With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and there is no `shift`.
-    `cls`: the probe's, on detached features. micro_batch: images that go through the network at a time. shard: whose
-    images the views are, where other ranks have the others of the batch.
+    with positives that weigh alike, added up, absent for a weight of 0. `shift`: cross-entropy of the shift, absent for
+    K = 1 and a weight of 0. With labels, `sim` is the supervised NT-Xent of the joint label class + C * shift, and
+    there is no `shift`. `cls`: the probe's, on detached features. micro_batch: images that go through the network at a
+    time. shard: whose images the views are, where other ranks have the others of the batch.
     Source: CSI (Tack et al. 2020), eqs. 1 and 6, and its labelled form.
     """
     shard = shard or Shard(len(labels))
@@ -202,7 +207,8 @@ def contrastive_step(
         terms = {"sim": contrast.sim_lambda * unlabelled_loss(z, shift, contrast)}
         if contrast.deep_supervision:
             earlier = shard.all_gather(features.stages).unbind(1)
-            deep = torch.stack([unlabelled_loss(z, shift, contrast) for z in earlier]).sum()
+            hard = replace(contrast, soft_temperature=None)
+            deep = torch.stack([unlabelled_loss(z, shift, hard) for z in earlier]).sum()
             terms["deep"] = contrast.deep_supervision * deep
         if n_shifts > 1 and contrast.shift_lambda:
             logits = shard.all_gather(features.shift)

@@ -10,9 +10,11 @@ import eval as evaluate
 import train
 import train_cocsr
 from common.files import load_tensors
-from models.level_net import NEIGHBOURS, TRANSFORMATIONS
+from models.level_net import NEIGHBOURS, TRANSFORMATIONS, Reading, Transformations
 from tests.conftest import TINY
-from training.modes.level_dict import calibrate, turn
+from training.modes.level_dict import calibrate, held_out_facts, turn
+
+UNITS = ("means", "deviations", "weights")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def test_each_level_and_each_term_is_told(run, tmp_path, capsys):
     assert stage2(run, tmp_path) == 0
     told = capsys.readouterr().out
     assert "pixels: 8 atoms of 192 features, lambda " in told and "lambda_max" in told and "% zeros, gap" in told
+    assert "held-out images, rotation: accuracy" in told and "held-out images, vertical: accuracy" in told
     assert "term transformations: weight" in told and "stages: 8 atoms" in told and "rho" not in told
 
 
@@ -94,6 +97,29 @@ def test_images_are_turned_by_their_place_in_the_set():
         assert torch.equal(turned[n], torch.rot90(x[n], quarters, (1, 2)))
 
 
+def test_held_out_images_are_told_apart_as_by_a_loop():
+    logits = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0))
+    truth = {"a": torch.tensor([2, 0, 1]), "alone": torch.tensor([0, 0, 0])}
+    reading = Reading({"a": logits, "alone": torch.zeros(7, 3, 1)}, torch.zeros(7, 1, 2), {})
+    (line,) = held_out_facts(reading, Transformations([], (), truth))
+    right, bits = 0, 0.0
+    for n in range(7):
+        for k in range(3):
+            right += int(logits[n, k].argmax()) == int(truth["a"][k])
+            bits -= math.log2(logits[n, k].softmax(0)[truth["a"][k]])
+    assert line == f"held-out images, a: accuracy {100 * right / 21:.1f} %, log-loss {bits / 21:.3g} bits"
+
+
+def test_where_no_term_has_a_weight_all_but_the_transformations_count_alike():
+    same = {name: torch.tensor([0.0, 1.0, 2.0]) for name in (TRANSFORMATIONS, NEIGHBOURS, "pixels")}
+    same[TRANSFORMATIONS] = -same[TRANSFORMATIONS]
+    model = SimpleNamespace(
+        terms=tuple(same), values=lambda reading, views: reading, **{n: torch.zeros(3) for n in UNITS}
+    )
+    *_, line = calibrate(model, same, same, None)  # type: ignore[arg-type]
+    assert model.weights.tolist() == [0, 1, 1] and line.startswith("warning: no term tells turned images")
+
+
 def test_weights_follow_the_log_loss_and_the_stand_ins():
     """One bit of log-loss weighs 1, half a bit 4; other terms by how well they tell stand-ins from normal images."""
     bits = 0.5
@@ -110,11 +136,7 @@ def test_weights_follow_the_log_loss_and_the_stand_ins():
         "stages": torch.tensor([1.0, 1.0, 1.0]),
     }
     model = SimpleNamespace(
-        terms=tuple(normal),
-        values=lambda reading, views: reading,
-        means=torch.zeros(4),
-        deviations=torch.zeros(4),
-        weights=torch.zeros(4),
+        terms=tuple(normal), values=lambda reading, views: reading, **{n: torch.zeros(4) for n in UNITS}
     )
     lines = list(calibrate(model, normal, turned, None))  # type: ignore[arg-type]
     assert model.weights.tolist() == pytest.approx([4.0, 5 / 9, 0.0, 0.0])

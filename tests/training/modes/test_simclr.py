@@ -48,6 +48,12 @@ def test_step_of_three_copies_with_heads_of_earlier_stages():
     torch.testing.assert_close(losses["sim"], nt_xent(features.z, 0.3, 3))
     first, second = features.stages.unbind(1)
     torch.testing.assert_close(losses["deep"], 0.4 * (nt_xent(first, 0.3, 3) + nt_xent(second, 0.3, 3)))
+    soft = ContrastiveSpec(temperature=0.3, copies=3, deep_supervision=0.4, sim_loss="uniclr", soft_temperature=0.5)
+    normal = torch.tensor([True] * 3 + [False] * 3)
+    found = contrastive_step(net, views, labels, n_shifts=2, contrast=soft).losses
+    torch.testing.assert_close(found["sim"], uniclr(features.z, normal, 0.3, 0.5, 3))
+    alike = [uniclr(z, normal, 0.3, None, 3) for z in (first, second)]  # soft at the last stage only
+    torch.testing.assert_close(found["deep"], 0.4 * sum(alike))
     shift = F.cross_entropy(features.shift, torch.tensor([0, 0, 0, 1, 1, 1] * 3))
     torch.testing.assert_close(losses["shift"], shift)
     rows = [0, 1, 2, 6, 7, 8, 12, 13, 14]  # shift 0 of all copies
