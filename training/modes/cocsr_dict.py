@@ -72,7 +72,7 @@ _CHECKS = (
     Check(
         "sr/gap",
         "codes are far from those of the lasso. Try --sr_rho_auto, or more --sr_admm_stage",
-        above=1.0,
+        above=0.1,
     ),
 )
 
