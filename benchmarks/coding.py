@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.compare import Part
 from benchmarks.dictionary import bank_of, code_in_every, own_masks
-from evals.coding import Outputs, code_outputs, cross_objectives, reconstruction_error
+from evals.coding import Outputs, code_in_all, code_outputs, reconstruction_error
 from evals.extract import add_outputs, mean_outputs
 from evals.scores import CsiSparseScore, fit_csi_sr
 from models.sparse.dictionary import DictionaryBank
@@ -154,7 +154,7 @@ def cross_draws_part(device: torch.device, size: Size = Size(images=200)) -> Par
                 sums: Outputs = {}
                 for s in s_TBKF:
                     add_outputs(sums, code_outputs(bank, s, system))
-                parts.append(cross_objectives(bank, mean_outputs(sums, len(s_TBKF))["s"], system))
+                parts.append(code_in_all(bank, mean_outputs(sums, len(s_TBKF))["s"], system).objective)
         return torch.cat(parts)
 
     def published() -> Tensor:
@@ -184,7 +184,7 @@ def cross_part(device: torch.device, size: Size = Size(draws=1)) -> Part:  # noq
     s_NKF = given.s_TNKF[0]
 
     def ours() -> Tensor:
-        return cross_objectives(bank, s_NKF, bank.system())
+        return code_in_all(bank, s_NKF, bank.system()).objective
 
     def published() -> Tensor:
         parts = []

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,16 +54,30 @@ def with_costs(outputs: Outputs, D_KFM: Tensor, lam: float) -> Outputs:
     return {**outputs, "error": error, "objective": 0.5 * error + lam * outputs["codes"].abs().sum(2)}
 
 
-def cross_objectives(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> Tensor:
-    """Lasso objectives (N, K, K) of features s (N, K, F): entry [n, k, j] is that of view k coded in dictionary j."""
+class CrossCodes(NamedTuple):
+    """Of every view in every dictionary, (N, K, K): entry [n, k, j] is that of view k coded in dictionary j. gap: the
+    optimality gap relative to lambda."""
+
+    objective: Tensor
+    gap: Tensor
+
+    @property
+    def outputs(self) -> Outputs:
+        """`CROSS`, and as the gap of a view the mean over dictionaries, (N, K, 1)."""
+        return {CROSS: self.objective, "gap": self.gap.mean(2, keepdim=True)}
+
+
+def code_in_all(bank: DictionaryBank, s: Tensor, system: RidgeSystem) -> CrossCodes:
+    """Code features s (N, K, F) in all dictionaries."""
     parts = []
     with torch.no_grad() if not s.requires_grad else nullcontext():
         for block in s.split(max(1, _TOGETHER // s.shape[1])):
             s_FV = block.flatten(0, 1).T
-            codes = bank.code(s_FV, system=system).codes
-            cost_KV = lasso_objective(bank.dictionary, s_FV, codes, bank.coding.lam)
-            parts.append(cost_KV.unflatten(1, block.shape[:2]).permute(1, 2, 0))
-    return torch.cat(parts)
+            code = bank.code(s_FV, system=system)
+            cost_KV = lasso_objective(bank.dictionary, s_FV, code.codes, bank.coding.lam)
+            both = (cost_KV, code.gap / bank.coding.lam)
+            parts.append([x.unflatten(1, block.shape[:2]).permute(1, 2, 0) for x in both])
+    return CrossCodes(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
 class Coder:
@@ -77,8 +92,8 @@ class Coder:
     def __call__(self, outputs: Outputs) -> Outputs:
         return outputs
 
-    def cross(self, outputs: Outputs) -> Tensor:
-        """`cross_objectives` of what it has made of outputs: K times the codes."""
+    def cross(self, outputs: Outputs) -> Outputs:
+        """`CrossCodes` of what it has made of outputs: K times the codes."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
@@ -104,9 +119,9 @@ class TrainedDictionaries(Coder):
     def _system(self) -> RidgeSystem:
         return self.bank.system()
 
-    def cross(self, outputs: Outputs) -> Tensor:
+    def cross(self, outputs: Outputs) -> Outputs:
         """Of averaged features, which are coded once more."""
-        return cross_objectives(self.bank, outputs["s"], self._system)
+        return code_in_all(self.bank, outputs["s"], self._system).outputs
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()
@@ -179,8 +194,8 @@ class FittedDictionaries(Coder):
         coded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         return {**with_costs(coded, self.bank.dictionary, self.lam), "shift": outputs["shift"]}
 
-    def cross(self, outputs: Outputs) -> Tensor:
-        return cross_objectives(self.bank, outputs["s"], self._system)
+    def cross(self, outputs: Outputs) -> Outputs:
+        return code_in_all(self.bank, outputs["s"], self._system).outputs
 
     def state(self) -> dict[str, Tensor]:
         return self.bank.state_dict()

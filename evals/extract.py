@@ -338,7 +338,7 @@ class Extraction:
         """What averaged outputs become."""
         found = self.coder(means)
         if CROSS in self.needs:
-            found = {**found, CROSS: self.coder.cross(found)}
+            found = {**found, **self.coder.cross(found)}
         return select(found, self.needs, "cpu")
 
     def _means(

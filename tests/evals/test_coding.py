@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from evals.coding import (
+    CROSS,
     Coder,
     FittedDictionaries,
     Outputs,
     TrainedDictionaries,
-    cross_objectives,
+    code_in_all,
     reconstruction_error,
     sparse_features,
 )
@@ -87,17 +88,20 @@ def test_every_view_is_coded_in_every_dictionary(monkeypatch):
     """By a loop over views and dictionaries; blocks do not matter."""
     bank = DictionaryBank(3, 6, 9, CodingSpec(0.05, 1.0, 300), torch.Generator().manual_seed(0)).double()
     s = torch.randn(5, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found = cross_objectives(bank, s, bank.system())
+    found, gaps = code_in_all(bank, s, bank.system())
     for n in range(5):
         for k in range(3):
             for j in range(3):
-                a = admm_lasso(bank.dictionary[j : j + 1], s[n, k][None, :, None], lam=0.05, steps=300).codes[0, :, 0]
+                code = admm_lasso(bank.dictionary[j : j + 1], s[n, k][None, :, None], lam=0.05, steps=300)
+                a = code.codes[0, :, 0]
+                torch.testing.assert_close(gaps[n, k, j], code.gap[0, 0] / 0.05, atol=1e-10, rtol=0)
                 cost = 0.5 * (s[n, k] - bank.dictionary[j] @ a).square().sum() + 0.05 * a.abs().sum()
                 torch.testing.assert_close(found[n, k, j], cost.detach(), atol=1e-10, rtol=0)
     monkeypatch.setattr("evals.coding._TOGETHER", 6)
-    torch.testing.assert_close(cross_objectives(bank, s, bank.system()), found, atol=1e-12, rtol=0)
-    coder = TrainedDictionaries(bank)
-    torch.testing.assert_close(coder.cross({"s": s}), found)
+    torch.testing.assert_close(code_in_all(bank, s, bank.system()).objective, found, atol=1e-12, rtol=0)
+    of_coder = TrainedDictionaries(bank).cross({"s": s})
+    torch.testing.assert_close(of_coder[CROSS], found)
+    torch.testing.assert_close(of_coder["gap"], gaps.mean(2)[..., None])
 
 
 def test_fitted_dictionaries_take_lambda_as_a_share():

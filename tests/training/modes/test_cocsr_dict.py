@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from evals.coding import cross_objectives
+from evals.coding import code_in_all
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 from training.modes.cocsr_dict import DictionaryLossSpec, check_frozen, dictionary_step, moved
@@ -104,7 +104,7 @@ def test_descending_the_margin_makes_dictionaries_tell_shifts_apart():
     optimizer = torch.optim.Adam(bank.parameters(), 0.01)
 
     def right() -> float:
-        cross = cross_objectives(bank, s.permute(2, 0, 1), bank.system()).detach()
+        cross = code_in_all(bank, s.permute(2, 0, 1), bank.system()).objective.detach()
         return (cross.argmin(2) == torch.arange(2)).float().mean().item()
 
     before = right()
