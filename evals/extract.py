@@ -19,7 +19,6 @@ from common.dist import SINGLE, World
 from common.errors import UserError
 from common.flags import DeviceSpec, Flags, Spec, WeightsSpec
 from common.progress import progress
-from common.run import recorded_flags
 from common.seed import generator
 from datasets import ImageSet, ShiftSpec
 from datasets.augment import AlignedSpec
@@ -421,15 +420,14 @@ def _load_stage2(flags: Flags, state: State, path: Path, shifts: int) -> nn.Modu
     net: CocsrNet = load_net(
         "cocsr", state, n_shifts=shifts, transform=transform, steps=steps, tol=tol, **asked, **_common(flags, path)
     )
-    coding, given, recorded = net.sr_nets.coding, flags.asked(SparseSpec, "sr_lambda", "sr_rho"), recorded_flags(path)
+    coding, given = net.sr_nets.coding, flags.asked(SparseSpec, "sr_lambda", "sr_rho")
     for name, field in (("sr_lambda", "lam"), ("sr_rho", "rho")):
         there, value = getattr(coding, field), given.get(name)
         # A file has it as float32: the same number, rounded, is not another one.
         if value is None or isclose(value, there, rel_tol=1e-6):
             continue
         coding = replace(coding, **{field: value})
-        if recorded.get(name) == value:  # Training chose another by itself, of which flags do not know.
-            print(f"note: {path} was trained with --{name} {there:.4g}, evaluated with {value:.4g}")
+        print(f"note: {path} was trained with --{name} {there:.4g}, evaluated with {value:.4g}")
     net.sr_nets.coding = coding
     return net
 

@@ -27,6 +27,8 @@ from models.mode import evaluation_mode as evaluation_mode
 
 # Two names of one thing.
 _UNIT = {"normalize_sr_dict_feature", "normalize_sr_feature"}
+# Of these, weights know better than the flags of their training; whoever loads them reports other values.
+_IN_WEIGHTS = {"sr_lambda", "sr_rho"}
 # Flags that are read and that no number of a result depends on, or that a result has entries of its own for.
 _NO_SETTINGS = frozenset(
     "mode dataset one_class_idx seed ood_score data_path ood_data_path load_path resume_path pretrained_path out"
@@ -195,7 +197,7 @@ def _report_training(flags: Flags, path: Path, trained: Mapping[str, Any], *, kn
     now = flags.as_dict()
     both = trained.keys() & set(flags.used())
     for name, (there, here) in flags.differences(trained).items():
-        if name not in _UNIT and not (known_class and name in ("one_class_idx", "dataset")):
+        if name not in _UNIT | _IN_WEIGHTS and not (known_class and name in ("one_class_idx", "dataset")):
             print(f"note: {path} was trained with --{name} {there}, evaluated with {here}")
     if _UNIT <= both and any(trained[name] for name in _UNIT) != any(now[name] for name in _UNIT):
         was = "with" if any(trained[name] for name in _UNIT) else "without"

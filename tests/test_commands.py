@@ -285,8 +285,9 @@ def test_the_penalty_by_the_gap_goes_with_the_weights(stage1, tmp_path, capsys):
     assert run_eval(*evaluated, "--sr_rho", "30") == 0
     told = capsys.readouterr().out
     assert f"was trained with --sr_rho {rho:.4g}, evaluated with 30" in told and told.count("evaluated with") == 1
-    assert run_eval(*evaluated, "--sr_rho", "7") == 0
-    assert capsys.readouterr().out.count("evaluated with") == 1
+    assert run_eval(*evaluated, "--sr_rho", "7", "--sr_lambda", "0.5") == 0
+    told = capsys.readouterr().out
+    assert told.count("evaluated with") == 2 and "--sr_lambda 0.001, evaluated with 0.5" in told
 
 
 def test_fitted_dictionaries_choose_their_penalty_by_the_gap(stage1, capsys):
