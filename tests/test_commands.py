@@ -227,7 +227,7 @@ def test_given_flags_win_where_they_can_and_are_errors_where_the_file_decides(st
     args = ["--mode", "ood_pre_cocsr", "--load_path", stage2, "--ood_samples", 1]
     assert run_eval(*args, "--sr_lambda", "0.5", "--sr_rho", 3, "--mix_alpha", 0.3) == 0
     told = capsys.readouterr().out
-    for expected in ("--sr_lambda 0.001, evaluated with 0.5", "--sr_rho 1.0, evaluated with 3.0", "--mix_alpha 0.2,"):
+    for expected in ("--sr_lambda 0.001, evaluated with 0.5", "--sr_rho 1, evaluated with 3", "--mix_alpha 0.2,"):
         assert f"trained with {expected}" in told
     for flag, value in (("--sr_dict_size", 512), ("--simclr_dim", 128), ("--model", "resnet18")):
         refused(capsys, run_eval(*args, flag, value), flag)
