@@ -29,11 +29,14 @@ SHIFTED = "--shift_trans_type rot_bmix --mix_alpha 0.2".split()
 # Modes that start from a run of another mode, and the flag that says so.
 STARTS = {
     "cocsr_dict": ("simclr_CSI", "--resume_path"),
-    "level_dict": ("simclr", "--resume_path"),
+    "level_dict": ("simclr_CSI", "--resume_path"),
     "sup_linear": ("sup_simclr", "--load_path"),
     "sup_CSI_linear": ("sup_simclr_CSI", "--load_path"),
     "meansparse": ("supervised", "--load_path"),
 }
+# The shift of the run that a mode starts from, where it is not that of the others: dictionaries of several depths take
+# rotations.
+SHIFT_OF_START = {"level_dict": "rotation"}
 AUTOENCODERS = ("rdae", "dae", "vae")
 # How the names of modes begin that train by labels.
 LABELLED = ("sup", "meansparse", *METHODS)
@@ -91,12 +94,12 @@ def pictures(tmp_path_factory) -> Path:
 def trained(pictures, tmp_path_factory):
     """Train a mode by a network, and what it starts from, once: its command, and its run folder."""
     logs = tmp_path_factory.mktemp("logs")
-    known: dict[tuple[str, str, str], tuple[list[str], Path]] = {}
+    known: dict[tuple[str, str, str, str], tuple[list[str], Path]] = {}
 
-    def run(mode: str, model: str = "resnet8", start: str = "") -> tuple[list[str], Path]:
+    def run(mode: str, model: str = "resnet8", start: str = "", shift: str = "") -> tuple[list[str], Path]:
         if mode in STARTS:
             start = start or STARTS[mode][0]
-        if (mode, model, start) not in known:
+        if (mode, model, start, shift) not in known:
             before = {p for p in logs.iterdir()}
             args = [
                 *of_mode(start if mode == "meansparse" else mode, model),
@@ -107,17 +110,23 @@ def trained(pictures, tmp_path_factory):
                 "--log_root",
                 str(logs),
             ]
+            args += ["--shift_trans_type", shift] if shift else []
             args += ["--batch_size", "16", *LENGTH.get(mode, ["--epochs", "1"]), *EXTRA.get(mode, [])]
             if mode in STARTS:
                 args += ["--suffix", start] if start != STARTS[mode][0] else []
-                args += [STARTS[mode][1], str(run(start, model)[1])]
+                args += [STARTS[mode][1], str(run(start, model, shift=SHIFT_OF_START.get(mode, ""))[1])]
                 before = {p for p in logs.iterdir()}
             assert script(mode).main(args) == 0
             (folder,) = {p for p in logs.iterdir()} - before
-            known[mode, model, start] = args, folder
-        return known[mode, model, start]
+            known[mode, model, start, shift] = args, folder
+        return known[mode, model, start, shift]
 
     return run
+
+
+def start_of(trained, mode: str) -> Path:
+    """The run folder that a mode starts from."""
+    return trained(STARTS[mode][0], shift=SHIFT_OF_START.get(mode, ""))[1]
 
 
 def script(mode: str):
@@ -137,7 +146,7 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
     norms = [int(v) for k, v in state.items() if k.endswith("bn1.num_batches_tracked")]
     steps = 2 if "--one_class_idx" in args else 4
     if mode in STARTS:  # a frozen network: its statistics are those of the run it starts from
-        start = torch.load(trained(STARTS[mode][0])[1] / "last.model", weights_only=True)
+        start = torch.load(start_of(trained, mode) / "last.model", weights_only=True)
         backbone = {k.removeprefix("feature_net."): v for k, v in state.items()}
         assert all(torch.equal(backbone[k], v) for k, v in start.items() if k.startswith(("conv", "bn", "layer")))
     else:
@@ -149,6 +158,7 @@ def test_a_mode_takes_its_steps_and_is_finished(mode, trained, capsys):
 def test_evaluation_and_t_sne_need_nothing_but_the_run(mode, trained, tmp_path, monkeypatch, capsys):
     """From another folder, and under other defaults than those of training."""
     folder = shutil.copytree(trained(mode)[1], tmp_path / "run")
+    capsys.readouterr()  # Of training, where no test before this one has trained the mode.
     monkeypatch.chdir(tmp_path)
     assert evaluate.main(["--load_path", str(folder)]) == 0
     (found,) = [*folder.glob("result_*.json"), *folder.glob("accuracy_*.json")]
@@ -166,7 +176,7 @@ def test_evaluation_and_t_sne_need_nothing_but_the_run(mode, trained, tmp_path, 
 @pytest.mark.parametrize("mode", STARTS)
 def test_what_starts_from_a_run_needs_nothing_else_and_becomes_what_all_flags_make(mode, trained, tmp_path):
     args, folder = trained(mode)
-    start, flag = trained(STARTS[mode][0])[1], STARTS[mode][1]
+    start, flag = start_of(trained, mode), STARTS[mode][1]
     own = ["--mode", mode, flag, str(start), "--batch_size", "16"]
     own += [*LENGTH.get(mode, []), *EXTRA.get(mode, ["--epochs", "1"])]
     assert script(mode).main([*own, "--log_root", str(tmp_path)]) == 0

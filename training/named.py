@@ -94,5 +94,5 @@ def _given(flags: Flags, flag: str) -> list[str]:
 
 def _words(flags: Flags, names: Sequence[str]) -> str:
     values = flags.as_dict()
-    told = {name: values[name] if isinstance(values[name], list | tuple) else [values[name]] for name in names}
-    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in told.items())
+    listed = {name: values[name] if isinstance(values[name], list | tuple) else [values[name]] for name in names}
+    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in listed.items())
