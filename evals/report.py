@@ -22,9 +22,7 @@ from evals.result import Result, family, nested
 from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained
 from evals.writing import place_for, read_json, set_name
-
-# Mean optimality gap relative to lambda, above which codes are said to need more steps.
-_GAP = 0.01
+from models.sparse.dictionary import FAR
 
 # Writes one result: (result, the network it is of, `time.monotonic()` at the start).
 Write = Callable[[Result, Trained, float], None]
@@ -154,7 +152,7 @@ def _show(result: Result, trained: Trained) -> None:
     names, metrics, facts = trained.split.class_names, result.metrics, result.facts
     if "gap" in metrics:
         share, zeros, gap = metrics["lambda_share"], 100 * metrics["zeros"], metrics["gap"]
-        advice = " (far from optimal; training with --sr_rho_auto chooses a better penalty)" if gap > _GAP else ""
+        advice = " (far from optimal; see --sr_rho_auto and --sr_admm_stage of training)" if gap > FAR else ""
         print(
             f"codes: lambda {share:.2g} of lambda_max, {zeros:.0f} % zeros (medians), mean optimality gap {gap:.3g}"
             f" lambda{advice}"

@@ -18,8 +18,11 @@ from models.sparse.prox import lambda_max
 
 # What is told of codes: the optimality gap relative to lambda, the share of zeros, lambda as a share of lambda_max.
 CODE_FACTS = ("gap", "zeros", "lambda_share")
-# Multiples of rho among which `choose_rho` chooses; samples of each dictionary that it codes, and steps, at most.
-_MULTIPLES, _SAMPLES, _STEPS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 500, 100
+# Mean optimality gap relative to lambda, above which codes are said to be far from optimal.
+FAR = 0.1
+# Multiples of rho among which `choose_rho` chooses; samples of each dictionary that it codes, and steps, at most; and
+# how many times as many steps it tries where these are too few.
+_MULTIPLES, _SAMPLES, _STEPS, _TIMES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), 500, 100, (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -129,18 +132,28 @@ class DictionaryBank(nn.Module):
     @torch.no_grad()
     def choose_rho(self, s_KFN: Tensor) -> str:
         """Code from now on with the multiple of rho by which codes of samples s come nearest to optimal, in as many
-        steps as they have, or 100. Returns a line on it.
+        steps as they have, or 100. Returns a line on it, with the number of steps that would do, where these do not.
         """
-        before, s_KFN, gaps = self.coding, s_KFN[:, :, :: -(-s_KFN.shape[2] // _SAMPLES)], {}
-        for multiple in _MULTIPLES:
-            self.coding = replace(before, rho=multiple * before.rho, steps=min(before.steps, _STEPS), tol=None)
-            gaps[multiple * before.rho] = (self.code(s_KFN).gap.mean() / before.lam).item()
+        before, s_KFN = self.coding, s_KFN[:, :, :: -(-s_KFN.shape[2] // _SAMPLES)]
+        steps = min(before.steps, _STEPS)
+        gaps = {rho: self._gap(s_KFN, rho, steps) for rho in (multiple * before.rho for multiple in _MULTIPLES)}
         rho = min(gaps, key=gaps.__getitem__)
-        self.coding = before
         self.rho.fill_(rho)
         self.follow_buffers()
-        now, was = gaps[rho], gaps[before.rho]
-        return f"rho {rho:.3g}: mean optimality gap {now:.2g} lambda, where {before.rho:.3g} gives {was:.2g}"
+        was = f"{before.rho:.3g} gives {gaps[before.rho]:.2g}"
+        line = f"rho {rho:.3g}: mean optimality gap {gaps[rho]:.2g} lambda in {steps} steps, where {was}"
+        if gaps[rho] <= FAR or before.tol is not None:  # With a tolerance there are more steps than are taken.
+            return line
+        for times in _TIMES:
+            more = times * before.steps
+            if (gap := self._gap(s_KFN, rho, more)) <= FAR:
+                return f"{line}; {more} steps (--sr_admm_stage) give {gap:.2g}" if times > 1 else line
+        return f"{line}; {more} steps (--sr_admm_stage) still give {gap:.2g}"
+
+    def _gap(self, s_KFN: Tensor, rho: float, steps: int) -> float:
+        """The mean optimality gap of codes relative to lambda, after so many steps with this rho."""
+        lam = self.coding.lam
+        return (admm_lasso(self.dictionary, s_KFN, lam=lam, rho=rho, steps=steps).gap.mean() / lam).item()
 
     def follow_buffers(self) -> None:
         """Code with the lambda and rho of the buffers; what a float32 has rounded stays as it was."""

@@ -25,7 +25,7 @@ from models import ModelSpec
 from models.checkpoint import find_weights, load_net
 from models.feature_net import CocsrNet, FeatureTransform
 from models.sparse.admm import RidgeSystem
-from models.sparse.dictionary import DictionaryBank, SparseSpec
+from models.sparse.dictionary import FAR, DictionaryBank, SparseSpec
 from models.sparse.kmeans import kmeans
 from models.sparse.prox import lambda_max, lasso_objective
 from training.losses.dictionary import atom_norm, code_terms, margin_terms
@@ -72,7 +72,7 @@ _CHECKS = (
     Check(
         "sr/gap",
         "codes are far from those of the lasso. Try --sr_rho_auto, or more --sr_admm_stage",
-        above=0.1,
+        above=FAR,
     ),
 )
 

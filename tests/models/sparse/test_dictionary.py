@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from models.sparse import dictionary
 from models.sparse.admm import admm_lasso
 from models.sparse.dictionary import CodingSpec, DictionaryBank
 
@@ -76,7 +77,9 @@ def test_the_chosen_rho_has_the_smallest_gap_and_is_kept_in_the_state():
     best = min(gaps, key=gaps.__getitem__)
     # What a file can hold, so that a run that is loaded goes on with the same.
     assert b.coding == CodingSpec(1e-3, b.rho.item(), 12, tol=0.5) and best < 30 and b.rho.item() == pytest.approx(best)
-    assert line.startswith(f"rho {best:.3g}: mean optimality gap {float(gaps[best]) / 1e-3:.2g} lambda, where 30 gives")
+    assert line.startswith(
+        f"rho {best:.3g}: mean optimality gap {float(gaps[best]) / 1e-3:.2g} lambda in 12 steps, where 30"
+    )
     other = DictionaryBank(2, 6, 9, CodingSpec(1e-3, 30.0, 12))
     other.load_state_dict(b.state_dict())
     assert other.coding.rho == b.coding.rho
@@ -91,9 +94,22 @@ def test_a_feature_of_zeros_has_a_finite_share():
 
 def test_the_penalty_is_chosen_by_samples_of_the_whole_set(monkeypatch):
     """Those of a set in the order of its classes."""
-    b, seen = bank(), []
-    real = DictionaryBank.code
-    monkeypatch.setattr(DictionaryBank, "code", lambda self, s: (seen.append(s), real(self, s))[1])
+    seen = []
+    monkeypatch.setattr(dictionary, "admm_lasso", lambda D, s, **how: (seen.append(s), admm_lasso(D, s, **how))[1])
     s = torch.rand(2, 6, 1234)
-    b.choose_rho(s)
+    bank().choose_rho(s)
     assert torch.equal(seen[0], s[:, :, ::3])
+
+
+def test_steps_that_are_too_few_are_said_with_the_number_that_would_do():
+    g = torch.Generator().manual_seed(0)
+    s = torch.rand(1, 6, 40, generator=g)
+    few = DictionaryBank(1, 6, 40, CodingSpec(1e-3, 1.0, 3), torch.Generator().manual_seed(1))
+    D = few.dictionary.detach()
+    line = few.choose_rho(s)
+    rho = few.rho.item()
+    gaps = {n: admm_lasso(D, s, lam=1e-3, rho=rho, steps=n).gap.mean().item() / 1e-3 for n in (3, 6, 12, 24, 48)}
+    enough = next((n for n, gap in gaps.items() if gap <= 0.1), 48)
+    assert enough > 3 and f"{enough} steps (--sr_admm_stage)" in line and f"give {gaps[enough]:.2g}" in line
+    many = DictionaryBank(1, 6, 40, CodingSpec(1e-3, 1.0, 1600), torch.Generator().manual_seed(1))
+    assert "--sr_admm_stage" not in many.choose_rho(s)
