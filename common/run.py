@@ -36,7 +36,7 @@ from common.flags import Flags
 
 # Flags that are read and do not change what a run computes: it may go on under other values of these.
 _FREE = frozenset(
-    "overwrite dry_run num_worker image_cache log_root download_data local_rank"
+    "recipe overwrite dry_run num_worker image_cache log_root download_data local_rank"
     " save_step save_minutes error_step test_batch_size max_megapixels".split()
 )
 # How long a folder may still be held by a process that is about to go.

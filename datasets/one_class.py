@@ -28,7 +28,8 @@ from datasets.sets import ImageSet, image_set
 from datasets.table import Table
 
 TABLE = "table"
-AUTO, _AUTO_IMAGES, _AUTO_SHARE = "auto", 5000, 10
+# `auto`: a tenth of the images, two at least where there are five, 5,000 at most.
+AUTO, _AUTO_IMAGES, _AUTO_SHARE, _AUTO_LEAST = "auto", 5000, 10, 2
 # Sets with draws of noise of their own.
 TRAIN, TEST, HELD_OUT = "training images", "test images", "held-out images"
 
@@ -204,7 +205,8 @@ class Split:
     def _part(self, data: Any, *, held: bool) -> Any:
         """The images that are held out, or the others; None where none is held out."""
         n = len(data)
-        count = min(_AUTO_IMAGES, n // _AUTO_SHARE) if isinstance(self.held_out, str) else self.held_out
+        auto = min(_AUTO_IMAGES, max(n // _AUTO_SHARE, _AUTO_LEAST if n > 2 * _AUTO_LEAST else 0))
+        count = auto if isinstance(self.held_out, str) else self.held_out
         if count >= n > 0:
             raise UserError(f"--held_out {count}: there are {n} training images; give fewer")
         if count == 0:

@@ -408,9 +408,14 @@ def _own_logit(shift: Tensor) -> Tensor:
 
 
 def _several(shift: Tensor) -> Tensor:
-    """Logits (N, K, K) of several shifts. Raises: UserError for a single one."""
+    """Logits (N, K, K) of several shifts.
+
+    Raises: UserError for a single one, and for a classifier that was not trained.
+    """
     if shift.shape[1] < 2:
         raise UserError("--ood_score: the network was trained under one shift; there is nothing to tell it from")
+    if len(shift) and not shift.any():
+        raise UserError("--ood_score: the classifier of the shift was not trained (--shift_lambda 0); choose another")
     return shift
 
 

@@ -28,26 +28,31 @@ class Point(NamedTuple):
 def read_sweeps(folders: Iterable[Path]) -> list[dict[str, Any]]:
     """The tables of sweeps at equal training time, the shortest first.
 
-    Raises: UserError for a folder without one, and where sweeps differ in data set, classes or seeds.
+    Raises: UserError for a folder without one, where sweeps differ in data set, classes or seeds, and for two of the
+    same length.
     """
     tables = []
     for folder in folders:
         try:
             table = json.loads((folder / "table.json").read_text())
             float(table["minutes"])
+            _ = [table[name] for name in ("dataset", "classes", "seeds", "means")]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} has no table of `python -m scripts.sweep minutes`") from None
         tables.append(table)
     for name in ("dataset", "classes", "seeds"):
         if any(table[name] != tables[0][name] for table in tables):
             raise UserError(f"the sweeps differ in their {name}; give those of the same")
+    minutes = [table["minutes"] for table in tables]
+    if twice := sorted({n for n in minutes if minutes.count(n) > 1}):
+        raise UserError(f"several sweeps have {', '.join(f'{n:g}' for n in twice)} minutes; give one of each length")
     return sorted(tables, key=lambda table: table["minutes"])
 
 
 def points(tables: Sequence[Mapping[str, Any]], methods: Sequence[str] | None = None) -> dict[str, list[Point]]:
     """Of each method, or of those named, in the order of the tables; a method without all classes is left out.
 
-    Raises: UserError for a method that no table has.
+    Raises: UserError for a method that no table has, and without any method.
     """
     found: dict[str, list[Point]] = {}
     for table in tables:
@@ -57,6 +62,8 @@ def points(tables: Sequence[Mapping[str, Any]], methods: Sequence[str] | None = 
                 found.setdefault(row["method"], []).append(Point(table["minutes"], *values))
     if missing := [method for method in methods or () if method not in found]:
         raise UserError(f"--methods {' '.join(missing)}: not in these tables with all of their classes")
+    if not found:
+        raise UserError("no method of these sweeps has all of its classes yet; let them end")
     return found
 
 
@@ -92,7 +99,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = read_sweeps(args.sweeps)
     found = points(tables, args.methods)
     classes, seeds = (", ".join(map(str, tables[0][name])) for name in ("classes", "seeds"))
-    draw(args.picture, found, f"{tables[0]['dataset']}, normal classes {classes}, seeds {seeds}")
+    for method in sorted({row["method"] for table in tables for row in table["means"]} - found.keys()):
+        if args.methods is None:
+            print(f"note: {method} is left out; it has not all classes in any of these sweeps")
+    try:
+        draw(args.picture, found, f"{tables[0]['dataset']}, normal classes {classes}, seeds {seeds}")
+    except OSError as error:
+        raise UserError(f"--picture: cannot write {args.picture} ({error.strerror})") from None
     for method, of_method in found.items():
         print(
             f"{method}: " + ", ".join(f"{p.minutes:g} min {p.mean:.1f} [{p.low:.1f}, {p.high:.1f}]" for p in of_method)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.errors import UserError, command
 from common.files import write_json
-from common.flags import RunSpec, build_parser, parse
+from common.flags import RunSpec, build_parser, parse, print_dry_run
 from common.run import describe_program
 from datasets import ImageSet
 from datasets.one_class import SplitSpec, read_split
@@ -46,11 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = read_split(flags, training=False, model_size=32)
     normal = split.one_class_idx
     assert normal is not None
+    folder = Path(flags.of(RunSpec, only=("log_root",)).log_root) / f"{split.dataset}_pixels_one_class_{normal}"
+    if flags.of(RunSpec, only=("dry_run",)).dry_run:
+        print_dry_run(flags, script="scripts/pixel_baseline.py", run_dir=folder, shifts=1, views_per_step=1)
+        return
     train, test_set = split.train(), split.test()
     labels = test_set.labels.numpy()
     if not (labels == normal).any():
         raise UserError(f"--data_path: no test image of class {which.one_class_idx}")
-    folder = Path(flags.of(RunSpec, only=("log_root",)).log_root) / f"{split.dataset}_pixels_one_class_{normal}"
+    if (labels == normal).all():
+        raise UserError(
+            f"--data_path: all test images are of class {which.one_class_idx}; there is nothing to tell apart"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

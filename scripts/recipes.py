@@ -152,6 +152,21 @@ METHODS = {
 }
 
 
+def planned_minutes(recipe: Recipe, method: str, times: float) -> float:
+    """How long a method of a family at equal time trains, all commands together, in whole epochs of theirs."""
+    kind, epochs, usual = KINDS[METHODS[method][0]], 0.0, 0.0
+    while (earlier := kind.before(recipe)) is not None:
+        kind = KINDS[earlier]
+        if own := sum(map(float, recipe.own(f"{kind.row}_epochs"))):
+            fixed = sum(map(float, recipe.own(f"{kind.row}_fixed")))
+            first = kind.before(recipe)
+            # The last epoch counts those of the command before it.
+            now = kind.scaled(recipe, times, KINDS[first] if first else None)
+            epochs, usual = max(epochs, now + fixed), max(usual, own + fixed)
+    assert recipe.minutes is not None
+    return recipe.minutes * epochs / usual
+
+
 @dataclass(frozen=True)
 class Step:
     """A command of a job and the folder that it works in. needs: those before it, on which its result depends. flags:

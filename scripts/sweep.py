@@ -10,6 +10,7 @@ Flags after `--` go to every command: `-- --dataset folder` for pictures in fold
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -26,11 +27,13 @@ from common.errors import RunStopped, Terminated, UserError, command
 from common.files import BUSY, hold, release
 from datasets.one_class import SplitSpec
 from scripts.jobs import Job, Record, work
-from scripts.recipes import METHODS, RECIPES, refuse_own, steps_of
+from scripts.recipes import METHODS, RECIPES, Recipe, planned_minutes, refuse_own, steps_of
 from scripts.results import PUBLISHED
 from scripts.tables import Entry, write_tables
 
 _POLL_S = 0.2
+# How far training time may be from that of a sweep at equal time before a note says so, as a share.
+_ROUNDED = 0.1
 # What asks a sweep to stop.
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -174,6 +177,15 @@ def _same_images(entries: Sequence[Entry]) -> None:
         )
 
 
+def _rounded(recipe: Recipe, methods: Sequence[str], times: float) -> dict[str, str]:
+    """A note on methods whose training time, in whole epochs, is far from that of the sweep; nothing without any."""
+    assert recipe.minutes is not None
+    wanted = recipe.minutes * times
+    found = {method: planned_minutes(recipe, method, times) for method in methods}
+    off = [f"{method} {m:.2g}" for method, m in found.items() if abs(m / wanted - 1) > _ROUNDED]
+    return {"rounded": f"in whole epochs these train about so many minutes: {', '.join(off)}"} if off else {}
+
+
 def _classes(text: str) -> list[int]:
     """`0-9` or `0,3,5-7`."""
     found: list[int] = []
@@ -234,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("jobs", "epochs", "more", "bootstrap"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name} must be > 0, got {getattr(options, name)}")
-    if not options.times > 0:
-        raise UserError(f"--times must be > 0, got {options.times:g}")
+    if not 0 < options.times < math.inf:
+        raise UserError(f"--times must be a finite number > 0, got {options.times:g}")
     refuse_own(options.flags)
     methods = [method for method in METHODS if method in options.methods]
     classes = options.classes if options.classes is not None else list(range(recipe.classes))
@@ -259,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if lock == BUSY:
         raise UserError(f"--out: another sweep is at work in {out}; let it end, or give another folder")
     try:
+        rounded = _rounded(recipe, methods, options.times) if recipe.minutes is not None else {}
+        for line in rounded.values():
+            print(f"note: {line}")
         todo = [job for job in jobs if not all(map(Record(job).done, job.steps))]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them finished; logs are in {out / 'jobs'}", flush=True)
         if todo and options.executor == "here":
@@ -277,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         length = (
             {"minutes": recipe.minutes * options.times} if equal else {"epochs": f"{options.epochs} + {options.more}"}
         )
-        notes = {**length, "command": f"python -m scripts.sweep {words}"}
+        notes = {**length, **rounded, "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
         _same_images(entries)

@@ -253,6 +253,7 @@ def test_a_run_goes_on_from_another_with_the_flags_of_its_own(stage1, tmp_path, 
     )
     told = capsys.readouterr().out
     assert "epoch 3/3" in told and "no effect" not in told and "epoch 2/3" not in told
+    assert "trained with --temperature 0.5, this run has 0.2" in told and "trained with --sim_lambda 1.0" in told
     state = torch.load(next(tmp_path.glob("*/last.resume")), weights_only=True)
     assert state["optimizers"][0]["param_groups"][0]["weight_decay"] == 0.5
     refused(capsys, train.main([*args, "--optimizer", "adam", "--epochs", "3", "--suffix", "a"]), "--resume_path")
@@ -260,7 +261,7 @@ def test_a_run_goes_on_from_another_with_the_flags_of_its_own(stage1, tmp_path, 
     assert train.main([*args, "--resume_path", str(stage1 / "last.model"), "--epochs", "3", "--suffix", "c"]) == 0
 
 
-def test_a_run_that_goes_on_takes_its_moving_average_along(tmp_path):
+def test_a_run_that_goes_on_takes_its_moving_average_along(tmp_path, capsys):
     args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--ema_decay", "0.9", "--log_root", str(tmp_path)]
     assert train.main([*args, "--epochs", "1"]) == 0
     (first,) = tmp_path.iterdir()
@@ -268,6 +269,10 @@ def test_a_run_that_goes_on_takes_its_moving_average_along(tmp_path):
     (second,) = set(tmp_path.iterdir()) - {first}
     steps = [torch.load(run / "last.resume", weights_only=True)["average"]["steps"] for run in (first, second)]
     assert steps[1] == 2 * steps[0] > 0
+    assert "--ema_decay" not in capsys.readouterr().out
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--log_root", str(tmp_path), "--epochs", "2", "--suffix", "without"]
+    assert train.main([*args, "--resume_path", str(first)]) == 0
+    assert "trained with --ema_decay 0.9, this run has None" in capsys.readouterr().out
 
 
 def test_the_penalty_by_the_gap_goes_with_the_weights(stage1, tmp_path, capsys):

@@ -184,7 +184,7 @@ class LengthSpec(Spec, group="training"):
 class RateSpec(Spec, group="training"):
     """Learning rate and weight decay."""
 
-    lr_init: float = flag(0.1, "learning rate before warm-up", above=0)
+    lr_init: float = flag(0.1, "learning rate before warm-up (adam, muon: far lower, see docs/usage.md)", above=0)
     weight_decay: float = flag(1e-6, "stage 1", at_least=0)
 
 
@@ -194,7 +194,12 @@ class OptimSpec(RateSpec, LengthSpec):
 
     optimizer: str = flag("lars", "stage 1", choices=lambda: OPTIMIZERS)
     ema_decay: float | None = flag(
-        None, "stage 1: keep a moving average of the weights over steps, of this decay", type=float, above=0, at_most=1
+        None,
+        "stage 1: keep a moving average of the weights over steps, of this decay",
+        type=float,
+        above=0,
+        at_most=1,
+        origin="compared",
     )
     lr_scheduler: str = flag(
         "cosine",

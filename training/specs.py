@@ -28,26 +28,33 @@ class CompileSpec(Spec, group="network and device"):
 class ContrastiveSpec(Spec, group="training"):
     """The contrastive loss."""
 
-    temperature: float = flag(0.5, "of the contrastive loss (labelled modes: 0.07)", above=0)
-    sim_lambda: float = flag(1.0, "weight of the contrastive loss")
+    temperature: float = flag(0.5, "of the contrastive loss (labelled modes: 0.07)", above=0, origin="compared")
+    sim_lambda: float = flag(1.0, "weight of the contrastive loss", origin="compared")
     shift_lambda: float = flag(
         1.0,
         "simclr_CSI: weight of the classifier of the shift; 0: without, and scores have no shift term",
         at_least=0,
+        origin="compared",
     )
     sim_loss: str = flag(
         "nt_xent",
         "without labels: nt_xent, a positive is the other copy of a view; uniclr, all unshifted views are positives",
         choices=lambda: SIM_LOSSES,
+        origin="compared",
     )
-    copies: int = flag(2, "random views of each image under each shift", at_least=2)
+    copies: int = flag(2, "random views of each image under each shift", at_least=2, origin="compared")
     deep_supervision: float = flag(
         0.0,
         "without labels: weight of the same loss at each earlier stage, by heads that training alone uses",
         at_least=0,
+        origin="compared",
     )
     soft_temperature: float | None = flag(
-        None, "uniclr: weigh positives by a softmax of their similarity at this temperature", type=float, above=0
+        None,
+        "uniclr: weigh positives by a softmax of their similarity at this temperature",
+        type=float,
+        above=0,
+        origin="compared",
     )
 
     def __post_init__(self) -> None:

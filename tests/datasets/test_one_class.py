@@ -11,6 +11,7 @@ from datasets import DATASETS, DataSource, split_one_class
 from datasets.augment import AlignedSpec
 from datasets.catalog import CIFAR100_GROUPS, resize
 from datasets.corrupt import CorruptSpec
+from datasets.sets import image_set
 from tests.conftest import SHARED
 
 
@@ -262,8 +263,16 @@ def test_pictures_that_are_decoded_during_training_are_not_changed(tmp_path):
     assert noisy.mask is not None and noisy.mask.sum() == 10
 
 
-def held_out(name: str, count: int, **more):
+def held_out(name: str, count: int | str, **more):
     return replace(split_one_class(name, DataSource(**more), None, None), held_out=count)
+
+
+@pytest.mark.parametrize("images, apart", [(4, 0), (5, 2), (12, 2), (35, 3), (60_000, 5_000)])
+def test_auto_sets_a_tenth_aside_and_two_at_least(images, apart):
+    data = image_set(torch.zeros(images, 3, 1, 1, dtype=torch.uint8), [0] * images)
+    split = held_out("digits", "auto")
+    part = split._part(data, held=True)
+    assert (0 if part is None else len(part)) == apart and len(split._train_part(data)) == images - apart
 
 
 @pytest.mark.parametrize("name", ["digits", "imagenet1k"])

@@ -44,7 +44,11 @@ def test_sweeps_of_other_classes_and_folders_without_one_are_refused(sweeps, tmp
         read_sweeps([*sweeps, sweep(tmp_path / "other", 5.0, [], classes=(0,))])
     with pytest.raises(UserError, match="has no table"):
         read_sweeps([tmp_path])
-    (tmp_path / "table.json").write_text(json.dumps({"means": []}))
+    with pytest.raises(UserError, match="several sweeps have 5 minutes"):
+        read_sweeps([*sweeps, sweep(tmp_path / "again", 5.0, [])])
+    with pytest.raises(UserError, match="no method of these sweeps"):
+        points(read_sweeps([sweep(tmp_path / "begun", 5.0, [("CSI", 0.6, 1)])]))
+    (tmp_path / "table.json").write_text(json.dumps({"minutes": 5.0, "means": []}))
     with pytest.raises(UserError, match="has no table"):
         read_sweeps([tmp_path])
 
@@ -54,5 +58,8 @@ def test_the_picture_is_drawn_and_the_numbers_are_told(sweeps, tmp_path, capsys)
     told = capsys.readouterr().out
     assert "CSI: 5 min 60.0 [59.0, 62.0], 10 min 70.0 [69.0, 72.0]" in told
     assert Image.open(tmp_path / "b.png").size == (960, 600)
+    assert "note: SimCLR is left out" in told
+    assert main([*map(str, sweeps), "--picture", str(tmp_path / "none" / "b.png")]) == 2
+    assert "--picture: cannot write" in capsys.readouterr().err
     assert main([*map(str, sweeps), "--methods", "nothing", "--picture", str(tmp_path / "c.png")]) == 2
     assert not (tmp_path / "c.png").exists()

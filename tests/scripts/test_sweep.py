@@ -289,6 +289,7 @@ def test_what_a_sweep_cannot_do_is_reported(args, told, tmp_path, capsys):
         (["minutes", "--epochs", "3"], "--epochs: minutes has epochs of its own for every command; give --times"),
         (["minutes", "--more", "3"], "--more: minutes has epochs"),
         (["digits", "--times", "2"], "--times: digits is not at equal training time"),
+        (["minutes", "--times", "inf"], "--times must be a finite number > 0"),
     ],
 )
 def test_a_length_that_a_family_does_not_have_is_refused(args, told, tmp_path, capsys):

@@ -5,16 +5,17 @@ score get their units and weights from images that were held out.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from common.dist import SINGLE, World
-from common.errors import UserError
+from common.errors import RunStopped, UserError
 from common.files import read_facts
 from common.flags import Flags, WeightsSpec
 from common.progress import progress
@@ -28,7 +29,7 @@ from evals.metrics import auroc
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net, read_state
 from models.feature_net import FeatureNet, FeatureTransform, RotTransNet
-from models.level_net import SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
+from models.level_net import LEVELS, SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
 from models.sparse.dictionary import SparseSpec
 from training.modes.setup import own_device, precision
 from training.optim import LengthSpec
@@ -53,7 +54,8 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     shifts = ShiftSpec.of(flags)
     net = _load_stage1(flags, file, shifts)
     views = transformations_of(net, shifts)
-    split.check_trained(read_facts(file).get("data", {}), file, flag="resume_path")
+    trained = read_facts(file).get("data", {})
+    split.check_trained(trained, file, flag="resume_path")
     first_epoch = epoch_of(file, flag="resume_path") or 0
     if (epochs := flags.of(LengthSpec).epochs) != first_epoch:
         raise UserError(f"--epochs {epochs}: --mode {flags.mode} has no epochs of its own; leave it out")
@@ -62,7 +64,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     if held_out is None or len(held_out) < 2:
         raise UserError(
             "--held_out: the terms of the score get units and weights from training images that were set aside, and"
-            " there are fewer than two; train stage 1 with --held_out auto, or with a number"
+            " there are fewer than two; train stage 1 with --held_out auto, or with 2 or more"
         )
     data, held_out = data.to(device), held_out.to(device)
     sparse = flags.of(SparseSpec, only=["sr_dict_size", "sr_lambda_rel", "sr_rho", "sr_rho_auto"])
@@ -94,7 +96,7 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         with torch.no_grad():
             one = read_levels(net, chosen.batch(torch.zeros(1, dtype=torch.long)), views, names)
     except ValueError as error:
-        raise UserError(f"--sr_layer {error}; leave it out") from None
+        raise UserError(f"--sr_layer {error}; choose others of {', '.join(LEVELS)}") from None
     sizes = {name: x.shape[1] for name, x in one.levels.items()}
     known = (len(views.rotations), len(chosen), net.feature_dim)
     model = LevelNet(net, sizes, sparse.sr_dict_size, known, rho=sparse.sr_rho).to(device)
@@ -103,13 +105,16 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         train = read(chosen, views.rotated, "training images")
         upright = read(held_out, views, "held-out images")
         turned = read(held_out, views, "held-out images, turned", turn)
-        if world.is_main:
-            for line in held_out_facts(upright, views):
-                run.say(line)
-            for line in fit_levels(model, train, share, generator(seed, "k-means"), choose_rho=sparse.sr_rho_auto):
-                run.say(line)
-            for line in calibrate(model, upright, turned, views):
-                run.say(line)
+        with world.raise_together():
+            if world.is_main:
+                draw = generator(seed, "k-means")
+                for line in chain(
+                    seen_before(data, trained, split.dataset),
+                    held_out_facts(upright, views),
+                    fit_levels(model, train, share, draw, choose_rho=sparse.sr_rho_auto),
+                    calibrate(model, upright, turned, views),
+                ):
+                    run.say(line)
         world.broadcast(model.state_dict().values())
         for level in model.dictionaries.values():
             level.bank.follow_buffers()
@@ -124,11 +129,17 @@ def fit_levels(
     choose_rho: by the optimality gap of codes.
 
     Yields a line on each level, and a warning where its codes are not optimal.
+    Raises: RunStopped where most images have the same features.
     """
     model.known.copy_(F.normalize(train.h, dim=2).transpose(0, 1))
     for name, level in model.dictionaries.items():
         x = train.levels[name]
         largest = level.fit(x, share=share, scaled=name in SCALED, generator=generator)
+        if not largest.median() > 0:
+            raise RunStopped(
+                f"{name}: the {len(x)} training images hardly differ, so that there is nothing to code; give more of"
+                f" them (--data_path, --held_out), or leave {name} out of --sr_layer"
+            )
         if choose_rho:
             yield f"{name}: {level.bank.choose_rho(level.normalised(x).mT[None])}"
         _, of_codes = level.costs(x)
@@ -141,6 +152,19 @@ def fit_levels(
         )
         if gap.mean() > 10 * TOLERANCE:
             yield f"warning: the codes of {name} are not optimal; try --sr_rho_auto, or a smaller --sr_dict_size"
+
+
+def seen_before(data: ImageSet | PictureSet, trained: Mapping[str, Any], dataset: str) -> Iterator[str]:
+    """A warning where stage 1 was trained on other images of the data set, and may have seen those set aside here.
+
+    trained: the `Split.facts` of stage 1; empty facts say nothing.
+    """
+    if trained.get("dataset") == dataset and trained.get("fingerprint", data.fingerprint) != data.fingerprint:
+        yield (
+            f"warning: stage 1 was trained on {trained['images']} images that are not the {len(data)} here, so it may"
+            " have seen those that are set aside: units and weights of the terms are then biased. Train stage 1 on the"
+            " images that are here, with the same --held_out and --data_seed"
+        )
 
 
 def turn(images: Tensor, index: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import train_cocsr
 from common.files import load_tensors
 from models.level_net import NEIGHBOURS, TRANSFORMATIONS, Reading, Transformations
 from tests.conftest import TINY
+from training.modes import level_dict
 from training.modes.level_dict import calibrate, held_out_facts, turn
 
 UNITS = ("means", "deviations", "weights")
@@ -88,6 +89,20 @@ def test_a_score_of_a_level_that_was_left_out_is_refused(run, tmp_path, capsys):
     (second,) = tmp_path.iterdir()
     assert evaluate.main(["--load_path", str(second), "--ood_score", "levels_stages"]) == 2
     assert "no dictionary of stages" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [["--data_seed", "5"], ["--held_out", "20"], []])
+def test_images_set_aside_that_stage_1_has_seen_are_a_warning(more, run, tmp_path, capsys):
+    assert stage2(run, tmp_path, "--sr_layer", "pixels", *more) == 0
+    assert ("warning: stage 1 was trained on 110 images that are not the" in capsys.readouterr().out) == bool(more)
+
+
+def test_training_images_that_are_all_alike_are_a_line(run, tmp_path, capsys, monkeypatch):
+    real = level_dict.read_levels
+    monkeypatch.setattr(level_dict, "read_levels", lambda net, x, *more: real(net, torch.zeros_like(x), *more))
+    assert stage2(run, tmp_path, "--sr_layer", "pixels") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("stopped: pixels: the 110 training images hardly differ") and error.count("\n") == 1
 
 
 def test_images_are_turned_by_their_place_in_the_set():
