@@ -117,6 +117,8 @@ class Eval:
             scores=names,
             backbone=self.extractor.backbone,
         )
+        for name in names:
+            SCORES[name].check(trained.net)
         trained = with_ms_alpha(trained)
         return with_stem_lambda(trained) if StemSpec in self.specs else trained
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import UserError
 from common.flags import Flags, Spec
@@ -408,14 +408,9 @@ def _own_logit(shift: Tensor) -> Tensor:
 
 
 def _several(shift: Tensor) -> Tensor:
-    """Logits (N, K, K) of several shifts.
-
-    Raises: UserError for a single one, and for a classifier that was not trained.
-    """
+    """Logits (N, K, K) of several shifts. Raises: UserError for a single one."""
     if shift.shape[1] < 2:
         raise UserError("--ood_score: the network was trained under one shift; there is nothing to tell it from")
-    if len(shift) and not shift.any():
-        raise UserError("--ood_score: the classifier of the shift was not trained (--shift_lambda 0); choose another")
     return shift
 
 
@@ -476,6 +471,7 @@ class ScoreRow:
     """One row. fit: (outputs of the normal training images, options) -> scorer. options: the flags that it reads.
 
     fitted: whether it looks at training images at all. trained_by: the only training modes whose networks it is for.
+    check: raises UserError for a network that it says nothing of.
     """
 
     scorer: type[Scorer]
@@ -483,6 +479,7 @@ class ScoreRow:
     options: type[Spec] = NoOptions
     fitted: bool = True
     trained_by: tuple[str, ...] | None = None
+    check: Callable[[nn.Module], None] = lambda net: None
 
 
 def _parts(options: PartsSpec) -> dict[str, bool]:
@@ -501,9 +498,16 @@ def _csi_sr(first_shift_only: bool, scorer: type[CsiSparseScore] = CsiSparseScor
     return ScoreRow(scorer, fit, PartsSpec)
 
 
-def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None) -> ScoreRow:
+def _given(scorer: type[Scorer], trained_by: tuple[str, ...] | None = None, **more: Any) -> ScoreRow:
     """A score with nothing to fit."""
-    return ScoreRow(scorer, lambda train, options: scorer(), fitted=False, trained_by=trained_by)
+    return ScoreRow(scorer, lambda train, options: scorer(), fitted=False, trained_by=trained_by, **more)
+
+
+def check_shift_classifier(net: nn.Module) -> None:
+    """net: of stage 1 or 2. Raises: UserError where its classifier of the shift was not trained: its weights are 0."""
+    stage1: Any = getattr(net, "feature_net", net)
+    if not stage1.shift_cls_layer.weight.any():
+        raise UserError("--ood_score: the classifier of the shift was not trained (--shift_lambda 0); choose another")
 
 
 # Modes that train the classifier of the shift.
@@ -530,8 +534,8 @@ SCORES: dict[str, ScoreRow] = {
         CosineNeighboursScore, lambda train, o: CosineNeighboursScore.of(train["h"], o.knn_k), KnnSpec
     ),
     "feature_norm": _given(FeatureNormScore),
-    "shift_logit": _given(ShiftScore, _SHIFTED),
-    "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED),
+    "shift_logit": _given(ShiftScore, _SHIFTED, check=check_shift_classifier),
+    "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED, check=check_shift_classifier),
     "baseline": _given(LabelScore),
     "baseline_marginalized": _given(MarginalizedLabelScore, trained_by=("sup_CSI_linear",)),
     "rot_trans": _given(TransformationScore),

@@ -35,8 +35,8 @@ def read_sweeps(folders: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         try:
             table = json.loads((folder / "table.json").read_text())
+            table = {name: table[name] for name in ("minutes", "dataset", "classes", "seeds", "means")}
             float(table["minutes"])
-            _ = [table[name] for name in ("dataset", "classes", "seeds", "means")]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{folder} has no table of `python -m scripts.sweep minutes`") from None
         tables.append(table)

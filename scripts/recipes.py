@@ -153,18 +153,16 @@ METHODS = {
 
 
 def planned_minutes(recipe: Recipe, method: str, times: float) -> float:
-    """How long a method of a family at equal time trains, all commands together, in whole epochs of theirs."""
-    kind, epochs, usual = KINDS[METHODS[method][0]], 0.0, 0.0
-    while (earlier := kind.before(recipe)) is not None:
-        kind = KINDS[earlier]
-        if own := sum(map(float, recipe.own(f"{kind.row}_epochs"))):
-            fixed = sum(map(float, recipe.own(f"{kind.row}_fixed")))
-            first = kind.before(recipe)
-            # The last epoch counts those of the command before it.
-            now = kind.scaled(recipe, times, KINDS[first] if first else None)
-            epochs, usual = max(epochs, now + fixed), max(usual, own + fixed)
+    """How many minutes a method of a family at equal time trains, stage 2 included: whole epochs, `times` as many."""
+    kind = KINDS[METHODS[method][0]]
+    # The last command that has epochs counts those of the commands before it.
+    while not recipe.own(f"{kind.row}_epochs"):
+        kind = KINDS[str(kind.before(recipe))]
+    earlier = kind.before(recipe)
+    now = kind.scaled(recipe, times, KINDS[earlier] if earlier else None)
+    own, fixed = (sum(map(float, recipe.own(f"{kind.row}_{name}"))) for name in ("epochs", "fixed"))
     assert recipe.minutes is not None
-    return recipe.minutes * epochs / usual
+    return recipe.minutes * (now + fixed) / (own + fixed)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from scripts.tables import Entry, write_tables
 
 _POLL_S = 0.2
 # How far training time may be from that of a sweep at equal time before a note says so, as a share.
-_ROUNDED = 0.1
+_UNEVEN = 0.1
 # What asks a sweep to stop.
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -177,13 +177,13 @@ def _same_images(entries: Sequence[Entry]) -> None:
         )
 
 
-def _rounded(recipe: Recipe, methods: Sequence[str], times: float) -> dict[str, str]:
-    """A note on methods whose training time, in whole epochs, is far from that of the sweep; nothing without any."""
-    assert recipe.minutes is not None
-    wanted = recipe.minutes * times
-    found = {method: planned_minutes(recipe, method, times) for method in methods}
-    off = [f"{method} {m:.2g}" for method, m in found.items() if abs(m / wanted - 1) > _ROUNDED]
-    return {"rounded": f"in whole epochs these train about so many minutes: {', '.join(off)}"} if off else {}
+def uneven(recipe: Recipe, methods: Sequence[str], times: float) -> list[str]:
+    """The methods whose training time, in whole epochs, is far from that of the sweep, each with its minutes; none in a
+    family that is not at equal time."""
+    if recipe.minutes is None:
+        return []
+    wanted, found = recipe.minutes * times, {method: planned_minutes(recipe, method, times) for method in methods}
+    return [f"{method} {minutes:.2g}" for method, minutes in found.items() if abs(minutes / wanted - 1) > _UNEVEN]
 
 
 def _classes(text: str) -> list[int]:
@@ -271,9 +271,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if lock == BUSY:
         raise UserError(f"--out: another sweep is at work in {out}; let it end, or give another folder")
     try:
-        rounded = _rounded(recipe, methods, options.times) if recipe.minutes is not None else {}
-        for line in rounded.values():
-            print(f"note: {line}")
+        minutes = uneven(recipe, methods, options.times)
+        if minutes:
+            print(f"note: whole epochs are not equal time; minutes: {', '.join(minutes)}")
         todo = [job for job in jobs if not all(map(Record(job).done, job.steps))]
         print(f"{len(jobs)} jobs, {len(jobs) - len(todo)} of them finished; logs are in {out / 'jobs'}", flush=True)
         if todo and options.executor == "here":
@@ -292,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         length = (
             {"minutes": recipe.minutes * options.times} if equal else {"epochs": f"{options.epochs} + {options.more}"}
         )
-        notes = {**length, **rounded, "command": f"python -m scripts.sweep {words}"}
+        length |= {"minutes by whole epochs": ", ".join(minutes)} if minutes else {}
+        notes = {**length, "command": f"python -m scripts.sweep {words}"}
         spent = {method: sum(_seconds(job, records[job], method) for job in jobs) for method in methods}
         entries = [entry for job in jobs for entry in _entries(job, records[job], methods)]
         _same_images(entries)

@@ -275,6 +275,15 @@ def test_a_run_that_goes_on_takes_its_moving_average_along(tmp_path, capsys):
     assert "trained with --ema_decay 0.9, this run has None" in capsys.readouterr().out
 
 
+def test_a_classifier_of_the_shift_that_was_not_trained_is_no_score(tmp_path, capsys):
+    args = [*TINY, *SHIFT, "--mode", "simclr_CSI", "--epochs", "1", "--shift_lambda", "0", "--log_root", str(tmp_path)]
+    assert train.main(args) == 0
+    (run,) = tmp_path.iterdir()
+    for score in ("shift_logit", "shift_logsoftmax"):
+        refused(capsys, evaluate.main(["--load_path", str(run), "--ood_score", score]), "--shift_lambda 0")
+    assert evaluate.main(["--load_path", str(run), "--ood_score", "CSI"]) == 0
+
+
 def test_the_penalty_by_the_gap_goes_with_the_weights(stage1, tmp_path, capsys):
     """Chosen in training, kept by the file whatever an interruption rounds, and told where evaluation has another."""
     args = [*TINY, *SHIFT, *SPARSE, "--resume_path", str(stage1), "--sr_dict_size", "12", "--log_root", str(tmp_path)]

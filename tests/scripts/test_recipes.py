@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from scripts.recipes import KINDS, METHODS, RECIPES, Recipe, planned_minutes, steps_of
+from scripts.sweep import uneven
 from tests.conftest import ROOT
 
 FAMILIES = ["cifar10", "cifar100", "imagenet", "digits", "short", "short_multi"]
@@ -94,6 +95,8 @@ def test_every_method_of_minutes_has_epochs_of_its_own(tmp_path):
     assert planned_minutes(RECIPES["minutes"], "ADMM-SRNet", 0.5) == 5 * 3 / 5
     assert planned_minutes(RECIPES["minutes"], "ADMM-SRNet-levels", 2) == pytest.approx(5 * 26.3 / 13.3)
     assert [planned_minutes(RECIPES["minutes"], method, 1) for method in METHODS] == [5.0] * len(METHODS)
+    assert uneven(RECIPES["minutes"], list(METHODS), 0.5) == ["ADMM-SRNet 3"]
+    assert uneven(RECIPES["minutes"], list(METHODS), 1) == uneven(RECIPES["digits"], list(METHODS), 1) == []
     # Dictionaries at several depths take as long as before, so that their stage 1 has more than twice the time.
     assert twice == {k: 2 * n for k, n in epochs.items()} | {"short_rot_trans": 24}
 
