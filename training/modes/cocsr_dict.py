@@ -106,6 +106,19 @@ class DictionaryLossSpec(Spec, group="stage 2: dictionaries"):
         return tuple(sorted({int(step) for step in (self.loss_sr_deep_supervision or "").split(",") if step}))
 
 
+def idle_notes(
+    flags: Flags, sparse: SparseSpec, learning: DictionaryTrainingSpec, loss: DictionaryLossSpec
+) -> list[str]:
+    """A line for each flag that was given and that another one leaves without effect."""
+    idle = {
+        "sr_lr": learning.freeze_sr_dict and "under --freeze_sr_dict",
+        "sr_decay_lr": learning.freeze_sr_dict and "under --freeze_sr_dict",
+        "sr_lambda": sparse.sr_lambda_rel is not None and "beside --sr_lambda_rel",
+        "loss_dict_margin_temperature": not loss.loss_dict_margin and "without --loss_dict_margin",
+    }
+    return [f"note: --{name} has no effect {where}" for name, where in idle.items() if where and flags.given(name)]
+
+
 def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     """The recipe of `cocsr_dict`."""
     sparse, learning, loss_spec = flags.of(SparseSpec), flags.of(DictionaryTrainingSpec), flags.of(DictionaryLossSpec)
@@ -147,11 +160,10 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
     model = CocsrNet(net, bank, transform).to(device).train()
     data, aligned = training_images(split, shift_spec, spec, device)
     optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    for line in idle_notes(flags, sparse, learning, loss_spec):
+        print(line)
     if learning.freeze_sr_dict:
         bank.requires_grad_(False)
-        for name in ("sr_lr", "sr_decay_lr"):
-            if flags.given(name):
-                print(f"note: --{name} trains nothing under --freeze_sr_dict")
     else:
         optimizers = (
             torch.optim.Adam(bank.parameters(), learning.sr_lr, weight_decay=learning.sr_decay_lr, fused=True),

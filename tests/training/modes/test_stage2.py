@@ -109,6 +109,29 @@ def test_the_gap_is_reported_in_units_of_lambda_as_a_mean_over_samples():
     assert float(watched["sr/gap"]) == pytest.approx(float(bank.code(s).gap.mean()) / 0.05, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "given, cause",
+    [
+        ("--sr_lr 0.1", "--freeze_sr_dict"),
+        ("--sr_decay_lr 0.1", "--freeze_sr_dict"),
+        ("--sr_lambda 0.1", "--sr_lambda_rel 0.3"),
+        ("--loss_dict_margin_temperature 2", "--loss_dict_margin 0"),
+    ],
+)
+def test_a_flag_that_another_one_leaves_without_effect_is_told(given, cause, start, capsys):
+    recipe_of("cocsr_dict", start, *given.split(), *cause.split())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    assert given.split()[0] in line and cause.split()[0] in line
+
+
+@pytest.mark.parametrize(
+    "given", ["--sr_lr 0.1", "--sr_lambda 0.1", "--loss_dict_margin_temperature 2 --loss_dict_margin 1"]
+)
+def test_a_flag_that_has_an_effect_is_not(given, start, capsys):
+    recipe_of("cocsr_dict", start, *given.split())
+    assert "no effect" not in capsys.readouterr().out
+
+
 def test_deep_supervision_past_the_last_step_is_refused(start):
     recipe_of("cocsr_dict", start, "--sr_admm_stage", "20", "--loss_sr_deep_supervision", "19")
     with pytest.raises(UserError, match="--loss_sr_deep_supervision: .* 0 to 19"):
