@@ -35,7 +35,7 @@ from datasets.decode import Reader, centre, read_upright, reason, unreadable
 from datasets.folder import digests, report_skipped
 from datasets.listing import common_folder, printable
 from datasets.loading import Loading
-from datasets.sets import derived, floats
+from datasets.sets import ImageSet, derived, floats, image_set
 
 
 class Pixels(Protocol):
@@ -324,6 +324,11 @@ class PictureSet:
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             middles = list(pool.map(lambda n: centre(self.pixels[n], self.side), index.tolist()))
         return floats(torch.from_numpy(np.stack(middles)).to(self.device, non_blocking=True))
+
+    def loaded(self) -> ImageSet:
+        """The centre crops of all pictures, in memory."""
+        parts = [self.batch(index).mul(255).round().byte().cpu() for index in torch.arange(len(self)).split(64)]
+        return replace(image_set(torch.cat(parts), self.labels.cpu()), fingerprint=self.fingerprint)
 
     def batches(
         self,

@@ -59,6 +59,7 @@ from evals.specs import (
     ReferenceSpec,
     ScoreSpec,
     StemSpec,
+    SumSpec,
     TsneSpec,
 )
 from evals.stem_lambda import with_stem_lambda
@@ -132,8 +133,10 @@ _ADVERSARIAL = ("adv_pgd", "adv_trades", "adv_mart", "adv_fgsm_rs", "adv_nfgsm")
 # Of a network that was trained to classify.
 _CLASSIFIERS = ("supervised", *_ADVERSARIAL)
 _ROT_TRANS = ("rot_trans", "adv_rot_trans")
-_CSI = ("CSI", "simclr", "knn", "knn_cosine", "ocsvm", "feature_norm", "shift_logit", "shift_logsoftmax")
-_CSI_SR = ("CSI_sr", "simclr_sr", "CSI_src", "CSI_srm")
+# Scores of features and of the classifier of the shift.
+_FEATURE = ("knn_cosine", "feature_norm", "shift_logit", "shift_logsoftmax")
+_CSI = ("CSI", "simclr", "knn", "ocsvm", *_FEATURE)
+_CSI_SR = ("CSI_sr", "simclr_sr", "CSI_src", "CSI_srm", *_FEATURE)
 
 
 _DATA = (SplitSpec, CorruptSpec, DataSource)
@@ -159,7 +162,7 @@ def _detection(
 
     measure = partial(detect.detect, extractor=extractor, scores=scores, partner=partner)
     options = [SCORES[name].options for name in scores]
-    specs = (*_TESTED, *extractor.specs, ScoreSpec, ImagesSpec, *options, OutlierSpec, TestBatchSpec)
+    specs = (*_TESTED, *extractor.specs, ScoreSpec, SumSpec, ImagesSpec, *options, OutlierSpec, TestBatchSpec)
     specs = (*specs, *_partners(partner), CorruptionsSpec, EpsilonSpec, AttackSpec, DetectorAttackSpec)
     return Eval(measure, write_detection, specs, extractor, needs, trained_by, default_for, scores)
 

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.files import read_facts, save_tensors, write_json
 from common.seed import generator
 from datasets import ImageSet, PictureSet
-from datasets.sets import evenly, image_set
+from datasets.sets import evenly
 from evals.attack import ATTACKS, Victim, heads_of, some_images, straight_through, victim_of
 from evals.classify import CLEAN, Condition, classify
 from evals.result import Result
@@ -131,9 +131,7 @@ def _held_out(trained: Trained, n: int | None) -> ImageSet:
         order = torch.randperm(len(found), generator=generator(trained.flags.seed, "scanned pictures"))
         place = evenly(found.labels.cpu(), order, n)
         found = found.where(torch.isin(torch.arange(len(found)), place))
-        parts = [found.batch(index) for index in torch.arange(len(found)).split(64)]
-        pixels = torch.cat([part.mul(255).round().byte().cpu() for part in parts])
-        return image_set(pixels, found.labels.cpu()).to(trained.device)
+        return found.loaded().to(trained.device)
     return some_images(found.to(trained.device), n, trained.flags.seed)
 
 

@@ -188,11 +188,11 @@ class FittedDictionaries(Coder):
         return self.bank.system()
 
     def __call__(self, outputs: Outputs) -> Outputs:
-        """h (N, K, F), z (N, K, P), shift (N, K, K) -> s, codes, `CODE_FACTS`, error, objective, and shift as it is."""
+        """h (N, K, F), z (N, K, P), shift (N, K, K) -> these, s, codes, `CODE_FACTS`, error and objective."""
         blocks = sparse_features(outputs, self.transform).split(_TOGETHER)
         parts = [code_outputs(self.bank, block, self._system) for block in blocks]
         coded = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {**with_costs(coded, self.bank.dictionary, self.lam), "shift": outputs["shift"]}
+        return {**outputs, **with_costs(coded, self.bank.dictionary, self.lam)}
 
     def cross(self, outputs: Outputs) -> Outputs:
         return code_in_all(self.bank, outputs["s"], self._system).outputs

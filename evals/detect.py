@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from datasets import DataSource, ImageSet
+from datasets import DataSource, ImageSet, PictureSet
 from datasets.noise import CORRUPTIONS, NONE, SEVERITIES, TestNoiseSpec
 from datasets.one_class import TEST
 from datasets.outliers import INTERP, MULTI_CLASS, OutlierSpec, TestBatchSpec, find_outliers, outlier_flags
@@ -20,9 +20,10 @@ from evals.coding import Outputs
 from evals.extract import Extraction, Extractor, reference_pool
 from evals.metrics import auroc, detection_metrics
 from evals.result import Result
-from evals.scores import SCORES, Scorer, chosen_scores
-from evals.specs import ALL, CorruptionsSpec, ReferenceSpec
+from evals.scores import SCORES, Scorer, SumScore, chosen_scores
+from evals.specs import ALL, CorruptionsSpec, ReferenceSpec, SumSpec
 from evals.trained import Trained, identity, settings_of
+from evals.weighing import Weighing, turned_set, weigh
 from models.mean_sparse import alpha_of
 from models.sparse.dictionary import CODE_FACTS
 
@@ -30,7 +31,8 @@ from models.sparse.dictionary import CODE_FACTS
 def detect(
     trained: Trained, *, extractor: Extractor, scores: Sequence[str], partner: str = "neighbour"
 ) -> Iterator[Result]:
-    """One result for each score of --ood_score: AUROC and others against every class and every set of --ood_dataset.
+    """One result for each score of --ood_score, and for their sum, if it is asked for: AUROC and others against every
+    class and every set of --ood_dataset.
 
     scores: that can be made of the extractor's outputs, the default first. partner: what test images mix with under a
     mixing shift, their `neighbour` or a `reference` training image.
@@ -50,12 +52,15 @@ def detect(
         tests = _test_sets(trained, loaded)
         train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
         plan = Plan.of(flags, extraction.random)
+        held_out = _held_out(trained, names) if (summed := flags.of(SumSpec).score_sum) else None
         if plan:
             plan.check({name: SCORES[name].scorer for name in names}, extraction.random, alpha_of(trained.net) > 0)
     flags_of = {name: {f.name for f in fields(options[name])} for name in names}
+    if summed:
+        flags_of["+".join(names)] = {"score_sum"}.union(*flags_of.values())
 
     def results() -> Iterator[Result]:
-        nonlocal train
+        nonlocal train, held_out
         fitted, known, data, pool = extraction, Outputs(), {}, None
         if train is not None:
             fitted, known = extraction.fit(train)
@@ -65,22 +70,32 @@ def detect(
         data |= {title: identity(images) for title, images in tests.items()}
         scorers = {name: SCORES[name].fit(known, options[name]) for name in names}
         del known
-        found = {title: _score(fitted, scorers, images, title, pool) for title, images in tests.items()}
+        own: dict[str, Any] = {}
+        if held_out is not None:
+            weighing = _weighing(fitted, scorers, held_out, pool)
+            own = {"data": {**data, "held out": identity(held_out)}, "weighing": weighing.facts}
+            scorers["+".join(names)] = SumScore(dict(scorers), weighing.terms)
+        held_out = None
+        found = {
+            title: _score(fitted, scorers, images, f"{title} test images", pool) for title, images in tests.items()
+        }
         codes = _of_codes(found)
         under = {}
         for kind, severity in corrupted:
             noise = TestNoiseSpec(kind, severity=severity, seed=flags.seed)
             sets = _test_sets(trained, loaded, noise)
             of = {
-                title: _score(fitted, scorers, images, f"{kind} {severity}, {title}", pool)
+                title: _score(fitted, scorers, images, f"{kind} {severity}, {title} test images", pool)
                 for title, images in sets.items()
             }
             under[kind, severity] = {
-                name: _mean(trained, sets, {t: columns[name] for t, columns in of.items()}) for name in names
+                name: _mean(trained, sets, {t: columns[name] for t, columns in of.items()}) for name in scorers
             }
-        for name in names:
+        for name in scorers:
             foreign = frozenset(chain.from_iterable(flags_of.values())) - flags_of[name]
             facts = {"data": data, "settings": settings_of(flags, foreign)}
+            if name not in names:
+                facts |= own
             scores = {title: columns[name] for title, columns in found.items()}
             result = _result(trained, name, tests, scores, codes, facts)
             if corrupted:
@@ -91,6 +106,25 @@ def detect(
             yield result
 
     return results()
+
+
+def _held_out(trained: Trained, names: Sequence[str]) -> ImageSet:
+    """The images by which terms of a sum are weighed. Raises: UserError for one score, and as `unseen_images`."""
+    if len(names) < 2:
+        raise UserError(f"--score_sum: there is one score, {names[0]}; give several (--ood_score)")
+    found = trained.unseen_images("the scores of a sum are weighed")
+    return (found.loaded() if isinstance(found, PictureSet) else found).to(trained.device)
+
+
+def _weighing(
+    extraction: Extraction, scorers: dict[str, Scorer], held_out: ImageSet, references: Tensor | None
+) -> Weighing:
+    normal = _score(extraction, scorers, held_out, "held-out images", references)
+    turned = _score(extraction, scorers, turned_set(held_out), "held-out images, turned", references)
+    if not all(np.isfinite(found[name]).all() for found in (normal, turned) for name in scorers):
+        raise UserError("--load_path: the network gives non-finite scores; its weights are corrupt")
+    probabilities = [name for name in scorers if SCORES[name].probability]
+    return weigh({name: normal[name] for name in scorers}, turned, probabilities)
 
 
 def _chosen(trained: Trained, tests: dict[str, ImageSet], plan: Plan) -> list[Chosen]:
@@ -114,14 +148,14 @@ def _with_attack(result: Result, attacked: Attacked) -> Result:
 
 
 def _score(
-    extraction: Extraction, scorers: dict[str, Scorer], images: ImageSet, title: str, references: Tensor | None
+    extraction: Extraction, scorers: dict[str, Scorer], images: ImageSet, label: str, references: Tensor | None
 ) -> dict[str, np.ndarray]:
     """Each score of all images (N,), and `CODE_FACTS` of their codes where they have any.
 
     Batch by batch: of an image nothing stays but its scores, which all ranks get.
     """
     own: list[dict[str, np.ndarray]] = []
-    for outputs in extraction.blocks(images, f"{title} test images", references):
+    for outputs in extraction.blocks(images, label, references):
         own.append({name: scorer(outputs).numpy() for name, scorer in scorers.items()})
         own[-1] |= {name: outputs[name].mean((1, 2)).numpy() for name in CODE_FACTS if name in outputs}
     parts = list(chain.from_iterable(extraction.world.all_gather_object(own)))

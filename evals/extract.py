@@ -83,7 +83,7 @@ def class_outputs(net: FeatureNet | Classifier) -> Reader:
 
 
 def cocsr_outputs(net: CocsrNet) -> Reader:
-    """s (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
+    """s and h (b, K, F), codes (b, K, M), shift (b, K, K), gap (b, K, 1) of a stage-2 network.
 
     Each feature is coded in the dictionary of its own shift only. The dictionaries are taken as they are now.
     """
@@ -91,8 +91,8 @@ def cocsr_outputs(net: CocsrNet) -> Reader:
 
     def outputs(views: Tensor) -> Outputs:
         features = net(views.flatten(0, 1))
-        s, shift = (x.unflatten(0, views.shape[:2]) for x in (features.s, features.shift))
-        return {**code_outputs(net.sr_nets, s, system), "shift": shift}
+        s, shift, h = (x.unflatten(0, views.shape[:2]) for x in features)
+        return {**code_outputs(net.sr_nets, s, system), "shift": shift, "h": h}
 
     return outputs
 

@@ -21,7 +21,6 @@ from common.dist import World
 from common.errors import UserError
 from common.flags import DeviceSpec
 from common.progress import progress
-from common.run import recorded_flags
 from common.seed import generator
 from datasets import DATASETS, ImageSet, PictureSet, ShiftSpec
 from datasets.augment import AlignedSpec
@@ -73,32 +72,7 @@ def _held_out(trained: Trained) -> ImageSet | PictureSet:
     split = trained.split
     if split.one_class_idx is not None:
         raise UserError(f"--one_class_idx: --mode {trained.flags.mode} names all classes; leave it out")
-    recorded = recorded_flags(trained.path) if trained.path else {}
-    if recorded.get("dataset") == split.dataset:
-        changed = trained.flags.differences(recorded)
-        for name in changed.keys() & {"held_out", "data_seed", "first_images"}:
-            there, here = changed[name]
-            raise UserError(
-                f"--{name} {here}: {trained.title} was trained with {there}, and lambda is calibrated on images that"
-                " training has not seen; leave the flag out"
-            )
-    elif recorded:
-        raise UserError(
-            f"--dataset {split.dataset}: {trained.title} was trained on {recorded.get('dataset', 'other images')}, and"
-            " lambda is calibrated on images that its training has held out; leave the flag out"
-        )
-    train, held_out = split.training_parts(AlignedSpec())
-    if held_out is None:
-        raise UserError(
-            f"--held_out: {trained.title} was trained on all images, and lambda is calibrated on training images that"
-            " training has not seen; train with --held_out 5000, say"
-        )
-    if trained.facts and split.facts(train) != {name: trained.facts.get(name) for name in split.facts(train)}:
-        raise UserError(
-            f"--data_path: the training images are not those that {trained.title} was trained on, so that it may have"
-            " seen those that are held out now; give these images, or train again"
-        )
-    return held_out
+    return trained.unseen_images("lambda is calibrated")
 
 
 def _shifts(labels: Tensor, shifts: int) -> Tensor:

@@ -21,6 +21,7 @@ from evals.attacked import SIDES
 from evals.result import Result, family, nested
 from evals.specs import ImagesSpec, PlaceSpec, ScoreSpec
 from evals.trained import Trained
+from evals.weighing import Weighing
 from evals.writing import place_for, read_json, set_name
 from models.sparse.dictionary import FAR
 
@@ -157,6 +158,8 @@ def _show(result: Result, trained: Trained) -> None:
             f"codes: lambda {share:.2g} of lambda_max, {zeros:.0f} % zeros (medians), mean optimality gap {gap:.3g}"
             f" lambda{advice}"
         )
+    for line in Weighing.of_facts(facts["weighing"]).lines if "weighing" in facts else []:
+        print(line)
     of = trained.split.normal_title
     print(f"AUROC of {result.name}, {trained.split.dataset}, {of} normal, {facts['n_in']} against {facts['n_out']}:")
     for name, value in family(metrics, "auroc").items():

@@ -21,6 +21,7 @@ from common.flags import Flags, Spec
 from datasets.shifts import rotation_and_translation_labels
 from evals.coding import CROSS, Outputs
 from evals.specs import CrossSpec, KnnSpec, PartsSpec, ScoreSpec
+from evals.weighing import Term
 from models.level_net import LEVELS, NEIGHBOURS, SCORE, TRANSFORMATIONS, cosine_neighbours
 
 # Entries of a block of similarities or distances, to bound their memory.
@@ -33,7 +34,7 @@ _SOFTNESS = 0.1
 
 @dataclass(frozen=True)
 class Scorer(ABC):
-    """A fitted score; every field is a tensor. needs: names of the outputs that it reads."""
+    """A fitted score; every field is a tensor, but for `SumScore`. needs: names of the outputs that it reads."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -462,6 +463,25 @@ def fit_csi_sr(
 
 
 @dataclass(frozen=True)
+class SumScore(Scorer):
+    """The sum over scores of weight * (score - mean) / deviation. It is made for an evaluation, and not saved."""
+
+    parts: Mapping[str, Scorer]
+    terms: Mapping[str, Term]
+
+    def __call__(self, outputs: Outputs) -> Tensor:
+        return self._sum({name: part(outputs) for name, part in self.parts.items()})
+
+    def smooth(self, outputs: Outputs) -> Tensor:
+        """The same sum of what an attacker climbs in place of each."""
+        return self._sum({name: part.smooth(outputs) for name, part in self.parts.items()})
+
+    def _sum(self, values: Mapping[str, Tensor]) -> Tensor:
+        parts = [t.weight / t.deviation * (values[name].double() - t.mean) for name, t in self.terms.items()]
+        return torch.stack(parts).sum(0)
+
+
+@dataclass(frozen=True)
 class NoOptions(Spec):
     """A score without flags."""
 
@@ -471,6 +491,7 @@ class ScoreRow:
     """One row. fit: (outputs of the normal training images, options) -> scorer. options: the flags that it reads.
 
     fitted: whether it looks at training images at all. trained_by: the only training modes whose networks it is for.
+    probability: whether it is a mean log-probability of transformations, which has a weight of its own in sums.
     check: raises UserError for a network that it says nothing of.
     """
 
@@ -479,6 +500,7 @@ class ScoreRow:
     options: type[Spec] = NoOptions
     fitted: bool = True
     trained_by: tuple[str, ...] | None = None
+    probability: bool = False
     check: Callable[[nn.Module], None] = lambda net: None
 
 
@@ -535,7 +557,7 @@ SCORES: dict[str, ScoreRow] = {
     ),
     "feature_norm": _given(FeatureNormScore),
     "shift_logit": _given(ShiftScore, _SHIFTED, check=check_shift_classifier),
-    "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED, check=check_shift_classifier),
+    "shift_logsoftmax": _given(ShiftProbabilityScore, _SHIFTED, check=check_shift_classifier, probability=True),
     "baseline": _given(LabelScore),
     "baseline_marginalized": _given(MarginalizedLabelScore, trained_by=("sup_CSI_linear",)),
     "rot_trans": _given(TransformationScore),

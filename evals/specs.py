@@ -46,6 +46,15 @@ class ScoreSpec(Spec, group="evaluation"):
 
 
 @dataclass(frozen=True)
+class SumSpec(Spec, group="evaluation"):
+    """A sum of scores."""
+
+    score_sum: bool = flag(
+        False, "also the sum of the scores, each standardised and weighed by training images that were set aside"
+    )
+
+
+@dataclass(frozen=True)
 class ImagesSpec(Spec, group="evaluation"):
     """What is written of each test image."""
 

@@ -17,6 +17,7 @@ from common.files import read_facts
 from common.flags import DeviceSpec, Flags, WeightsSpec
 from common.run import epoch_of, recorded_flags
 from datasets import ImageSet, PictureSet, Split
+from datasets.augment import AlignedSpec
 from datasets.noise import TestNoiseSpec
 from datasets.one_class import TEST, read_split
 from evals.specs import PlaceSpec
@@ -92,6 +93,39 @@ class Trained:
             what = f"{there['images']} there, {here['images']} here" if there["images"] != here["images"] else "content"
             print(f"note: scores are fitted to other images than {self.title} was trained on ({what})")
         return train
+
+    def unseen_images(self, what: str) -> ImageSet | PictureSet:
+        """The training images that were set aside. what: is done with them, for messages.
+
+        Raises: UserError where there are none, and where the training may have seen them.
+        """
+        split = self.split
+        recorded = recorded_flags(self.path) if self.path else {}
+        if recorded.get("dataset") == split.dataset:
+            changed = self.flags.differences(recorded)
+            for name in changed.keys() & {"held_out", "data_seed", "first_images"}:
+                there, here = changed[name]
+                raise UserError(
+                    f"--{name} {here}: {self.title} was trained with {there}, and {what} on images that training has"
+                    " not seen; leave the flag out"
+                )
+        elif recorded:
+            raise UserError(
+                f"--dataset {split.dataset}: {self.title} was trained on {recorded.get('dataset', 'other images')}, and"
+                f" {what} on images that its training has held out; leave the flag out"
+            )
+        train, held_out = split.training_parts(AlignedSpec())
+        if held_out is None:
+            raise UserError(
+                f"--held_out: {self.title} was trained on all images, and {what} on training images that training has"
+                " not seen; train with --held_out auto, or with a number of images"
+            )
+        if self.facts and split.facts(train) != {name: self.facts.get(name) for name in split.facts(train)}:
+            raise UserError(
+                f"--data_path: the training images are not those that {self.title} was trained on, so that it may have"
+                " seen those that are held out now; give these images, or train again"
+            )
+        return held_out
 
     def test_images(self) -> ImageSet:
         """All test images as an evaluation sees them: with the noise of the split, and that of --test_noise.

@@ -215,10 +215,13 @@ def _add_backbone_prefix(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 class SparseFeatures(NamedTuple):
-    """Output of stage 2. s (N, F): the features to code; F is P where `sr_layer` is `simclr`. shift (N, K): logits."""
+    """Output of stage 2. s (N, F'): the features to code, of size P where `sr_layer` is `simclr`. shift (N, K): logits.
+    h (N, F): features as they are.
+    """
 
     s: Tensor
     shift: Tensor
+    h: Tensor
 
 
 @dataclass(frozen=True)
@@ -284,4 +287,4 @@ class CocsrNet(nn.Module):
     def forward(self, images: Tensor) -> SparseFeatures:
         """Images (N, in_channels, H, W) in [0, 1]. Gradients reach them and no parameter: the network is frozen."""
         features = self.feature_net(images)
-        return SparseFeatures(self.transform(features), features.shift)
+        return SparseFeatures(self.transform(features), features.shift, features.h)

@@ -195,6 +195,12 @@ class LevelNet(nn.Module):
         return torch.stack([weight * (values[name] - mean) / scale for name, mean, scale, weight in parts]).sum(0)
 
 
+def levels_of(net: FeatureNet | RotTransNet) -> list[str]:
+    """Which of `LEVELS` a network has."""
+    lacks = {"stages": not isinstance(net.backbone, StagedNet), "simclr": not isinstance(net, FeatureNet)}
+    return [name for name in LEVELS if not lacks.get(name)]
+
+
 def read_levels(
     net: FeatureNet | RotTransNet, images: Tensor, views: Transformations, levels: Sequence[str]
 ) -> Reading:

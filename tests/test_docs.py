@@ -87,7 +87,7 @@ def test_commands_of_the_detector_parse(name, count):
 @pytest.mark.parametrize(
     "name, count",
     [
-        ("docs/usage.md", 12),
+        ("docs/usage.md", 15),
         ("docs/scaling.md", 1),
         ("docs/rdae.md", 3),
         ("docs/sdnet.md", 8),

@@ -174,7 +174,7 @@ def test_the_same_steps_by_another_number_of_processes_go_on_others_are_refused(
     assert done.returncode == 2 and "--batch_size was 2 x 16 (processes x images), is 1 x 16" in done.stderr
 
 
-def test_dictionaries_at_several_depths_are_those_of_one_process(tmp_path):
+def test_dictionaries_at_several_depths_are_those_of_one_process(tmp_path, shell):
     held = ["--mode", "rot_trans", "--epochs", "1", "--held_out", "21", "--log_root", str(tmp_path / "start")]
     assert train.main([*TINY, *held, "--device", "cpu"]) == 0
     (start,) = (tmp_path / "start").iterdir()
@@ -186,6 +186,38 @@ def test_dictionaries_at_several_depths_are_those_of_one_process(tmp_path):
     one, other = (load_tensors(next((tmp_path / n).glob("*/last.cocsr_model")), flag="x") for n in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, atol=1e-10, rtol=0, msg=name)
+    compared(next((tmp_path / "one").iterdir()), tmp_path, shell, "levels", "levels_pixels", mode="ood_levels")
+
+
+def compared(run, tmp_path, shell, *names, mode, more=()):
+    """Scores of every test image by one process and by two differ by less than 1e-10."""
+    args = ["--load_path", run, "--mode", mode, "--ood_batch_size", "50", "--save_score", "--device", "cpu", *more]
+    found = {}
+    for size in (1, 2):
+        command = ["eval.py", *args, "--out", tmp_path / str(size), "--ood_score", *names]
+        done = two(*command) if size == 2 else shell(*command, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        for table in sorted((tmp_path / str(size)).glob(f"scores_{mode}_*_digits.csv")):
+            rows = table.read_text().splitlines()[1:]
+            found.setdefault(table.name, []).append(
+                torch.tensor([float(row.split(",")[2]) for row in rows], dtype=torch.float64)
+            )
+    assert len(found) == len(names) + ("--score_sum" in more)
+    for name, (one, other) in found.items():
+        assert len(one) == 599 and one.std() > 0, name
+        assert (one - other).abs().max() < 1e-10, name
+
+
+def test_sums_of_scores_in_all_dictionaries_are_those_of_one_process(tmp_path, shell):
+    common = [*TINY, "--shift_trans_type", "rotation", "--device", "cpu", "--log_root", str(tmp_path / "logs")]
+    assert train.main([*common, "--mode", "simclr_CSI", "--epochs", "1", "--held_out", "12"]) == 0
+    (start,) = (tmp_path / "logs").iterdir()
+    coding = "--sr_dict_size 16 --sr_lambda_rel 0.1 --sr_rho_auto --ini_sr_dict_train --normalize_sr_dict_feature"
+    own = ["--mode", "cocsr_dict", "--resume_path", str(start), "--epochs", "2", *coding.split()]
+    assert train_cocsr.main([*common, *own]) == 0
+    run = next(path for path in (tmp_path / "logs").iterdir() if path != start)
+    names = ["CSI_srm", "CSI_src", "knn_cosine", "shift_logsoftmax"]
+    compared(run, tmp_path, shell, *names, mode="ood_pre_cocsr", more=["--score_sum", "--normalize_sr_dict_feature"])
 
 
 def test_scores_are_those_of_one_process_and_errors_are_reported_once(whole, tmp_path, shell):

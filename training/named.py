@@ -83,7 +83,8 @@ def told(flags: Flags, defaults: Mapping[str, Any]) -> str | None:
         return None
     own = {**defaults, **NAMED[name][flags.mode]}
     given = [other for flag in own for other in _given(flags, flag)]
-    line = f"recipe {name}: {_words(flags, [flag for flag in own if not _given(flags, flag)]) or 'the defaults'}"
+    rest = _words(flags, [flag for flag in own if not _given(flags, flag)])
+    line = f"recipe {name}: --mode {flags.mode} {rest}".rstrip()
     return line + (f"; in place of its own: {_words(flags, given)}" if given else "")
 
 
@@ -93,6 +94,12 @@ def _given(flags: Flags, flag: str) -> list[str]:
 
 
 def _words(flags: Flags, names: Sequence[str]) -> str:
+    """As they are written on a command line."""
     values = flags.as_dict()
-    listed = {name: values[name] if isinstance(values[name], list | tuple) else [values[name]] for name in names}
-    return " ".join(f"--{name} {' '.join(map(str, value))}" for name, value in listed.items())
+    words = []
+    for name in names:
+        value = values[name]
+        if value is not False:
+            parts = [] if value is True else value if isinstance(value, list | tuple) else [value]
+            words.append(" ".join([f"--{name}", *map(str, parts)]))
+    return " ".join(words)

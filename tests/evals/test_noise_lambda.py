@@ -421,7 +421,7 @@ def test_what_cannot_be_measured_is_refused_before_the_work(trained, tmp_path):
         net=network(stem=partial(nn.Conv2d, kernel_size=3)),
     )
     for name, value, match in [
-        ("training_parts", lambda crop: ([], None), "--held_out: .* train with --held_out 5000"),
+        ("training_parts", lambda crop: ([], None), "--held_out: .* train with --held_out auto"),
         ("one_class_idx", 2, "--one_class_idx: --mode noise_lambda names all classes"),
         ("n_classes", 7, "--dataset: it has 7 classes, but the network knows 4"),
     ]:

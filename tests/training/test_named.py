@@ -67,15 +67,34 @@ def line_of(*words: str) -> str | None:
 
 def test_what_a_recipe_stands_for_is_told():
     assert line_of("--mode", "simclr") is None
-    assert line_of("--recipe", "published", "--mode", "simclr") == "recipe published: --simclr_dim 512"
-    assert line_of("--recipe", "published", "--mode", "rot_trans") == "recipe published: --shift_trans_type rotation"
+    assert line_of("--recipe", "published", "--mode", "simclr") == "recipe published: --mode simclr --simclr_dim 512"
+    line = line_of("--recipe", "published", "--mode", "rot_trans")
+    assert line == "recipe published: --mode rot_trans --shift_trans_type rotation"
     line = line_of("--recipe", "short", "--epochs", "3", "--lr_init", "0.1")
     assert line == (
-        "recipe short: --shift_trans_type rotation --model resnet8 --optimizer adam --batch_size 32 --lr_scheduler"
-        " cosine_to_zero --warmup_share 0.05 --held_out auto; in place of its own: --lr_init 0.1 --epochs 3"
+        "recipe short: --mode rot_trans --shift_trans_type rotation --model resnet8 --optimizer adam --batch_size 32"
+        " --lr_scheduler cosine_to_zero --warmup_share 0.05 --held_out auto;"
+        " in place of its own: --lr_init 0.1 --epochs 3"
     )
     line = line_of("--recipe", "short", "--mode", "level_dict", "--resume_path", "x")
-    assert line == "recipe short: --sr_layer pixels stages --sr_dict_size 256 --sr_lambda_rel 0.1"
+    assert line == "recipe short: --mode level_dict --sr_layer pixels stages --sr_dict_size 256 --sr_lambda_rel 0.1"
+
+
+@pytest.mark.parametrize("mode", NAMED["published"])
+def test_what_is_told_of_a_recipe_is_a_command_line(mode):
+    script = TWO if mode in STAGE2 else ONE
+    found = read_job(["--dry_run", "--recipe", "published", "--mode", mode, "--resume_path", "x"], script, SPECS)
+    line = told(found.flags, found.mode.defaults)
+    words = line.removeprefix("recipe published: ").split()
+    again = parse(words, build_parser("train", script.modes, "simclr", SPECS)).as_dict()
+    assert {n: again[n] for n in NAMED["published"][mode]} == NAMED["published"][mode] and again["mode"] == mode
+
+
+def test_a_switch_is_told_without_a_value_and_only_where_it_is_on(monkeypatch):
+    own = {"sr_rho_auto": True, "freeze_sr_dict": False, "sr_dict_size": 7}
+    monkeypatch.setitem(NAMED["published"], "cocsr_dict", own)
+    job = read_job(["--dry_run", "--recipe", "published", "--resume_path", "x"], TWO, SPECS)
+    assert told(job.flags, {}) == "recipe published: --mode cocsr_dict --sr_rho_auto --sr_dict_size 7"
 
 
 def test_a_warm_up_in_epochs_replaces_the_recipes_share():

@@ -111,11 +111,12 @@ def idle_notes(
 ) -> list[str]:
     """A line for each flag that was given and that another one leaves without effect."""
     idle = {
-        "sr_lr": learning.freeze_sr_dict and "under --freeze_sr_dict",
-        "sr_decay_lr": learning.freeze_sr_dict and "under --freeze_sr_dict",
         "sr_lambda": sparse.sr_lambda_rel is not None and "beside --sr_lambda_rel",
         "loss_dict_margin_temperature": not loss.loss_dict_margin and "without --loss_dict_margin",
     }
+    if learning.freeze_sr_dict:
+        frozen = ("sr_lr", "sr_decay_lr", "loss_dict_margin", "loss_dict_margin_temperature")
+        idle |= dict.fromkeys(frozen, "under --freeze_sr_dict")
     return [f"note: --{name} has no effect {where}" for name, where in idle.items() if where and flags.given(name)]
 
 

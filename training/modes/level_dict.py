@@ -25,11 +25,20 @@ from datasets import ImageSet, PictureSet, ShiftSpec, Split
 from datasets.augment import AlignedSpec
 from datasets.views import DrawSpec, PassSpec, batches_of, draw_views
 from evals.levels import transformations_of
-from evals.metrics import auroc
+from evals.weighing import turn, weigh
 from models import ModelSpec
 from models.checkpoint import find_weights, kind_of, load_net, read_state
 from models.feature_net import FeatureNet, FeatureTransform, RotTransNet
-from models.level_net import LEVELS, SCALED, TOLERANCE, TRANSFORMATIONS, LevelNet, Reading, Transformations, read_levels
+from models.level_net import (
+    SCALED,
+    TOLERANCE,
+    TRANSFORMATIONS,
+    LevelNet,
+    Reading,
+    Transformations,
+    levels_of,
+    read_levels,
+)
 from models.sparse.dictionary import SparseSpec
 from training.modes.setup import own_device, precision
 from training.optim import LengthSpec
@@ -37,8 +46,6 @@ from training.recipe import Recipe, no_step
 
 # Training images that dictionaries are fitted to, and neighbours are sought among, at most.
 _IMAGES = 10_000
-# Log-loss in bits below which a classifier counts as sure.
-_SURE = 0.01
 
 
 def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
@@ -96,10 +103,14 @@ def build(flags: Flags, split: Split, world: World = SINGLE) -> Recipe:
         with torch.no_grad():
             one = read_levels(net, chosen.batch(torch.zeros(1, dtype=torch.long)), views, names)
     except ValueError as error:
-        raise UserError(f"--sr_layer {error}; choose others of {', '.join(LEVELS)}") from None
+        raise UserError(f"--sr_layer {error}; choose of {', '.join(levels_of(net))}") from None
     sizes = {name: x.shape[1] for name, x in one.levels.items()}
+    # Of more centres than images, each would be an image.
+    atoms = min(sparse.sr_dict_size, max(1, len(chosen) // 2))
+    if atoms < sparse.sr_dict_size:
+        print(f"note: --sr_dict_size {sparse.sr_dict_size}: {atoms} atoms, half as many as there are training images")
     known = (len(views.rotations), len(chosen), net.feature_dim)
-    model = LevelNet(net, sizes, sparse.sr_dict_size, known, rho=sparse.sr_rho).to(device)
+    model = LevelNet(net, sizes, atoms, known, rho=sparse.sr_rho).to(device)
 
     def begin(run: Run) -> None:
         train = read(chosen, views.rotated, "training images")
@@ -167,11 +178,6 @@ def seen_before(data: ImageSet | PictureSet, trained: Mapping[str, Any], dataset
         )
 
 
-def turn(images: Tensor, index: Tensor) -> Tensor:
-    """Images (B, 3, H, W) turned by one, two or three quarters of a circle, as their places (B,) in the set say."""
-    return torch.stack([torch.rot90(x, 1 + n % 3, (1, 2)) for x, n in zip(images, index.tolist(), strict=True)])
-
-
 def held_out_facts(upright: Reading, views: Transformations) -> Iterator[str]:
     """How well stage 1 tells the transformations of held-out images: a line on each head that has several classes."""
     for name, truth in views.truth.items():
@@ -183,28 +189,18 @@ def held_out_facts(upright: Reading, views: Transformations) -> Iterator[str]:
 
 
 def calibrate(model: LevelNet, upright: Reading, turned: Reading, views: Transformations) -> Iterator[str]:
-    """Units and weights of the terms, by images that were held out, and these turned as stand-ins for anomalies.
-
-    Every term is standardised. Its weight is 2 A - 1, where A is the AUROC by which it tells turned images from upright
-    ones, or 0 where that is negative; but for the transformations: theirs is 1 / l^2, where l is the mean log-loss of
-    upright images in bits. A classifier that is unsure of normal images says little of others. Where no term has a
-    weight, all but the transformations have 1. Yields a line on each.
-    """
+    """Units and weights of the terms, by images that were held out and the same turned, as in `weigh`. Yields a line on
+    each."""
     with torch.no_grad():
-        normal, others = model.values(upright, views), model.values(turned, views)
+        normal, others = (
+            {name: values[name].cpu().numpy() for name in model.terms}
+            for values in (model.values(upright, views), model.values(turned, views))
+        )
+    found = weigh(normal, others, {TRANSFORMATIONS})
     for n, name in enumerate(model.terms):
-        values = normal[name].double()
-        area = auroc(values.cpu().numpy(), others[name].cpu().numpy())
-        deviation, weight = values.std(correction=0).item(), max(2 * area - 1, 0.0)
-        if name == TRANSFORMATIONS and weight:
-            weight = 1 / max(-values.mean().item() / math.log(2), _SURE) ** 2
-        weight = weight if deviation else 0.0
-        model.means[n], model.deviations[n], model.weights[n] = values.mean(), deviation or 1.0, weight
-        yield f"term {name}: weight {weight:.3g}; it tells turned images from upright ones by {100 * area:.1f} % AUROC"
-    if not model.weights.any():
-        rest = torch.tensor([name != TRANSFORMATIONS for name in model.terms])
-        model.weights.copy_(rest)
-        yield "warning: no term tells turned images from upright ones; all but the transformations count alike"
+        term = found.terms[name]
+        model.means[n], model.deviations[n], model.weights[n] = term.mean, term.deviation, term.weight
+    yield from found.lines
 
 
 def _load_stage1(flags: Flags, file: Path, shifts: ShiftSpec) -> FeatureNet | RotTransNet:

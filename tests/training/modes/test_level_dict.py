@@ -38,7 +38,18 @@ def test_each_level_and_each_term_is_told(run, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "pixels: 8 atoms of 192 features, lambda " in told and "lambda_max" in told and "% zeros, gap" in told
     assert "held-out images, rotation: accuracy" in told and "held-out images, vertical: accuracy" in told
-    assert "term transformations: weight" in told and "stages: 8 atoms" in told and "rho" not in told
+    assert "stages: 8 atoms" in told and "rho" not in told and "note: --sr_dict_size" not in told
+    terms = [line.split()[1] for line in told.splitlines() if line.startswith("term ")]
+    assert terms == ["transformations:", "neighbours:", "pixels:", "stages:"]
+
+
+def test_a_dictionary_has_half_as_many_atoms_as_there_are_images_at_most(run, tmp_path, capsys):
+    assert stage2(run, tmp_path, "--sr_dict_size", "56", "--sr_layer", "pixels") == 0
+    told = capsys.readouterr().out
+    # Of 122 images twelve are set aside.
+    assert "note: --sr_dict_size 56: 55 atoms, half as many" in told and "pixels: 55 atoms of 192 features" in told
+    (second,) = tmp_path.iterdir()
+    assert evaluate.main(["--load_path", str(second)]) == 0
 
 
 def test_the_penalty_is_chosen_by_the_gap_and_recorded(run, tmp_path, capsys):
@@ -57,7 +68,11 @@ def test_the_penalty_is_chosen_by_the_gap_and_recorded(run, tmp_path, capsys):
     [
         (["--held_out", "0"], "--held_out: the terms of the score get units"),
         (["--epochs", "5"], "--epochs 5: --mode level_dict has no epochs of its own"),
-        (["--sr_layer", "pixels", "simclr"], "--sr_layer simclr: the network has no projector"),
+        (
+            ["--sr_layer", "pixels", "simclr"],
+            "--sr_layer simclr: the network has no projector, which --mode simclr_CSI trains; choose of pixels, stages,"
+            " penultimate\n",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(more, message, run, tmp_path, capsys):

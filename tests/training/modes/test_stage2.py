@@ -114,6 +114,7 @@ def test_the_gap_is_reported_in_units_of_lambda_as_a_mean_over_samples():
     [
         ("--sr_lr 0.1", "--freeze_sr_dict"),
         ("--sr_decay_lr 0.1", "--freeze_sr_dict"),
+        ("--loss_dict_margin 1", "--freeze_sr_dict"),
         ("--sr_lambda 0.1", "--sr_lambda_rel 0.3"),
         ("--loss_dict_margin_temperature 2", "--loss_dict_margin 0"),
     ],
