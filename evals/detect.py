@@ -1,6 +1,6 @@
 """Detection: every test image is scored, and scores of normal images are compared with those of others."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import chain
@@ -52,12 +52,13 @@ def detect(
         tests = _test_sets(trained, loaded)
         train = trained.train_images() if any(SCORES[name].fitted for name in names) else None
         plan = Plan.of(flags, extraction.random)
-        held_out = _held_out(trained, names) if (summed := flags.of(SumSpec).score_sum) else None
+        held_out = _held_out(trained, names) if flags.of(SumSpec).score_sum else None
         if plan:
             plan.check({name: SCORES[name].scorer for name in names}, extraction.random, alpha_of(trained.net) > 0)
     flags_of = {name: {f.name for f in fields(options[name])} for name in names}
-    if summed:
-        flags_of["+".join(names)] = {"score_sum"}.union(*flags_of.values())
+    total = "+".join(names)
+    if held_out is not None:
+        flags_of[total] = {"score_sum"}.union(*flags_of.values())
 
     def results() -> Iterator[Result]:
         nonlocal train, held_out
@@ -70,11 +71,11 @@ def detect(
         data |= {title: identity(images) for title, images in tests.items()}
         scorers = {name: SCORES[name].fit(known, options[name]) for name in names}
         del known
-        own: dict[str, Any] = {}
+        of_sum: dict[str, Any] = {}
         if held_out is not None:
-            weighing = _weighing(fitted, scorers, held_out, pool)
-            own = {"data": {**data, "held out": identity(held_out)}, "weighing": weighing.facts}
-            scorers["+".join(names)] = SumScore(dict(scorers), weighing.terms)
+            weighing = _weighing(trained, fitted, scorers, held_out, pool)
+            of_sum = {"data": {**data, "held out": identity(held_out)}, "weighing": weighing.facts}
+            scorers[total] = SumScore(dict(scorers), weighing.terms)
         held_out = None
         found = {
             title: _score(fitted, scorers, images, f"{title} test images", pool) for title, images in tests.items()
@@ -93,9 +94,7 @@ def detect(
             }
         for name in scorers:
             foreign = frozenset(chain.from_iterable(flags_of.values())) - flags_of[name]
-            facts = {"data": data, "settings": settings_of(flags, foreign)}
-            if name not in names:
-                facts |= own
+            facts = {"data": data, "settings": settings_of(flags, foreign)} | (of_sum if name == total else {})
             scores = {title: columns[name] for title, columns in found.items()}
             result = _result(trained, name, tests, scores, codes, facts)
             if corrupted:
@@ -110,19 +109,23 @@ def detect(
 
 def _held_out(trained: Trained, names: Sequence[str]) -> ImageSet:
     """The images by which terms of a sum are weighed. Raises: UserError for one score, and as `unseen_images`."""
-    if len(names) < 2:
+    if len(set(names)) < 2:
         raise UserError(f"--score_sum: there is one score, {names[0]}; give several (--ood_score)")
     found = trained.unseen_images("the scores of a sum are weighed")
     return (found.loaded() if isinstance(found, PictureSet) else found).to(trained.device)
 
 
 def _weighing(
-    extraction: Extraction, scorers: dict[str, Scorer], held_out: ImageSet, references: Tensor | None
+    trained: Trained,
+    extraction: Extraction,
+    scorers: dict[str, Scorer],
+    held_out: ImageSet,
+    references: Tensor | None,
 ) -> Weighing:
+    """What each score counts in their sum. Raises: UserError for non-finite scores."""
     normal = _score(extraction, scorers, held_out, "held-out images", references)
     turned = _score(extraction, scorers, turned_set(held_out), "held-out images, turned", references)
-    if not all(np.isfinite(found[name]).all() for found in (normal, turned) for name in scorers):
-        raise UserError("--load_path: the network gives non-finite scores; its weights are corrupt")
+    _check_finite(trained, (found[name] for found in (normal, turned) for name in scorers))
     probabilities = [name for name in scorers if SCORES[name].probability]
     return weigh({name: normal[name] for name in scorers}, turned, probabilities)
 
@@ -181,9 +184,7 @@ def _result(
     facts: dict[str, Any],
 ) -> Result:
     """The result of one score, whose values are `scores`, by set."""
-    if not all(np.isfinite(values).all() for values in scores.values()):
-        flag = "--load_path: " if trained.path else ""
-        raise UserError(f"{flag}{trained.title} gives non-finite scores; its weights are corrupt")
+    _check_finite(trained, scores.values())
     own, *others = tests
     labels = tests[own].labels.cpu()
     normal = trained.split.normal(labels).numpy()
@@ -193,6 +194,13 @@ def _result(
     class_names = {own: trained.split.class_names}
     per_image = {title: _columns(tests[title], values, class_names.get(title, [])) for title, values in scores.items()}
     return Result(name, metrics | codes, per_image, {**facts, "n_in": int(normal.sum()), "n_out": n_out})
+
+
+def _check_finite(trained: Trained, scores: Iterable[np.ndarray]) -> None:
+    """Raises: UserError for non-finite scores."""
+    if not all(np.isfinite(values).all() for values in scores):
+        flag = "--load_path: " if trained.path else ""
+        raise UserError(f"{flag}{trained.title} gives non-finite scores; its weights are corrupt")
 
 
 def _mean(trained: Trained, tests: dict[str, ImageSet], scores: dict[str, np.ndarray]) -> float:

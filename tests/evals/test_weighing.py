@@ -121,7 +121,7 @@ def test_a_sum_is_told_written_and_measured_under_corruptions_and_attack(run, tm
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--ood_score", "CSI"], "--score_sum: there is one score, CSI; give several"),
+        (["--ood_score", "CSI", "CSI"], "--score_sum: there is one score, CSI; give several"),
         (["--ood_score", "CSI", "knn", "--held_out", "0"], "--held_out 0: .* was trained with 12"),
         (["--ood_score", "CSI", "knn", "--data_seed", "7"], "--data_seed 7: .* was trained with 0"),
     ],
@@ -130,6 +130,14 @@ def test_what_cannot_be_weighed_is_refused(more, message, run):
     held = [] if "--held_out" in more else ["--held_out", "12"]
     trained = trained_of(run, "--score_sum", *held, *more)
     with pytest.raises(UserError, match=message):
+        list(EVALS["ood_pre"].measure(trained))
+
+
+def test_a_corrupt_network_is_reported_where_scores_are_weighed(run):
+    trained = trained_of(run, "--score_sum", "--held_out", "12", "--ood_score", "feature_norm", "shift_logit")
+    with torch.no_grad():
+        next(trained.net.parameters()).fill_(torch.nan)
+    with pytest.raises(UserError, match="^--load_path: .* gives non-finite scores; its weights are corrupt"):
         list(EVALS["ood_pre"].measure(trained))
 
 
